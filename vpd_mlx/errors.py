@@ -1,0 +1,63 @@
+"""Every error that a user can meet, in one tree.
+
+An error says the value received, the place and the remedy, in one line. The command line prints `str(error)` and exits
+with `exit_code`; nothing else decides how an error ends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["ConfigError", "DataError", "Fault", "ModelError", "RunError", "SourceError", "VpdError"]
+
+
+class VpdError(Exception):
+    """Base of all errors that are the user's to mend."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing wrong with a recipe: where, what was received, what helps."""
+
+    path: str
+    problem: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.problem}; {self.remedy}"
+
+
+class ConfigError(VpdError):
+    """A recipe, a `--set` or a flag is wrong. Carries all the faults that were found, not just the first."""
+
+    def __init__(self, faults: list[Fault], where: str = "recipe") -> None:
+        self.faults = faults
+        self.where = where
+        lines = [str(f) for f in faults]
+        if len(lines) == 1:
+            text = f"{where}: {lines[0]}"
+        else:
+            text = f"{where}: {len(lines)} faults\n" + "\n".join(f"  {line}" for line in lines)
+        super().__init__(text)
+
+
+class DataError(VpdError):
+    """A data file is missing, empty, broken or does not fit the recipe."""
+
+
+class ModelError(VpdError):
+    """A model cannot be found, loaded, or adapted as the recipe asks."""
+
+
+class SourceError(VpdError):
+    """A verifier or a feedback source failed: never the model's fault, never a score of 0."""
+
+    exit_code = 3
+
+
+class RunError(VpdError):
+    """A run cannot start, go on or be read: folder taken, disk full, numbers not finite."""
+
+    exit_code = 3

@@ -1,0 +1,30 @@
+"""C = what the model itself says of its failed attempt, having seen the right answer (self-critique)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from vpd_mlx.prompts import Prompter, demonstration
+from vpd_mlx.types import Group
+
+__all__ = ["Generate", "critique"]
+
+Generate = Callable[[Sequence[tuple[int, ...]]], list[str]]
+"""Prompt ids -> one sampled text each."""
+
+
+def critique(
+    groups: Sequence[Group], wanted: list[list[bool]], prompter: Prompter, generate: Generate
+) -> list[list[str | None]]:
+    """Two or three sentences of the model's own for every failure that still wants a context."""
+    places, prompts = [], []
+    out: list[list[str | None]] = [[None] * len(g.rollouts) for g in groups]
+    for g, (group, wants) in enumerate(zip(groups, wanted, strict=True)):
+        for i, (rollout, want) in enumerate(zip(group.rollouts, wants, strict=True)):
+            if want and not rollout.success:
+                words = rollout.verdict.text if rollout.verdict is not None else ""
+                places.append((g, i))
+                prompts.append(prompter.critic(group.problem, rollout.text, words))
+    for (g, i), text in zip(places, generate(prompts) if prompts else [], strict=True):
+        out[g][i] = demonstration(text) or None
+    return out

@@ -1,0 +1,100 @@
+"""Hidden states to per-token losses, without ever holding (tokens, vocabulary).
+
+The head and the loss run in one, chunk by chunk, and the gradient with respect to the hidden states is made in the forward
+pass: what stays is (M, D), not (M, V). `mx.depends` makes each chunk wait for the one before, so that the scheduler cannot
+hold several at once. The head itself is frozen; where an adapter touches it, `policy` hands over logits and an identity head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import mlx.core as mx
+
+__all__ = ["Head", "TokenLoss", "chunk_size", "map_tokens", "weighted_token_loss"]
+
+Head = Callable[[mx.array], mx.array]
+"""(m, D) hidden states -> (m, V) logits."""
+
+TokenLoss = Callable[[mx.array, Mapping[str, mx.array], Head], tuple[mx.array, dict[str, mx.array]]]
+"""(logits (m, V), constants with m rows each, head) -> (loss (m,), metrics of (m,) each)."""
+
+CHUNK_BYTES = 48 << 20
+LIVE_COPIES = 8  # float32 arrays of a chunk's (m, V) alive at once in a divergence and its gradient
+
+
+def chunk_size(vocabulary: int) -> int:
+    """Completion tokens per chunk, such that a divergence's intermediates stay near `CHUNK_BYTES`."""
+    return max(8, CHUNK_BYTES // (4 * LIVE_COPIES * vocabulary))
+
+
+def weighted_token_loss(
+    head: Head,
+    token_loss: TokenLoss,
+    hidden: mx.array,
+    weights: mx.array,
+    constants: Mapping[str, mx.array],
+    chunk: int,
+) -> tuple[mx.array, dict[str, mx.array]]:
+    """sum_t w_t * loss_t, differentiable in `hidden`, and each token's loss and metrics without gradient.
+
+    Args:
+        head: the frozen head.
+        token_loss: loss of each token of a chunk.
+        hidden: (M, D) states that predict the completion's tokens.
+        weights: (M,) float32.
+        constants: arrays with M rows: targets, old log-probabilities, the teacher's hidden states.
+        chunk: tokens per chunk.
+
+    Returns:
+        (scalar float32, {"loss": (M,), name: (M,)}).
+    """
+    names: list[str] = []
+
+    def forward(h: mx.array) -> list[mx.array]:
+        totals, gradients, columns = [], [], []
+        previous: list[mx.array] = []
+        for start in range(0, h.shape[0], chunk):
+            part = slice(start, start + chunk)
+            states, w = h[part], weights[part]
+            if previous:
+                states = mx.depends([states], previous)[0]
+            fixed = {k: v[part] for k, v in constants.items()}
+
+            def total(x: mx.array, w: mx.array = w, fixed: Mapping[str, mx.array] = fixed) -> tuple[mx.array, ...]:
+                losses, metrics = token_loss(head(x), fixed, head)
+                names[:] = sorted(metrics)
+                return ((losses * w).sum(), losses, *(metrics[k] for k in names))
+
+            (value, *per_token), gradient = mx.value_and_grad(total)(states)
+            totals.append(value)
+            gradients.append(gradient)
+            columns.append(per_token)
+            previous = [value, gradient, *per_token]
+        gathered = [mx.concatenate(list(column)) for column in zip(*columns, strict=True)]
+        return [mx.stack(totals).sum(), mx.concatenate(gradients), *gathered]
+
+    run = mx.custom_function(forward)
+
+    @run.vjp  # type: ignore[untyped-decorator]
+    def _(_primal: mx.array, cotangents: list[mx.array], outputs: list[mx.array]) -> mx.array:
+        # Only the first output carries a gradient; the others are handed out for logging.
+        return cotangents[0] * outputs[1]
+
+    value, _, losses, *metrics = run(hidden)
+    return value, {"loss": losses, **dict(zip(names, metrics, strict=True))}
+
+
+def map_tokens(
+    head: Head, token_loss: TokenLoss, hidden: mx.array, constants: Mapping[str, mx.array], chunk: int
+) -> dict[str, mx.array]:
+    """Each token's loss and metrics, without gradient: {"loss": (M,), name: (M,)}. Evaluated chunk by chunk."""
+    columns: dict[str, list[mx.array]] = {}
+    for start in range(0, hidden.shape[0], chunk):
+        part = slice(start, start + chunk)
+        losses, metrics = token_loss(head(hidden[part]), {k: v[part] for k, v in constants.items()}, head)
+        row = {"loss": losses, **metrics}
+        mx.eval(row)
+        for name, values in row.items():
+            columns.setdefault(name, []).append(values)
+    return {name: mx.concatenate(parts) for name, parts in columns.items()}

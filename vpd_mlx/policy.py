@@ -1,0 +1,319 @@
+"""One network, one copy of its weights: load, adapt, score, switch adapters, save.
+
+Student and teacher are this same network under two prompts. The initial model is this network with its adapter off; an EMA
+teacher or a teacher's own adapter is this network with other adapter tensors put in for a moment. Only LoRA tensors ever exist
+twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import numpy as np
+import numpy.typing as npt
+from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.tuner.trainer import grad_checkpoint
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from vpd_mlx import losses
+from vpd_mlx.batching import micro_batches, pad
+from vpd_mlx.config import Lora
+from vpd_mlx.errors import ConfigError, Fault, ModelError
+from vpd_mlx.heads import Head, chunk_size, map_tokens
+from vpd_mlx.types import Row
+
+__all__ = ["Adapter", "Policy", "phase_seed"]
+
+Adapter = dict[str, mx.array]
+"""Name -> tensor of every LoRA matrix, float32."""
+
+GPU_MULTIPLE = 32  # lengths on the GPU are padded to this, so that kernels see few shapes
+PROBE = tuple(range(1, 9))
+
+
+def phase_seed(seed: int, step: int, phase: str) -> int:
+    """A seed for one phase of one step. Randomness is reseeded from it, so nothing hidden must be restored on resume."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{phase}".encode()).digest()[:7], "big")
+
+
+class Policy:
+    """A frozen mlx-lm model with LoRA on top.
+
+    Attributes:
+        model: the mlx-lm module, its base frozen.
+        tokenizer: mlx-lm's tokenizer wrapper.
+        path: what it was loaded from.
+        head: hidden states (m, D) -> float32-able logits (m, V).
+        notes: what a user should know of how this model is handled, e.g. a fallback.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, path: str, *, micro_batch_tokens: int = 8192) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.path = path
+        self.notes: list[str] = []
+        self._lora_config: dict[str, Any] = {}
+        self._micro_batch_tokens = micro_batch_tokens
+        self._head_chunk: int | None = None
+        self._multiple = 1
+        if mx.default_device() == mx.Device(mx.cpu):
+            mx.disable_compile()  # on the CPU a compiled kernel costs a run of the C++ compiler, and saves nothing
+        else:
+            self._multiple = GPU_MULTIPLE
+        self._body, self.head = self._split()
+
+    # ------------------------------------------------------------------------------------------------------------ loading
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        lora: Lora | None,
+        *,
+        seed: int = 0,
+        revision: str | None = None,
+        micro_batch_tokens: int = 8192,
+        head_chunk: int | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> Policy:
+        """Load a model folder or hub id and put a fresh adapter on it.
+
+        Raises:
+            ModelError: the model is not there or cannot be loaded.
+            ConfigError: `lora` does not fit it.
+        """
+        model, tokenizer = _load(path, revision)
+        model.freeze()
+        policy = cls(model, tokenizer, path, micro_batch_tokens=micro_batch_tokens)
+        policy._head_chunk = head_chunk
+        if lora is not None:
+            policy.adapt(lora, seed)
+        if gradient_checkpointing:
+            grad_checkpoint(model.layers[0])
+        return policy
+
+    def adapt(self, lora: Lora, seed: int) -> None:
+        """Put LoRA on the frozen base: A uniform from `seed`, B zero, so the network is unchanged at first."""
+        _check_lora(self.model, lora)
+        parameters: dict[str, Any] = {"rank": lora.rank, "scale": lora.scale, "dropout": lora.dropout}
+        if lora.keys is not None:
+            parameters["keys"] = list(lora.keys)
+        layers = lora.layers if lora.layers > 0 else len(self.model.layers)
+        mx.random.seed(phase_seed(seed, 0, "lora"))
+        linear_to_lora_layers(self.model, layers, dict(parameters))
+        self._lora_config = {"fine_tune_type": "lora", "num_layers": layers, "lora_parameters": parameters}
+        self.model.eval()
+        mx.eval(self.model.parameters())
+        self._body, self.head = self._split()
+
+    def _split(self) -> tuple[Any, Head]:
+        """The network as body and head, if a probe shows that head(body(x)) is the model; else the whole and identity."""
+        # inner holds embed_tokens; some architectures wrap it once more
+        outer = getattr(self.model, "language_model", self.model)
+        inner = getattr(outer, "model", None) or getattr(outer, "transformer", None)
+        probe = mx.array([PROBE])
+        full = self.model(probe).astype(mx.float32)
+        self.vocabulary = int(full.shape[-1])
+        candidates: list[Head] = []
+        if inner is not None and callable(inner):
+            projection = getattr(outer, "lm_head", None)
+            embedding = getattr(inner, "embed_tokens", None) or getattr(inner, "wte", None)
+            linear = projection if projection is not None else getattr(embedding, "as_linear", None)
+            touched = _is_adapted(projection) or _is_adapted(embedding)
+            if linear is not None and not touched:
+                candidates.append(linear)
+                args = getattr(outer, "args", None)
+                for name in ("logit_scale", "logits_scaling", "final_logit_softcapping"):
+                    value = getattr(args, name, None)
+                    if isinstance(value, int | float) and value:
+                        candidates += [_scaled(linear, value), _scaled(linear, 1 / value), _capped(linear, value)]
+        for head in candidates:
+            try:
+                states = inner(probe)  # type: ignore[misc]
+                logits = head(states).astype(mx.float32)
+            except (TypeError, ValueError, AttributeError):
+                break  # this architecture's inner call is of another shape: take the whole model
+            tolerance = 1e-4 * float(mx.abs(full).max()) + 1e-6
+            if logits.shape == full.shape and float(mx.abs(logits - full).max()) <= tolerance:
+                return inner, head
+        self.notes.append(
+            f"{type(self.model).__module__.rsplit('.', 1)[-1]}: body and head cannot be run apart, so losses hold whole "
+            "logits (more memory, the same numbers)"
+        )
+        return self.model, lambda logits: logits
+
+    # ------------------------------------------------------------------------------------------------------------ scoring
+
+    @property
+    def head_chunk(self) -> int:
+        """Completion tokens per vocabulary-sized chunk."""
+        return self._head_chunk or chunk_size(self.vocabulary)
+
+    def split(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Indices of rows per micro-batch."""
+        return micro_batches(rows, self._micro_batch_tokens)
+
+    def hidden(self, rows: Sequence[Row]) -> tuple[mx.array, mx.array]:
+        """States that predict each completion token, and these tokens: (M, D) and (M,), rows in order. Differentiable."""
+        padded = pad(rows, self._multiple)
+        states = self._body(mx.array(padded.inputs))
+        flat = states.reshape(-1, states.shape[-1])
+        return flat[mx.array(padded.positions)], mx.array(padded.targets)
+
+    def logps(self, rows: Sequence[Row]) -> list[npt.NDArray[np.float32]]:
+        """Log-probability of every completion token, float32, by a forward pass without gradient: per row (T_i,)."""
+
+        def token_logps(
+            logits: mx.array, fixed: Mapping[str, mx.array], _head: Head
+        ) -> tuple[mx.array, dict[str, mx.array]]:
+            return losses.token_logps(logits, fixed["targets"]), {}
+
+        out: list[npt.NDArray[np.float32] | None] = [None] * len(rows)
+        for indices in self.split(rows):
+            part = [rows[i] for i in indices]
+            states, targets = self.hidden(part)
+            values = np.array(map_tokens(self.head, token_logps, states, {"targets": targets}, self.head_chunk)["loss"])
+            for i, piece in zip(indices, _per_row(values, part), strict=True):
+                out[i] = piece
+        return [o for o in out if o is not None]
+
+    def states(self, rows: Sequence[Row]) -> list[mx.array]:
+        """Hidden states of the completion positions, without gradient: per row (T_i, D)."""
+        out: list[mx.array | None] = [None] * len(rows)
+        for indices in self.split(rows):
+            part = [rows[i] for i in indices]
+            states, _ = self.hidden(part)
+            pieces = _per_row(mx.stop_gradient(states), part)
+            mx.eval(pieces)
+            for i, piece in zip(indices, pieces, strict=True):
+                out[i] = piece
+        return [o for o in out if o is not None]
+
+    # ----------------------------------------------------------------------------------------------------------- adapters
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter's tensors, by name. Arrays are immutable: this is a snapshot."""
+        return dict(tree_flatten(self.model.trainable_parameters()))
+
+    def set_adapter(self, adapter: Adapter) -> None:
+        """Put these tensors in."""
+        self.model.update(tree_unflatten(list(adapter.items())))
+
+    @contextlib.contextmanager
+    def using(self, adapter: Adapter) -> Iterator[None]:
+        """Within the block the network has this adapter."""
+        before = self.adapter
+        self.set_adapter(adapter)
+        try:
+            yield
+        finally:
+            self.set_adapter(before)
+
+    @contextlib.contextmanager
+    def adapter_off(self) -> Iterator[None]:
+        """Within the block the network is the initial model."""
+        modules = [m for m in self.model.modules() if "lora_b" in m]
+        scales = [m.scale for m in modules]
+        for m in modules:
+            m.scale = 0.0
+        try:
+            yield
+        finally:
+            for m, scale in zip(modules, scales, strict=True):
+                m.scale = scale
+
+    @contextlib.contextmanager
+    def dropout_on(self) -> Iterator[None]:
+        """Within the block dropout is live, where the recipe asks for any."""
+        self.model.train()
+        try:
+            yield
+        finally:
+            self.model.eval()
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter as mlx-lm reads it: `adapters.safetensors` and `adapter_config.json`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        mx.save_safetensors(str(folder / "adapters.safetensors"), self.adapter)
+        config = {**self._lora_config, "model": self.path}
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _per_row(values: Any, rows: Sequence[Row]) -> list[Any]:
+    pieces, start = [], 0
+    for row in rows:
+        pieces.append(values[start : start + len(row.completion)])
+        start += len(row.completion)
+    return pieces
+
+
+def _scaled(linear: Head, factor: float) -> Head:
+    return lambda h: linear(h) * factor
+
+
+def _capped(linear: Head, cap: float) -> Head:
+    return lambda h: mx.tanh(linear(h) / cap) * cap
+
+
+def _is_adapted(module: Any) -> bool:
+    return module is not None and "lora_b" in module
+
+
+def _load(path: str, revision: str | None) -> tuple[nn.Module, Any]:
+    if (os.path.isabs(path) or path.startswith((".", "~"))) and not Path(path).expanduser().is_dir():
+        raise ModelError(f"model: there is no folder {path}; give a model folder in mlx-lm's format, or a hub id")
+    try:
+        model, tokenizer = mlx_lm.load(
+            str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path, revision=revision
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"model: {path!r} is no local folder and cannot be had from the hub ({first}); "
+            "check the name, the network, or download it first"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"model: {path!r} cannot be loaded ({first}); it must be a complete model in mlx-lm's format"
+        ) from error
+    return model, tokenizer
+
+
+def _check_lora(model: nn.Module, lora: Lora) -> None:
+    blocks = len(model.layers)
+    if lora.layers > blocks:
+        fault = Fault(
+            "lora.layers", f"{lora.layers} is more than the model's {blocks} blocks", f"use -1 or 1 to {blocks}"
+        )
+        raise ConfigError([fault])
+    if lora.keys is None:
+        return
+    chosen = model.layers[-lora.layers :] if lora.layers > 0 else model.layers
+    linear = ("Linear", "QuantizedLinear", "SwitchLinear", "QuantizedSwitchLinear", "Embedding", "QuantizedEmbedding")
+    known = {k for block in chosen for k, m in block.named_modules() if type(m).__name__ in linear}
+    known |= {k for k, m in model.named_modules() if type(m).__name__ in linear}
+    faults = []
+    for key in lora.keys:
+        if key in known:
+            continue
+        short = sorted(k for k in known if ".layers." not in k)
+        close = difflib.get_close_matches(key, short, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"use some of: {', '.join(short)}"
+        faults.append(Fault("lora.keys", f"{key!r} matches no linear layer of the model", hint))
+    if not lora.keys:
+        faults.append(Fault("lora.keys", "[] adapts nothing", "name layers, or use null for all"))
+    if faults:
+        raise ConfigError(faults)

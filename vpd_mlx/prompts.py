@@ -1,0 +1,137 @@
+"""The messages of student, teacher and critic, and the token ids they become.
+
+Only this module and `tasks/` hold prompt text. The student sees the plain prompt; the teacher sees the same conversation with
+its last user message replaced by one that carries the feedback C. The completion's ids are appended unchanged on both sides,
+so both score identical tokens (spec section 5).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vpd_mlx.config import Templates
+from vpd_mlx.types import Message, Problem
+
+__all__ = ["DEFAULT_TEMPLATES", "Prompter", "demonstration"]
+
+DEFAULT_TEMPLATES: Mapping[str, str] = {
+    "student": "{prompt}",
+    "sibling": (
+        "{prompt}\n\nA correct solution of this problem, for your guidance:\n\n{context}\n\n"
+        "Now solve the problem yourself, in the format it asks for."
+    ),
+    "verifier": (
+        "{prompt}\n\nAn earlier attempt at this problem failed. What the checker said of it:\n\n{context}\n\n"
+        "Solve the problem without that mistake, in the format it asks for."
+    ),
+    "critique": (
+        "{prompt}\n\nAn earlier attempt at this problem failed. What a reviewer said of it:\n\n{context}\n\n"
+        "Solve the problem with this advice, in the format it asks for."
+    ),
+    "reference": (
+        "{prompt}\n\nThe reference solution of this problem:\n\n{context}\n\n"
+        "Now solve the problem yourself, in the format it asks for."
+    ),
+    "both": (
+        "{prompt}\n\nA correct solution of this problem:\n\n{solution}\n\nAn earlier attempt failed. What the checker said of "
+        "it:\n\n{context}\n\nNow solve the problem yourself, in the format it asks for."
+    ),
+    "attempt": "The earlier attempt:\n\n{attempt}\n\n",
+    "critic": (
+        "Problem:\n\n{prompt}\n\nA failed attempt:\n\n{attempt}\n\nThe right answer: {answer}\n\n{feedback}\n\n"
+        "In two or three sentences, say what went wrong and what to do differently. Do not write out the solution."
+    ),
+}
+
+CUT_MARK = "\n[...]\n"
+_THINKING = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
+
+
+def demonstration(text: str) -> str:
+    """A completion as it may be shown to a teacher: its thinking is cut out."""
+    return _THINKING.sub("", text).strip()
+
+
+def _fill(template: str, **values: str) -> str:
+    # One pass over the template, so that braces within a prompt or a context stay what they are.
+    return re.sub(r"\{(\w+)\}", lambda m: values.get(m.group(1), m.group(0)), template)
+
+
+@dataclass(frozen=True)
+class Prompter:
+    """Turns problems and contexts into token ids with one tokenizer, one set of templates, one set of limits."""
+
+    tokenizer: Any
+    templates: Templates
+    thinking: bool
+    max_prompt_tokens: int
+    max_context_tokens: int
+
+    def template(self, kind: str) -> str:
+        """The wording for `kind`: the recipe's, else the built-in one."""
+        own: str | None = getattr(self.templates, kind)
+        return DEFAULT_TEMPLATES[kind] if own is None else own
+
+    def student(self, problem: Problem) -> tuple[int, ...]:
+        """Prompt ids of the student."""
+        content = _fill(self.template("student"), prompt=problem.prompt)
+        return self.encode([*problem.messages[:-1], {"role": "user", "content": content}])
+
+    def teacher(
+        self, problem: Problem, kind: str, text: str, *, solution: str = "", attempt: str | None = None
+    ) -> tuple[tuple[int, ...], bool]:
+        """(prompt ids of the teacher under a context, whether the context had to be cut).
+
+        A context that is too long loses its middle: what stands around it, the closing instruction above all, stays whole.
+        """
+
+        def ids(context: str) -> tuple[int, ...]:
+            body = _fill(self.template(kind), prompt=problem.prompt, context=context, solution=solution)
+            lead = "" if attempt is None else _fill(self.template("attempt"), attempt=attempt)
+            if lead:
+                body = body.replace(problem.prompt, f"{problem.prompt}\n\n{lead}", 1)
+            return self.encode([*problem.messages[:-1], {"role": "user", "content": body}])
+
+        return self._fit(ids, text)
+
+    def critic(self, problem: Problem, attempt: str, feedback: str) -> tuple[int, ...]:
+        """Prompt ids that ask the model for a critique of its own attempt."""
+
+        def ids(shown: str) -> tuple[int, ...]:
+            answer = problem.answer or problem.reference or ""
+            body = _fill(
+                self.template("critic"), prompt=problem.prompt, attempt=shown, answer=answer, feedback=feedback
+            )
+            return self.encode([{"role": "user", "content": body}])
+
+        return self._fit(ids, attempt)[0]
+
+    def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Chat messages as ids, ready for a completion. A model without a chat template gets the plain text."""
+        if self.tokenizer.chat_template is None:
+            text = "\n\n".join(m["content"] for m in messages) + "\n"
+            return tuple(self.tokenizer.encode(text))
+        # mlx-lm's wrapper sets enable_thinking by itself when it is absent: say it, on both sides alike.
+        ids = self.tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, enable_thinking=self.thinking, tokenize=True, return_dict=False
+        )
+        return tuple(int(i) for i in ids)
+
+    def _fit(self, build: Callable[[str], tuple[int, ...]], text: str) -> tuple[tuple[int, ...], bool]:
+        tokens = self.tokenizer.encode(text, add_special_tokens=False)
+        budget = self.max_context_tokens
+        ids = build(text)
+        if len(tokens) <= budget and len(ids) <= self.max_prompt_tokens:
+            return ids, False
+        budget = min(budget, len(tokens))
+        while True:
+            # What does not belong to the context is fixed; shrink the context until the whole fits.
+            head, tail = tokens[: (budget + 1) // 2], tokens[len(tokens) - budget // 2 :]
+            ids = build(self.tokenizer.decode(head) + CUT_MARK + self.tokenizer.decode(tail))
+            over = len(ids) - self.max_prompt_tokens
+            if over <= 0 or budget == 0:
+                return ids, True
+            budget = max(0, budget - max(over, 1))

@@ -1,0 +1,89 @@
+"""Sums of two numbers, graded digit by digit in words. No data file, no network: the task of `quickstart`."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import random
+
+from vpd_mlx.config import AdditionTask
+from vpd_mlx.types import Problem, Verdict
+
+__all__ = ["Addition", "digit_feedback", "has_carry", "held_out", "without_carrying"]
+
+PLACES = ("ones", "tens", "hundreds", "thousands", "ten thousands", "hundred thousands", "millions")
+HELD_OUT = 10  # one sum in ten
+MOST_PAIRS = 20_000  # of longer numbers a sample of this size stands for all
+
+
+def held_out(a: int, b: int) -> bool:
+    """Whether this sum is kept from all training, the start model's own included. By hash: it never moves."""
+    return int(hashlib.sha256(f"{a}+{b}".encode()).hexdigest(), 16) % HELD_OUT == 0
+
+
+def without_carrying(a: int, b: int) -> int:
+    """The sum by someone who forgets every carry: each column modulo ten."""
+    total, place = 0, 1
+    while a or b:
+        total += (a + b) % 10 * place
+        a, b, place = a // 10, b // 10, place * 10
+    return total
+
+
+def has_carry(a: int, b: int) -> bool:
+    """Whether some column sums to ten or more."""
+    return without_carrying(a, b) != a + b
+
+
+def digit_feedback(answer: str, attempt: str) -> str:
+    """What is wrong with `attempt`, a word per digit, from the ones upwards. Never says what would be right."""
+    words = []
+    for i in range(max(len(answer), len(attempt))):
+        right = answer[-1 - i] if i < len(answer) else None
+        got = attempt[-1 - i] if i < len(attempt) else None
+        if got is None:
+            word = "missing"
+        elif right is None:
+            word = "extra"
+        elif got == right:
+            word = "right"
+        else:
+            word = "too low" if got < right else "too high"
+        words.append(f"{PLACES[min(i, len(PLACES) - 1)]} {word}")
+    return ", ".join(words)
+
+
+class Addition:
+    """Prompt `47+38=`, completion `85`."""
+
+    def __init__(self, cfg: AdditionTask) -> None:
+        low, high = 10 ** (cfg.digits - 1), 10**cfg.digits
+        if (high - low) ** 2 <= MOST_PAIRS:
+            pairs = list(itertools.product(range(low, high), repeat=2))
+        else:
+            rng = random.Random(cfg.digits)
+            pairs = list({(rng.randrange(low, high), rng.randrange(low, high)): None for _ in range(MOST_PAIRS)})
+        random.Random(0).shuffle(pairs)  # any first n are a fair sample
+
+        def chosen(kind: str | None, a: int, b: int) -> bool:
+            return kind is None or has_carry(a, b) == (kind == "carry")
+
+        self.train = tuple(_problem(a, b) for a, b in pairs if not held_out(a, b) and chosen(cfg.train_only, a, b))
+        self.held_out = tuple(_problem(a, b) for a, b in pairs if held_out(a, b) and chosen(cfg.eval_only, a, b))
+
+    def verify(self, problem: Problem, completion: str) -> Verdict:
+        """1 for the right sum, else 0 with a word per digit, or a word on the format."""
+        answer, attempt = problem.answer or "", completion.strip()
+        if attempt == answer:
+            return Verdict(1.0)
+        if not attempt.isascii() or not attempt.isdigit() or len(attempt) > len(answer) + 1:
+            return Verdict(0.0, "not a number of this size")
+        return Verdict(0.0, digit_feedback(answer, attempt))
+
+    def reference_completion(self, problem: Problem) -> str | None:
+        """The sum."""
+        return problem.answer
+
+
+def _problem(a: int, b: int) -> Problem:
+    return Problem(id=f"{a}+{b}", messages=({"role": "user", "content": f"{a}+{b}="},), answer=str(a + b))

@@ -1,0 +1,32 @@
+"""The completion must be the answer."""
+
+from __future__ import annotations
+
+from vpd_mlx.config import ExactTask
+from vpd_mlx.errors import DataError
+from vpd_mlx.tasks.data import read_split
+from vpd_mlx.types import Problem, Verdict
+
+__all__ = ["Exact"]
+
+
+class Exact:
+    """Equality of text, white space at the ends aside."""
+
+    def __init__(self, cfg: ExactTask) -> None:
+        self.train, self.held_out = read_split(cfg)
+        self._fold = cfg.ignore_case
+        for problem in (*self.train, *self.held_out):
+            if problem.answer is None:
+                raise DataError(f"row {problem.id}: no column {cfg.answer!r}; name the right one in task.answer")
+
+    def verify(self, problem: Problem, completion: str) -> Verdict:
+        """1 where the texts agree, else 0 with what was written; the answer is not given away."""
+        got, want = completion.strip(), (problem.answer or "").strip()
+        if self._fold:
+            got, want = got.casefold(), want.casefold()
+        return Verdict(1.0) if got == want else Verdict(0.0, f"{completion.strip()!r} is not the answer.")
+
+    def reference_completion(self, problem: Problem) -> str | None:
+        """The answer."""
+        return problem.answer

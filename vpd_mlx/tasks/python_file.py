@@ -1,0 +1,71 @@
+"""A verifier of the user's own: a Python file with `verify(problem, completion)`.
+
+The file is the user's and runs in our process; completions are handed to it as text and are never run here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import numbers
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vpd_mlx.config import PythonTask
+from vpd_mlx.errors import ConfigError, Fault
+from vpd_mlx.tasks.data import read_split
+from vpd_mlx.types import Problem, Verdict
+
+__all__ = ["PythonFile", "as_verdict"]
+
+
+class PythonFile:
+    """Calls the user's function with the problem and the completion's text."""
+
+    def __init__(self, cfg: PythonTask) -> None:
+        self._verify = _load(Path(cfg.verifier))
+        self.train, self.held_out = read_split(cfg)
+
+    def verify(self, problem: Problem, completion: str) -> Verdict:
+        """The user's verdict. What the function raises becomes `Verdict.error`: the rollout leaves the batch."""
+        try:
+            result = self._verify(problem, completion)
+        except Exception as error:  # noqa: BLE001 - the boundary to foreign code: whatever it raises is its own failure
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            return Verdict(0.0, error=f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})")
+        return as_verdict(result)
+
+    def reference_completion(self, problem: Problem) -> str | None:
+        """The reference solution where the data has one, else the answer."""
+        return problem.reference or problem.answer
+
+
+def as_verdict(result: Any) -> Verdict:
+    """A verdict from what a verifier returned: score, bool or (score, text). Anything else is the verifier's failure."""
+    score, text = result if isinstance(result, tuple) and len(result) == 2 else (result, "")
+    if not isinstance(score, numbers.Real) or not isinstance(text, str):
+        return Verdict(0.0, error=f"returned {result!r}; needs a score in 0..1, a bool, or (score, text)")
+    value = float(score)
+    if not math.isfinite(value) or not 0.0 <= value <= 1.0:
+        return Verdict(0.0, error=f"returned the score {value!r}; needs 0..1")
+    return Verdict(value, text)
+
+
+def _load(path: Path) -> Callable[[Problem, str], Any]:
+    def fault(problem: str, remedy: str) -> ConfigError:
+        return ConfigError([Fault("task.verifier", problem, remedy)], str(path))
+
+    spec = importlib.util.spec_from_file_location("vpd_mlx_user_verifier", path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise fault("no such Python file", "give the path of a .py file, relative to the recipe")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise fault(f"cannot be imported ({type(error).__name__}: {error})", "mend the file") from error
+    verify = getattr(module, "verify", None)
+    if not callable(verify):
+        raise fault("has no function `verify`", "define `def verify(problem, completion): ...` in it")
+    return verify  # type: ignore[no-any-return]

@@ -1,0 +1,93 @@
+"""The frozen records that travel through a step: problem, rollout, verdict, context, group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+__all__ = ["Context", "FinishReason", "Group", "Message", "Problem", "Rollout", "Row", "Verdict"]
+
+Message = dict[str, str]
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One task row.
+
+    `messages` is the student's chat (an optional system message, the last one from the user). `answer` is what the
+    verifier compares with, `reference` a worked solution where the data has one, `data` whatever else a verifier needs.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    answer: str | None = None
+    reference: str | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def prompt(self) -> str:
+        """The last user message."""
+        return self.messages[-1]["content"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a verifier says of one completion.
+
+    `score` lies in [0, 1]; `text` is its feedback in words, empty where it has nothing to say. `error` names a failure of
+    the verifier itself: the score then means nothing, and the rollout leaves the batch.
+    """
+
+    score: float
+    text: str = ""
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Context:
+    """The language feedback C of one completion: its kind, its words, and whether it was cut to fit."""
+
+    kind: str
+    text: str
+    cut: bool = False
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One completion sampled from the student.
+
+    `tokens` are the completion's ids with the stop token where one came; `logps` the sampler's float32 log-probabilities
+    of these tokens; `text` the decoded completion without the stop token. `teacher_prompt` is set with `context`.
+    """
+
+    tokens: tuple[int, ...]
+    logps: tuple[float, ...]
+    text: str
+    finish: FinishReason
+    verdict: Verdict | None = None
+    success: bool = False
+    context: Context | None = None
+    teacher_prompt: tuple[int, ...] | None = None
+
+    def graded(self, verdict: Verdict, threshold: float) -> Rollout:
+        """This rollout with its verdict; success is score >= threshold."""
+        return replace(self, verdict=verdict, success=verdict.error is None and verdict.score >= threshold)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The N rollouts of one problem, with the student's prompt ids."""
+
+    problem: Problem
+    prompt: tuple[int, ...]
+    rollouts: tuple[Rollout, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt and a completion, as token ids, to be scored or trained on."""
+
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
