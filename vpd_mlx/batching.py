@@ -47,8 +47,8 @@ def pad(rows: Sequence[Row], multiple: int = 1) -> Padded:
 def micro_batches(rows: Sequence[Row], budget: int) -> list[list[int]]:
     """Indices of rows, grouped so that rows x longest stays within `budget` tokens, long rows together.
 
-    Sorted by length, so little is padding; the order within a length is that of the input, so the split is deterministic. A
-    row longer than the budget gets a batch of its own.
+    Sorted by length, so little is padding; the order within a length is that of the input, so the split is
+    deterministic. A row longer than the budget gets a batch of its own.
     """
     order = sorted(range(len(rows)), key=lambda i: (-(len(rows[i].prompt) + len(rows[i].completion)), i))
     batches: list[list[int]] = []
@@ -66,9 +66,9 @@ def micro_batches(rows: Sequence[Row], budget: int) -> list[list[int]]:
 def token_weights(lengths: Sequence[int], weighting: str, sequences: int, tokens: int) -> list[npt.NDArray[np.float32]]:
     """Weight of every token, per row, so that a weighted sum over the whole batch is the wanted mean.
 
-    `sequence`: 1 / (T_i * sequences), the mean over `sequences` sequences of their token means: sequences that take no part
-    count 0 (what SDPO's reference computes). `token`: 1 / `tokens`. The totals come from outside, so that micro-batches and
-    several machines give the same sum.
+    `sequence`: 1 / (T_i * sequences), the mean over `sequences` sequences of their token means: sequences that take no
+    part count 0 (what SDPO's reference computes). `token`: 1 / `tokens`. The totals come from outside, so that
+    micro-batches and several machines give the same sum.
     """
     if weighting == "sequence":
         return [np.full(n, 1.0 / (n * sequences), np.float32) for n in lengths]

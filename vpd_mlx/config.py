@@ -1,7 +1,7 @@
 """The recipe: one YAML file, a strict model behind it, and all faults reported at once.
 
-Precedence is recipe < `--set key=value` < named flag. Every field's description is its documentation: `docs/recipe.md` is
-generated from here.
+Precedence is recipe < `--set key=value` < named flag. Every field's description is its documentation: `docs/recipe.md`
+is generated from here.
 """
 
 from __future__ import annotations
@@ -197,9 +197,9 @@ class Teacher(_Section):
 
     weights: Literal["live", "frozen", "ema", "trust_region", "adapter"] | None = Field(
         None,
-        description="`live` weights; `frozen` for each batch; an `ema` of the student; `trust_region`: logits between the "
-        "initial model's and the student's; `adapter`: a second LoRA of its own. null: vpd and the hybrids live, "
-        "sdpo and opsd ema.",
+        description="`live` weights; `frozen` for each batch; an `ema` of the student; `trust_region`: logits "
+        "between the initial model's and the student's; `adapter`: a second LoRA of its own. null: vpd and the hybrids "
+        "live, sdpo and opsd ema.",
     )
     ema_rate: float = Field(0.05, gt=0, le=1, description="Share of the student taken into the EMA after each batch.")
     trust_region: Unit = Field(
@@ -295,7 +295,7 @@ class Recipe(_Section):
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
 
 
-# ---------------------------------------------------------------------------------------------------------------- reading
+# --- reading
 
 
 class _Loader(yaml.SafeLoader):

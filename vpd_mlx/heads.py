@@ -1,8 +1,9 @@
 """Hidden states to per-token losses, without ever holding (tokens, vocabulary).
 
-The head and the loss run in one, chunk by chunk, and the gradient with respect to the hidden states is made in the forward
-pass: what stays is (M, D), not (M, V). `mx.depends` makes each chunk wait for the one before, so that the scheduler cannot
-hold several at once. The head itself is frozen; where an adapter touches it, `policy` hands over logits and an identity head.
+The head and the loss run in one, chunk by chunk, and the gradient with respect to the hidden states is made in the
+forward pass: what stays is (M, D), not (M, V). `mx.depends` makes each chunk wait for the one before, so that the
+scheduler cannot hold several at once. The head itself is frozen; where an adapter touches it, `policy` hands over
+logits and an identity head.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """One network, one copy of its weights: load, adapt, score, switch adapters, save.
 
-Student and teacher are this same network under two prompts. The initial model is this network with its adapter off; an EMA
-teacher or a teacher's own adapter is this network with other adapter tensors put in for a moment. Only LoRA tensors ever exist
-twice.
+Student and teacher are this same network under two prompts. The initial model is this network with its adapter off; an
+EMA teacher or a teacher's own adapter is this network with other adapter tensors put in for a moment. Only LoRA tensors
+ever exist twice.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import numpy.typing as npt
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.trainer import grad_checkpoint
 from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -43,7 +43,7 @@ PROBE = tuple(range(1, 9))
 
 
 def phase_seed(seed: int, step: int, phase: str) -> int:
-    """A seed for one phase of one step. Randomness is reseeded from it, so nothing hidden must be restored on resume."""
+    """A seed for one phase of one step; reseeding from it leaves nothing hidden to restore on resume."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{phase}".encode()).digest()[:7], "big")
 
 
@@ -73,7 +73,7 @@ class Policy:
             self._multiple = GPU_MULTIPLE
         self._body, self.head = self._split()
 
-    # ------------------------------------------------------------------------------------------------------------ loading
+    # --- loading
 
     @classmethod
     def load(
@@ -118,7 +118,7 @@ class Policy:
         self._body, self.head = self._split()
 
     def _split(self) -> tuple[Any, Head]:
-        """The network as body and head, if a probe shows that head(body(x)) is the model; else the whole and identity."""
+        """Body and head, if a probe shows that head(body(x)) is the model; else the whole and identity."""
         # inner holds embed_tokens; some architectures wrap it once more
         outer = getattr(self.model, "language_model", self.model)
         inner = getattr(outer, "model", None) or getattr(outer, "transformer", None)
@@ -153,7 +153,7 @@ class Policy:
         )
         return self.model, lambda logits: logits
 
-    # ------------------------------------------------------------------------------------------------------------ scoring
+    # --- scoring
 
     @property
     def head_chunk(self) -> int:
@@ -165,7 +165,7 @@ class Policy:
         return micro_batches(rows, self._micro_batch_tokens)
 
     def hidden(self, rows: Sequence[Row]) -> tuple[mx.array, mx.array]:
-        """States that predict each completion token, and these tokens: (M, D) and (M,), rows in order. Differentiable."""
+        """States that predict each completion token, and these tokens: (M, D) and (M,), rows in order."""
         padded = pad(rows, self._multiple)
         states = self._body(mx.array(padded.inputs))
         flat = states.reshape(-1, states.shape[-1])
@@ -200,7 +200,7 @@ class Policy:
                 out[i] = piece
         return [o for o in out if o is not None]
 
-    # ----------------------------------------------------------------------------------------------------------- adapters
+    # --- adapters
 
     @property
     def adapter(self) -> Adapter:

@@ -1,8 +1,8 @@
 """The messages of student, teacher and critic, and the token ids they become.
 
-Only this module and `tasks/` hold prompt text. The student sees the plain prompt; the teacher sees the same conversation with
-its last user message replaced by one that carries the feedback C. The completion's ids are appended unchanged on both sides,
-so both score identical tokens (spec section 5).
+Only this module and `tasks/` hold prompt text. The student sees the plain prompt; the teacher sees the same
+conversation with its last user message replaced by one that carries the feedback C. The completion's ids are appended
+unchanged on both sides, so both score identical tokens (spec section 5).
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ DEFAULT_TEMPLATES: Mapping[str, str] = {
         "Now solve the problem yourself, in the format it asks for."
     ),
     "both": (
-        "{prompt}\n\nA correct solution of this problem:\n\n{solution}\n\nAn earlier attempt failed. What the checker said of "
-        "it:\n\n{context}\n\nNow solve the problem yourself, in the format it asks for."
+        "{prompt}\n\nA correct solution of this problem:\n\n{solution}\n\nAn earlier attempt failed. What the checker "
+        "said of it:\n\n{context}\n\nNow solve the problem yourself, in the format it asks for."
     ),
     "attempt": "The earlier attempt:\n\n{attempt}\n\n",
     "critic": (
@@ -85,7 +85,8 @@ class Prompter:
     ) -> tuple[tuple[int, ...], bool]:
         """(prompt ids of the teacher under a context, whether the context had to be cut).
 
-        A context that is too long loses its middle: what stands around it, the closing instruction above all, stays whole.
+        A context that is too long loses its middle: what stands around it, the closing instruction above all, stays
+        whole.
         """
 
         def ids(context: str) -> tuple[int, ...]:

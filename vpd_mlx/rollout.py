@@ -20,7 +20,7 @@ from vpd_mlx.policy import Policy
 from vpd_mlx.prompts import Prompter
 from vpd_mlx.types import FinishReason, Group, Problem, Rollout
 
-__all__ = ["Sampling", "generate", "roll_out", "student_prompts"]
+__all__ = ["Sampling", "as_groups", "generate", "roll_out", "student_prompts"]
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ def generate(
 ) -> Iterator[tuple[int, int, Rollout]]:
     """Sample `samples` completions of each prompt; yields (prompt index, sample index, rollout) as each one finishes.
 
-    The same seed, prompts and counts give the same tokens. Log-probabilities are those of the untempered distribution that
-    the sampler saw.
+    The same seed, prompts and counts give the same tokens. Log-probabilities are those of the untempered distribution
+    that the sampler saw.
     """
     mx.random.seed(seed)
     total = len(prompts) * samples
@@ -134,7 +134,7 @@ def roll_out(
 def as_groups(
     problems: Sequence[Problem], prompts: Sequence[tuple[int, ...]], rollouts: dict[tuple[int, int], Rollout], size: int
 ) -> list[Group]:
-    """Groups from rollouts by (problem, sample); a missing one, left out for a failed verifier, leaves a smaller group."""
+    """Groups from rollouts by (problem, sample); one left out for a failed verifier makes its group smaller."""
     return [
         Group(problem, prompt, tuple(rollouts[p, n] for n in range(size) if (p, n) in rollouts))
         for p, (problem, prompt) in enumerate(zip(problems, prompts, strict=True))

@@ -36,8 +36,8 @@ class Problem:
 class Verdict:
     """What a verifier says of one completion.
 
-    `score` lies in [0, 1]; `text` is its feedback in words, empty where it has nothing to say. `error` names a failure of
-    the verifier itself: the score then means nothing, and the rollout leaves the batch.
+    `score` lies in [0, 1]; `text` is its feedback in words, empty where it has nothing to say. `error` names a failure
+    of the verifier itself: the score then means nothing, and the rollout leaves the batch.
     """
 
     score: float
@@ -58,8 +58,9 @@ class Context:
 class Rollout:
     """One completion sampled from the student.
 
-    `tokens` are the completion's ids with the stop token where one came; `logps` the sampler's float32 log-probabilities
-    of these tokens; `text` the decoded completion without the stop token. `teacher_prompt` is set with `context`.
+    `tokens` are the completion's ids with the stop token where one came; `logps` the sampler's float32
+    log-probabilities of these tokens; `text` the decoded completion without the stop token. `teacher_prompt` is set
+    with `context`.
     """
 
     tokens: tuple[int, ...]

@@ -1,7 +1,7 @@
 """Feedback: one file per source of the context C.
 
-A source is a function from graded groups to a text or nothing for each rollout. `add_context` asks them in the recipe's order
-of preference and builds the teacher's prompt from the first that has something to say.
+A source is a function from graded groups to a text or nothing for each rollout. `add_context` asks them in the recipe's
+order of preference and builds the teacher's prompt from the first that has something to say.
 """
 
 from __future__ import annotations
