@@ -9,6 +9,7 @@ logits and an identity head.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import mlx.core as mx
 
@@ -77,12 +78,13 @@ def weighted_token_loss(
 
     run = mx.custom_function(forward)
 
-    @run.vjp  # type: ignore[untyped-decorator]
+    @run.vjp
     def _(_primal: mx.array, cotangents: list[mx.array], outputs: list[mx.array]) -> mx.array:
         # Only the first output carries a gradient; the others are handed out for logging.
         return cotangents[0] * outputs[1]
 
-    value, _, losses, *metrics = run(hidden)
+    outputs: Any = run(hidden)
+    value, _, losses, *metrics = outputs
     return value, {"loss": losses, **dict(zip(names, metrics, strict=True))}
 
 

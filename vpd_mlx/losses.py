@@ -20,6 +20,7 @@ __all__ = [
     "bco_loss",
     "class_midpoint",
     "divergence",
+    "divergence_from_logps",
     "entropy",
     "group_advantages",
     "implicit_rewards",
@@ -101,8 +102,16 @@ def divergence(
         raise ValueError(f"alpha is {alpha}; needs 0..1")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k is {top_k}; needs 1 or more, or None")
-    student = log_softmax(student_logits)
-    teacher = mx.stop_gradient(log_softmax(teacher_logits))
+    return divergence_from_logps(
+        log_softmax(student_logits), log_softmax(teacher_logits), alpha=alpha, top_k=top_k, tail=tail
+    )
+
+
+def divergence_from_logps(
+    student: mx.array, teacher: mx.array, *, alpha: float, top_k: int | None = None, tail: bool = True
+) -> mx.array:
+    """`divergence` of log-probabilities that are normalised already: (..., V) twice -> (...)."""
+    teacher = mx.stop_gradient(teacher)
     if top_k is not None and top_k < student.shape[-1]:
         support = mx.stop_gradient(mx.argpartition(-student, top_k - 1, axis=-1)[..., :top_k])
         student = _on_support(student, support, tail)

@@ -60,7 +60,7 @@ def generate(
         while responses := generator.next_generated():
             # One gather a step for all rows: a kept row of log-probabilities would pin the whole (rows, V) buffer.
             column = mx.stack([r.logprobs[r.token] for r in responses]).astype(mx.float32)
-            mx.async_eval(column)
+            mx.async_eval(column)  # type: ignore[no-untyped-call]
             columns.append(column)
             finished = []
             for i, r in enumerate(responses):

@@ -1,0 +1,79 @@
+"""What an algorithm is, and how its state is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+from vpd_mlx.metrics import Clock
+from vpd_mlx.policy import Policy
+from vpd_mlx.teacher import Teacher
+from vpd_mlx.types import Group
+from vpd_mlx.updates import Learner
+
+__all__ = ["Algorithm", "Metrics", "State", "Step", "load_state", "prefixed", "save_state"]
+
+Metrics = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where the run stands: the step's number from 1, the run's seed, and the clock that phases are counted on."""
+
+    number: int
+    seed: int
+    clock: Clock
+
+
+@dataclass(frozen=True)
+class State:
+    """All that an algorithm carries from step to step, the policy's adapter aside."""
+
+    arrays: dict[str, mx.array]
+    scalars: dict[str, Any]
+
+
+class Algorithm(Protocol):
+    """Turns a batch of rollouts with contexts into updates of the policy."""
+
+    def __call__(self, policy: Policy, groups: Sequence[Group], step: Step) -> Metrics:
+        """One step; returns what to log."""
+
+    def state(self) -> State:
+        """For a checkpoint."""
+
+    def restore(self, state: State) -> None:
+        """Take up a checkpoint."""
+
+
+def prefixed(prefix: str, metrics: Mapping[str, Any]) -> Metrics:
+    """Metrics under `prefix/`."""
+    return {f"{prefix}/{k}": v for k, v in metrics.items()}
+
+
+def save_state(learners: Mapping[str, Learner], teacher: Teacher | None, delta: float | None = None) -> State:
+    """The state of optimizers, teacher and reward shift."""
+    arrays = {f"{name}.{k}": v for name, learner in learners.items() for k, v in learner.arrays().items()}
+    if teacher is not None:
+        arrays |= {f"teacher.{k}": v for k, v in teacher.arrays().items()}
+    scalars: dict[str, Any] = {
+        name: {"updates": learner.updates, "skipped": learner.skipped} for name, learner in learners.items()
+    }
+    return State(arrays, {**scalars, "delta": delta})
+
+
+def load_state(state: State, learners: Mapping[str, Learner], teacher: Teacher | None) -> float | None:
+    """Put a saved state back; returns the reward shift."""
+
+    def part(name: str) -> dict[str, mx.array]:
+        return {k.removeprefix(f"{name}."): v for k, v in state.arrays.items() if k.startswith(f"{name}.")}
+
+    for name, learner in learners.items():
+        learner.restore(part(name), **state.scalars[name])
+    if teacher is not None:
+        teacher.restore(part("teacher"))
+    delta: float | None = state.scalars["delta"]
+    return delta

@@ -1,0 +1,40 @@
+"""What a run tells whoever watches it. The loop calls these; it knows no terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+__all__ = ["Progress", "Silent"]
+
+
+class Progress(Protocol):
+    """Receives a run's events as they happen."""
+
+    def note(self, text: str) -> None:
+        """A line worth reading: a warning, a fallback, where files are."""
+
+    def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
+        """A phase has begun or moved on: `done` of `total` sequences, where that is known."""
+
+    def step(self, step: int, steps: int, metrics: Mapping[str, Any], seconds_left: float) -> None:
+        """A step is complete."""
+
+    def evaluation(self, step: int, result: Mapping[str, Any]) -> None:
+        """An evaluation is complete."""
+
+
+class Silent:
+    """Says nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+    def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
+        """Nothing."""
+
+    def step(self, step: int, steps: int, metrics: Mapping[str, Any], seconds_left: float) -> None:
+        """Nothing."""
+
+    def evaluation(self, step: int, result: Mapping[str, Any]) -> None:
+        """Nothing."""

@@ -1,0 +1,185 @@
+"""The run folder: append-only JSON lines, one writer, cut back to a known place on resume."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from vpd_mlx.errors import RunError
+
+__all__ = ["LOGS", "RunLog", "free_run_folder", "read_rows", "write_atomic"]
+
+LOGS = ("metrics.jsonl", "rollouts.jsonl", "evals.jsonl")
+MARK = "config.yaml"  # a folder that holds it is a run
+LEAST_FREE = 64 << 20  # bytes: below it a run stops while its last checkpoint can still be written
+
+
+def free_run_folder(parent: Path, name: str) -> Path:
+    """`parent/name`, or with -2, -3 … behind it: the first that no older run holds."""
+    path, number = parent / name, 1
+    while path.exists() and any(path.iterdir()):
+        number += 1
+        path = parent / f"{name}-{number}"
+    return path
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file so that a reader or a crash sees the old one or the new one, never half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(partial, path)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log. A last line without its newline is an unfinished write, and left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines if line]
+
+
+class RunLog:
+    """One run's files, open for appending, held by one process."""
+
+    def __init__(self, path: Path, lock: TextIO) -> None:
+        self.path = path
+        self._lock = lock
+        self._files: dict[str, TextIO] = {}
+
+    @classmethod
+    def create(cls, path: Path, config: str, *, overwrite: bool) -> RunLog:
+        """A new run.
+
+        Raises:
+            RunError: the folder holds something already, is held by another process, or cannot be written.
+        """
+        with _file_errors(path):
+            taken = path.exists() and any(path.iterdir())
+            if taken and not overwrite:
+                what = "a run" if (path / MARK).exists() else "other files"
+                raise RunError(f"{path}: holds {what} already; give another --out, or --overwrite to replace it")
+            if taken and not (path / MARK).exists():
+                raise RunError(f"{path}: is not a run folder, so --overwrite leaves it alone; give another --out")
+            path.mkdir(parents=True, exist_ok=True)
+            log = cls(path, _hold(path))
+            if taken:
+                for item in path.iterdir():
+                    if item.name != "run.lock":
+                        shutil.rmtree(item) if item.is_dir() else item.unlink()
+            write_atomic(path / MARK, config)
+            for name in LOGS:
+                log._open(name)
+            return log
+
+    @classmethod
+    def reopen(cls, path: Path) -> RunLog:
+        """A run to go on with.
+
+        Raises:
+            RunError: there is no run, or another process holds it.
+        """
+        if not (path / MARK).exists():
+            raise RunError(f"{path}: no run to resume here ({MARK} is missing)")
+        with _file_errors(path):
+            log = cls(path, _hold(path))
+            for name in LOGS:
+                log._open(name)
+            return log
+
+    def _open(self, name: str) -> None:
+        self._files[name] = (self.path / name).open("a", encoding="utf-8")
+
+    def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add rows to a log and see them to the disk's cache.
+
+        Raises:
+            RunError: the disk is full or the folder cannot be written.
+        """
+        with _file_errors(self.path):
+            f = self._files[name]
+            f.write("".join(json.dumps(_plain(row), ensure_ascii=False) + "\n" for row in rows))
+            f.flush()
+
+    def offsets(self) -> dict[str, int]:
+        """Bytes in each log, for a checkpoint."""
+        return {name: os.fstat(f.fileno()).st_size for name, f in self._files.items()}
+
+    def cut_back(self, offsets: Mapping[str, int]) -> None:
+        """Cut each log to the given bytes, so that no step stands twice."""
+        with _file_errors(self.path):
+            for name, f in self._files.items():
+                f.truncate(offsets.get(name, 0))
+                os.fsync(f.fileno())
+
+    def sync(self) -> None:
+        """See the logs to the disk."""
+        with _file_errors(self.path):
+            for f in self._files.values():
+                os.fsync(f.fileno())
+
+    def check_space(self) -> None:
+        """Refuse to go on when the disk is nearly full.
+
+        Raises:
+            RunError: less than 64 MB are free.
+        """
+        free = shutil.disk_usage(self.path).free
+        if free < LEAST_FREE:
+            raise RunError(
+                f"{self.path}: {free >> 20} MB left on the disk, less than the {LEAST_FREE >> 20} MB that a checkpoint and "
+                "the logs need; free some space, then go on with --resume"
+            )
+
+    def close(self) -> None:
+        """Close the files and let the folder go."""
+        for f in self._files.values():
+            f.close()
+        self._lock.close()
+
+
+@contextlib.contextmanager
+def _file_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{error.filename or path}: {error.strerror or error}; free space or mend the permissions, then go on with "
+            "--resume where a run had begun"
+        ) from error
+
+
+def _hold(path: Path) -> TextIO:
+    lock = (path / "run.lock").open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip() or "unknown"
+        lock.close()
+        raise RunError(f"{path}: another process trains here (process {holder}); wait for it or stop it") from None
+    lock.seek(0)
+    lock.truncate()
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN or infinity: they become their names, so that a reader sees that something went wrong."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value

@@ -1,0 +1,202 @@
+"""What every update shares: samples, minibatches, summed gradients, and the optimizer.
+
+A batch of rollouts is a list of samples; an update walks it in micro-batches. Every token's weight is fixed beforehand from
+totals over the whole minibatch, so that any split into micro-batches gives the same gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import numpy.typing as npt
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from vpd_mlx.config import Optimizer
+from vpd_mlx.heads import TokenLoss, weighted_token_loss
+from vpd_mlx.metrics import mean
+from vpd_mlx.policy import Policy
+from vpd_mlx.types import Group, Rollout, Row
+
+__all__ = [
+    "Floats",
+    "Learner",
+    "Metrics",
+    "Pass",
+    "Sample",
+    "accumulate",
+    "epochs",
+    "gather",
+    "minibatches",
+    "teacher_row",
+    "unit_weights",
+    "update_metrics",
+]
+
+Floats = npt.NDArray[np.float32]
+Metrics = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One rollout as the updates see it: the completion behind the student's and, with a context, the teacher's prompt."""
+
+    group: int
+    student: Row
+    teacher: Row | None
+    rollout: Rollout
+
+
+def gather(groups: Sequence[Group]) -> list[Sample]:
+    """All rollouts of a batch, in order."""
+    return [
+        Sample(
+            group=g,
+            student=Row(group.prompt, r.tokens),
+            teacher=None if r.teacher_prompt is None else Row(r.teacher_prompt, r.tokens),
+            rollout=r,
+        )
+        for g, group in enumerate(groups)
+        for r in group.rollouts
+    ]
+
+
+def minibatches(samples: Sequence[Sample], prompts: int | None) -> list[list[int]]:
+    """Indices of samples, `prompts` whole groups at a time; None takes all."""
+    present = sorted({s.group for s in samples})
+    size = prompts or max(1, len(present))
+    chosen = [set(present[i : i + size]) for i in range(0, len(present), size)]
+    return [[i for i, s in enumerate(samples) if s.group in part] for part in chosen]
+
+
+def teacher_row(sample: Sample) -> Row:
+    """The completion behind the teacher's prompt.
+
+    Raises:
+        ValueError: the sample has no context.
+    """
+    if sample.teacher is None:
+        raise ValueError("a sample without a context has no teacher prompt")
+    return sample.teacher
+
+
+def epochs(batches: Sequence[list[int]], passes: int) -> Iterator[tuple[int, list[int]]]:
+    """(number of the update within this batch, indices), `passes` times over the minibatches."""
+    number = 0
+    for _ in range(passes):
+        for indices in batches:
+            yield number, indices
+            number += 1
+
+
+class Learner:
+    """AdamW over the adapter with linear warm-up and clipping. An update whose gradient is not finite is skipped."""
+
+    def __init__(self, cfg: Optimizer, ratio: float = 1.0) -> None:
+        self.cfg = cfg
+        self.rate = cfg.learning_rate * ratio
+        self.updates = 0
+        self.skipped = 0
+        self._adam = optim.AdamW(
+            learning_rate=self.rate,
+            betas=[cfg.beta1, cfg.beta2],
+            weight_decay=cfg.weight_decay,
+            bias_correction=True,  # off by default in mlx
+        )
+
+    def apply(self, policy: Policy, gradients: Any) -> Metrics:
+        """Move the policy's adapter by one update; returns `grad_norm`, `rate` and `applied`."""
+        norm = math.sqrt(sum(float(mx.square(g).sum()) for _, g in tree_flatten(gradients)))
+        if not math.isfinite(norm):
+            self.skipped += 1
+            return {"grad_norm": None, "rate": 0.0, "applied": 0}
+        self.updates += 1
+        rate = self.rate * min(1.0, self.updates / max(1, self.cfg.warmup_steps))
+        if self.cfg.grad_clip is not None and norm > self.cfg.grad_clip:
+            factor = self.cfg.grad_clip / norm
+            gradients = tree_map(lambda g: g * factor, gradients)
+        self._adam.learning_rate = rate
+        self._adam.update(policy.model, gradients)
+        mx.eval(policy.model.trainable_parameters(), self._adam.state)
+        return {"grad_norm": norm, "rate": rate, "applied": 1}
+
+    def arrays(self) -> dict[str, mx.array]:
+        """The optimizer's state by name, for a checkpoint."""
+        return dict(tree_flatten(self._adam.state))
+
+    def restore(self, arrays: Mapping[str, mx.array], updates: int, skipped: int) -> None:
+        """Take up a checkpoint's state."""
+        self._adam.state = tree_unflatten(list(arrays.items()))
+        self.updates, self.skipped = updates, skipped
+
+
+@dataclass
+class Pass:
+    """What one walk over a minibatch leaves: gradients, the loss, and per row each token's figures."""
+
+    gradients: Any
+    loss: float
+    columns: list[dict[str, Floats]]
+
+
+def accumulate(
+    policy: Policy,
+    rows: Sequence[Row],
+    weights: Sequence[Floats],
+    constants: Sequence[Mapping[str, mx.array]],
+    token_loss: TokenLoss,
+    seed: int,
+    into: Pass | None = None,
+) -> Pass:
+    """Sum of weighted token losses over rows and its gradient, micro-batch by micro-batch, on top of `into`."""
+    total = into.loss if into else 0.0
+    gradients = into.gradients if into else None
+    columns: list[dict[str, Floats]] = [{} for _ in rows]
+    mx.random.seed(seed)  # dropout's masks, where there is any
+    for indices in policy.split(rows):
+        part = [rows[i] for i in indices]
+        flat = mx.array(np.concatenate([weights[i] for i in indices]))
+        fixed = {k: mx.concatenate([constants[i][k] for i in indices]) for k in constants[indices[0]]}
+
+        def batch_loss(
+            part: list[Row] = part, flat: mx.array = flat, fixed: Mapping[str, mx.array] = fixed
+        ) -> tuple[mx.array, dict[str, mx.array]]:
+            states, targets = policy.hidden(part)
+            return weighted_token_loss(
+                policy.head, token_loss, states, flat, {"targets": targets, **fixed}, policy.head_chunk
+            )
+
+        with policy.dropout_on():
+            (value, figures), gradient = nn.value_and_grad(policy.model, batch_loss)()
+        gradients = gradient if gradients is None else tree_map(mx.add, gradients, gradient)
+        mx.eval(value, figures, gradients)
+        total += float(value)
+        start = 0
+        values = {name: np.array(column) for name, column in figures.items()}
+        for i in indices:
+            stop = start + len(rows[i].completion)
+            columns[i] = {name: column[start:stop] for name, column in values.items()}
+            start = stop
+    return Pass(gradients, total, columns)
+
+
+def unit_weights(rows: Sequence[Row]) -> list[Floats]:
+    """1 for every token: for losses that carry their weights themselves."""
+    return [np.ones(len(r.completion), np.float32) for r in rows]
+
+
+def update_metrics(updates: Sequence[Metrics]) -> Metrics:
+    """`grad_norm` (mean before clipping), `rate`, and how many updates were made or left out as not finite."""
+    norms = [u["grad_norm"] for u in updates if u["grad_norm"] is not None]
+    return {
+        "grad_norm": mean(norms),
+        "rate": updates[-1]["rate"] if updates else 0.0,
+        "updates": sum(u["applied"] for u in updates),
+        "nonfinite": sum(1 - u["applied"] for u in updates),
+    }

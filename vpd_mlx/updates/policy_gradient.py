@@ -1,0 +1,222 @@
+"""Group-relative policy optimisation, and its share in the hybrids (arXiv 2402.03300, 2503.20783; 2605.15113 B.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from vpd_mlx import losses
+from vpd_mlx.batching import token_weights
+from vpd_mlx.config import Grpo
+from vpd_mlx.heads import Head
+from vpd_mlx.metrics import mean
+from vpd_mlx.policy import Policy, phase_seed
+from vpd_mlx.teacher import Teacher
+from vpd_mlx.updates.divergence import Distillation, divergence_metrics
+from vpd_mlx.updates.learner import (
+    Floats,
+    Learner,
+    Metrics,
+    Pass,
+    Sample,
+    accumulate,
+    epochs,
+    minibatches,
+    teacher_row,
+    unit_weights,
+    update_metrics,
+)
+
+__all__ = ["advantages_of", "policy_gradient_update"]
+
+
+def advantages_of(samples: Sequence[Sample], cfg: Grpo) -> Floats:
+    """One advantage per sample, from its score against its group's. Groups may be of different sizes."""
+    scores = np.array([s.rollout.verdict.score if s.rollout.verdict else 0.0 for s in samples], np.float32)
+    of = np.array([s.group for s in samples])
+    sizes = {g: int((of == g).sum()) for g in sorted(set(of.tolist()))}
+    out = np.zeros(len(samples), np.float32)
+    if len(set(sizes.values())) == 1:
+        rewards = mx.array(np.stack([scores[of == g] for g in sizes]))
+        values = np.array(losses.group_advantages(rewards, scale=cfg.scale))
+        for g, row in zip(sizes, values, strict=True):
+            out[of == g] = row
+        return out
+    # A failed verifier took rollouts out: the same formula, group by group, the batch's deviation from all scores.
+    spread = float(scores.std(ddof=1)) + losses.STD_EPSILON if len(scores) > 1 else 1.0
+    for g in sizes:
+        rewards = mx.array(scores[of == g][None])
+        if cfg.scale == "batch":
+            out[of == g] = np.array(losses.group_advantages(rewards))[0] / spread
+        else:
+            out[of == g] = np.array(losses.group_advantages(rewards, scale=cfg.scale))[0]
+    return out
+
+
+TokenAdvantages = Callable[[mx.array, mx.array, mx.array], mx.array]
+"""(advantages, teacher's log-probabilities, student's), each (m,) -> advantages (m,)."""
+
+
+def policy_gradient_update(
+    policy: Policy,
+    samples: Sequence[Sample],
+    learner: Learner,
+    cfg: Grpo,
+    *,
+    seed: int,
+    teacher: Teacher | None = None,
+    reshape: TokenAdvantages | None = None,
+    distill: tuple[float, float, Distillation] | None = None,
+) -> Metrics:
+    """Clipped policy gradient on group advantages, alone or together with the teacher.
+
+    Args:
+        policy: the student.
+        samples: the whole batch.
+        learner: the optimizer.
+        cfg: clipping, scaling, KL, minibatches.
+        seed: for dropout.
+        teacher: needed by `reshape` and `distill`.
+        reshape: turns advantages into token advantages where a sample has a context.
+        distill: (weight of the divergence, weight of the policy gradient, the divergence): both in one gradient.
+    """
+    advantages = advantages_of(samples, cfg)
+    kept = list(range(len(samples)))
+    if cfg.drop_uniform_groups:
+        mixed = {g for g in {s.group for s in samples} if len({s.rollout.success for s in samples if s.group == g}) > 1}
+        kept = [i for i in kept if samples[i].group in mixed]
+    batches = [[i for i in part if i in set(kept)] for part in minibatches(samples, cfg.minibatch_prompts)]
+    several = len(batches) * cfg.epochs > 1
+    rows = [s.student for s in samples]
+    # With a single update the ratio is 1 by definition; with several the sampler's log-probabilities are needed.
+    old = policy.logps(rows) if several else None
+    reference = None
+    if cfg.kl > 0:
+        with policy.adapter_off():
+            reference = policy.logps(rows)
+    updates, values = [], []
+    seen: dict[int, dict[str, Floats]] = {}
+    ratios: list[Floats] = []
+    for number, indices in epochs(batches, cfg.epochs):
+        if not indices:
+            continue
+        lengths = [len(rows[i].completion) for i in indices]
+        base = token_weights(lengths, cfg.weighting, sequences=len(indices), tokens=sum(lengths))
+        weight_of = dict(zip(indices, base, strict=True))
+        done: Pass | None = None
+        for with_context in (True, False):
+            uses_teacher = with_context and teacher is not None
+            part = [i for i in indices if (samples[i].teacher is not None and teacher is not None) == with_context]
+            if not part:
+                continue
+            chosen = [samples[i] for i in part]
+            constants: list[dict[str, mx.array]] = [{} for _ in part]
+            if uses_teacher and teacher is not None:
+                constants = [dict(s) for s in teacher.states(policy, [teacher_row(s) for s in chosen])]
+                if distill is not None:
+                    constants = distill[2].constants(chosen, constants)
+            for c, i in zip(constants, part, strict=True):
+                n = len(rows[i].completion)
+                c["advantage"] = mx.full(n, float(advantages[i]))
+                c["pg_weight"] = mx.array(weight_of[i])
+                if distill is not None and uses_teacher:
+                    per_token = token_weights(
+                        [n], distill[2].cfg.weighting, len(indices), _context_tokens(samples, indices)
+                    )
+                    c["distill_weight"] = mx.array(per_token[0])
+                if old is not None:
+                    c["old_logp"] = mx.array(old[i])
+                if reference is not None:
+                    c["reference"] = mx.array(reference[i])
+            loss = _PolicyGradient(
+                cfg,
+                teacher if uses_teacher else None,
+                reshape,
+                distill if uses_teacher else None,
+                reward=distill[1] if distill is not None else 1.0,
+            )
+            student_rows = [rows[i] for i in part]
+            step_seed = phase_seed(seed, 2 * number + with_context, "policy_gradient")
+            done = accumulate(policy, student_rows, unit_weights(student_rows), constants, loss, step_seed, done)
+            for i, columns in zip(part, done.columns, strict=True):
+                seen.setdefault(i, columns)
+                ratios.append(columns["ratio"])
+        if done is None:
+            continue
+        updates.append(learner.apply(policy, done.gradients))
+        values.append(done.loss)
+
+    def token_mean(name: str) -> float | None:
+        parts = [c[name] for c in seen.values() if name in c]
+        return float(np.concatenate(parts).mean()) if parts else None
+
+    spread = np.concatenate(ratios) if ratios else np.ones(1, np.float32)
+    metrics: Metrics = {
+        "loss": mean(values),
+        "sequences": len(seen),
+        "advantage_std": float(advantages.std()) if len(advantages) else None,
+        "ratio_min": float(spread.min()),
+        "ratio_max": float(spread.max()),
+        "clipped": token_mean("clipped"),
+        "dual_clipped": token_mean("dual_clipped"),
+        "student_entropy": token_mean("student_entropy"),
+        "kl": token_mean("kl"),
+        **update_metrics(updates),
+    }
+    if teacher is not None:
+        distilled = {i: c for i, c in seen.items() if "divergence" in c}
+        metrics |= divergence_metrics(samples, {i: {**c, "loss": c["divergence"]} for i, c in distilled.items()})
+    return metrics
+
+
+def _context_tokens(samples: Sequence[Sample], indices: Sequence[int]) -> int:
+    return sum(len(samples[i].student.completion) for i in indices if samples[i].teacher is not None)
+
+
+@dataclass(frozen=True)
+class _PolicyGradient:
+    """Token loss of GRPO and its hybrids. Weights are inside, since the two parts of `joint` weigh tokens differently."""
+
+    cfg: Grpo
+    teacher: Teacher | None
+    reshape: TokenAdvantages | None
+    distill: tuple[float, float, Distillation] | None
+    reward: float
+
+    def __call__(
+        self, logits: mx.array, fixed: Mapping[str, mx.array], head: Head
+    ) -> tuple[mx.array, dict[str, mx.array]]:
+        student = losses.log_softmax(logits)
+        logp = mx.take_along_axis(student, fixed["targets"][:, None], axis=-1)[:, 0]
+        old = fixed.get("old_logp", mx.stop_gradient(logp))
+        advantage = fixed["advantage"]
+        if self.reshape is not None and self.teacher is not None:
+            teacher_logp = losses.token_logps(self.teacher.logits(fixed, head), fixed["targets"])
+            advantage = self.reshape(advantage, mx.stop_gradient(teacher_logp), mx.stop_gradient(logp))
+        elif self.reshape is not None:
+            # Without a context there is no teacher: it agrees with the student by default.
+            advantage = self.reshape(advantage, mx.stop_gradient(logp), mx.stop_gradient(logp))
+        loss, metrics = losses.policy_gradient_tokens(
+            logp,
+            old,
+            advantage,
+            clip_low=self.cfg.clip_low,
+            clip_high=self.cfg.clip_high,
+            dual_clip=self.cfg.dual_clip,
+        )
+        frozen = mx.stop_gradient(student)
+        metrics = {**metrics, "student_entropy": -(mx.exp(frozen) * frozen).sum(-1)}
+        if "reference" in fixed:
+            kl = losses.k3_kl(logp, fixed["reference"])
+            loss = loss + self.cfg.kl * kl
+            metrics["kl"] = mx.stop_gradient(kl)
+        loss = self.reward * loss * fixed["pg_weight"]
+        if self.distill is not None:
+            weight, _, divergence = self.distill
+            apart, figures = divergence(logits, fixed, head)
+            loss = loss + weight * apart * fixed["distill_weight"]
+            metrics = {**metrics, **figures, "divergence": mx.stop_gradient(apart)}
+        return loss, metrics
