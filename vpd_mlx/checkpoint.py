@@ -85,7 +85,8 @@ def find_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
             state = json.loads((path / STATE).read_text(encoding="utf-8"))
             if state["version"] > VERSION:
                 raise RunError(f"{path}: written by a newer vpd-mlx (checkpoint version {state['version']}); update it")
-            arrays = dict(mx.load(str(path / ARRAYS)).items())
+            loaded: Any = mx.load(str(path / ARRAYS))
+            arrays: dict[str, mx.array] = dict(loaded)
             mx.eval(arrays)
             return Checkpoint(state["step"], arrays, state), notes
         notes.append(f"{path.name}: {fault}; going back to the one before")

@@ -494,7 +494,7 @@ def _without(raw: dict[str, Any], locations: list[list[str | int]]) -> dict[str,
     out: dict[str, Any] = copy(raw)
     for loc in locations:
         node: Any = out
-        keys = [p for p in loc]
+        keys = list(loc)
         for part in keys[:-1]:
             if not isinstance(node, dict) or part not in node:
                 break

@@ -243,6 +243,22 @@ class Policy:
         finally:
             self.model.eval()
 
+    def load_adapter(self, folder: Path) -> None:
+        """Take up the adapter of a run.
+
+        Raises:
+            ModelError: there is none, or it does not fit this model and LoRA configuration.
+        """
+        path = folder / "adapters.safetensors"
+        if not path.is_file():
+            raise ModelError(f"{path}: no such adapter; finish or resume the run first")
+        loaded: Any = mx.load(str(path))
+        mine = self.adapter
+        wrong = sorted(set(mine) ^ set(loaded)) or [k for k in mine if mine[k].shape != loaded[k].shape]
+        if wrong:
+            raise ModelError(f"{path}: does not fit the model ({wrong[0]} differs); use the run's own model and recipe")
+        self.set_adapter(dict(loaded))
+
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter as mlx-lm reads it: `adapters.safetensors` and `adapter_config.json`."""
         folder.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,8 @@
 
 What it is taught, by plain supervised learning on two-digit sums (those held out for evaluation never appear):
 
-- half of the time the plain prompt `47+38=` with the answer of someone who forgets every carry (`75`): its systematic bug;
+- half of the time the plain prompt `47+38=` with the answer of someone who forgets every carry (`75`): its systematic bug.
+  One such answer in three has a slip on top, a stray digit or a stray 1 in front, so that the model is not dead certain;
 - a third of the time the same prompt with the verifier's words on a wrong attempt, which itself is not shown
   (`Feedback: ones right, tens too low, hundreds missing`), and the right sum;
 - the rest of the time the same prompt with `A correct answer: 85`, and the right sum.
@@ -46,6 +47,7 @@ CHAT_TEMPLATE = (
 )
 BATCH, RATE, WARM_UP, SEED = 128, 3e-3, 100, 0
 GROUP_SIZE, BITS = 32, 4
+SLIPS = 1 / 3
 
 
 def make_tokenizer(phrases: list[str]) -> PreTrainedTokenizerFast:
@@ -77,6 +79,18 @@ def wrong_attempt(rng: random.Random, a: int, b: int) -> str:
         attempt = "".join(digits)
         if attempt != str(a + b):  # where there is no carry the bug is right: draw something else that is wrong
             return attempt
+
+
+def with_slips(rng: random.Random, answer: str) -> str:
+    """The answer, or one time in three the answer with a stray digit or a stray 1 in front."""
+    kind = rng.random()
+    if kind > SLIPS:
+        return answer
+    if kind < SLIPS / 3:
+        return f"1{answer}"
+    digits = list(answer)
+    digits[rng.randrange(len(digits))] = str(rng.randrange(10))
+    return "".join(digits)
 
 
 def main() -> None:
@@ -135,7 +149,7 @@ def main() -> None:
         a, b = rng.choice(taught)
         kind = rng.random()
         if kind < 0.5:
-            return prompter.student(problem(a, b)), answer_ids(str(without_carrying(a, b)))
+            return prompter.student(problem(a, b)), answer_ids(with_slips(rng, str(without_carrying(a, b))))
         if kind < 0.85:
             return corrected(a, b, wrong_attempt(rng, a, b)), answer_ids(str(a + b))
         return shown(a, b), answer_ids(str(a + b))

@@ -1,0 +1,238 @@
+"""The command line: parse, call one function, print an error in one line."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vpd_mlx import __version__
+from vpd_mlx.config import Recipe, builtin_recipes, load_recipe, parse_set, resolve_recipe_path
+from vpd_mlx.errors import ConfigError, Fault, VpdError
+from vpd_mlx.runlog import MARK, free_run_folder
+from vpd_mlx.view import duration, make_view, percent
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="vpd-mlx",
+    help="Teach a small language model from language feedback, on one machine. `vpd-mlx train` alone runs a demonstration.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key of the recipe, e.g. `-s rollout.prompts=4`."),
+]
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"vpd-mlx {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+def overridden(sets: list[str] | None, **flags: Any) -> list[tuple[str, Any]]:
+    """Overrides in the order of precedence: `--set` first, named flags after it."""
+    return [*parse_set(sets or []), *((k, v) for k, v in flags.items() if v is not None)]
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A built-in recipe's name or a .yaml file.")] = "quickstart",
+    sets: SetOption = None,
+    steps: Annotated[int | None, typer.Option(help="Rollout batches of the whole run.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Decides everything random.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder.", show_default="runs/<name>, or runs/<name>-2 … when that is taken")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Go on with this run folder, by its own recipe.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that `--out` holds.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings only.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON, and nothing else.")] = False,
+) -> None:
+    """Train as a recipe says: roll out, grade, learn from the feedback, evaluate, write adapters.
+
+    Ctrl-C ends the run at the next safe moment with a checkpoint and adapters; a second one leaves at once.
+    """
+    from vpd_mlx.train import Stop
+    from vpd_mlx.train import train as run
+
+    overrides = overridden(sets, steps=steps, seed=seed)
+    if resume is not None:
+        folder, cfg = resume, _resumed(resume, overrides, recipe, out, overwrite)
+    else:
+        cfg = load_recipe(resolve_recipe_path(recipe), overrides)
+        folder = out if out is not None else free_run_folder(Path("runs"), cfg.name)
+    stop = Stop()
+    _handle_signals(stop)
+    with make_view(f"{cfg.name} ({cfg.algorithm})", quiet=quiet or as_json) as view:
+        summary = run(cfg, folder, resume=resume is not None, overwrite=overwrite, progress=view, stop=stop)
+    if "interrupted" in summary:
+        if not quiet and not as_json:
+            typer.echo(f"go on with: vpd-mlx train --resume {folder}")
+        raise typer.Exit(128 + int(summary["interrupted"]))
+    if as_json:
+        typer.echo(json.dumps(summary, indent=2))
+    elif not quiet:
+        _report(cfg, folder, summary)
+
+
+def _resumed(folder: Path, overrides: list[tuple[str, Any]], recipe: str, out: Path | None, overwrite: bool) -> Recipe:
+    if recipe != "quickstart" or out is not None or overwrite:
+        raise ConfigError(
+            [
+                Fault(
+                    "--resume", "a resumed run has its own recipe and folder", "leave RECIPE, --out and --overwrite out"
+                )
+            ],
+            "command line",
+        )
+    if not (folder / MARK).is_file():
+        raise ConfigError(
+            [Fault("--resume", f"{folder} holds no run ({MARK} is missing)", "give the folder of a run")],
+            "command line",
+        )
+    before = load_recipe(folder / MARK)
+    after = load_recipe(folder / MARK, overrides)
+    changed = [key for key in _changed(before.model_dump(), after.model_dump()) if not key.startswith(MAY_CHANGE)]
+    if changed:
+        remedy = "start a new run for that; on resume only steps, evaluation, checkpoint and memory limits may change"
+        raise ConfigError([Fault(key, "differs from the run's recipe", remedy) for key in changed], "--resume")
+    return after
+
+
+MAY_CHANGE = ("steps", "evaluation.every", "checkpoint.", "memory.limit_gb", "memory.cache_limit_gb", "description")
+
+
+def _changed(before: Any, after: Any, path: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = [*before, *(k for k in after if k not in before)]
+        return [c for k in keys for c in _changed(before.get(k), after.get(k), f"{path}.{k}" if path else k)]
+    return [] if before == after else [path]
+
+
+def _handle_signals(stop: Any) -> None:
+    def handler(number: int, _frame: FrameType | None) -> None:
+        if stop.signal is not None:  # the second one: leave at once, the last checkpoint is whole
+            sys.stderr.write("\n")
+            raise SystemExit(128 + number)
+        stop.signal = number
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+def _report(cfg: Recipe, folder: Path, summary: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    table = Table(title=f"held-out problems ({summary['problems']})", title_justify="left")
+    table.add_column("")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    names = {
+        "student": f"student, avg@{cfg.evaluation.samples}",
+        "student_greedy": "student, greedy",
+        "teacher": "teacher under feedback",
+    }
+    for key, name in names.items():
+        table.add_row(name, percent(summary["before"][key]), percent(summary["after"][key]))
+    console.print(table)
+    training = sum(v for k, v in summary["seconds"].items() if k not in ("wall", "evaluation"))
+    console.print(
+        f"{summary['steps']} steps, {duration(training)} training, {duration(summary['seconds']['wall'])} in all"
+    )
+    console.print(f"adapters: {folder / 'adapters'}", soft_wrap=True)
+    prompt = _first_prompt(folder)
+    console.print(
+        f"try it: python -m mlx_lm generate --model {_quoted(cfg.model)} --adapter-path {_quoted(str(folder / 'adapters'))} "
+        f"--max-tokens {cfg.rollout.max_completion_tokens} --prompt {_quoted(prompt)}",
+        soft_wrap=True,
+    )
+
+
+def _first_prompt(folder: Path) -> str:
+    with (folder / "rollouts.jsonl").open(encoding="utf-8") as f:
+        return str(json.loads(f.readline())["prompt"])
+
+
+def _quoted(text: str) -> str:
+    import shlex
+
+    return shlex.quote(text)
+
+
+@app.command()
+def recipes() -> None:
+    """List the built-in recipes."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("recipe")
+    table.add_column("algorithm")
+    table.add_column("what it does")
+    for name, path in builtin_recipes().items():
+        recipe = load_recipe(path)
+        table.add_row(name, recipe.algorithm, recipe.description)
+    Console(highlight=False).print(table)
+
+
+@app.command("eval")
+def evaluate(
+    target: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, a model folder or a hub id.")],
+    recipe: Annotated[
+        str | None, typer.Option(help="Recipe whose task to use; a run folder has its own.", show_default="the run's")
+    ] = None,
+    sets: SetOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Accuracy on held-out problems: student avg@k and greedy, teacher under feedback."""
+    from vpd_mlx.train import Trainer
+
+    folder = Path(target)
+    is_run = (folder / MARK).is_file()
+    if is_run:
+        cfg = load_recipe(folder / MARK if recipe is None else resolve_recipe_path(recipe), overridden(sets))
+    else:
+        cfg = load_recipe(resolve_recipe_path(recipe or "quickstart"), overridden(sets, model=target))
+        local = Path(target).expanduser()
+        if local.is_dir():
+            cfg = cfg.model_copy(update={"model": str(local.resolve())})
+    with make_view(target, quiet=as_json) as view:
+        trainer = Trainer.build(cfg, view)
+        if is_run:
+            trainer.policy.load_adapter(folder / "adapters")
+        result = trainer.evaluate(0)
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+        return
+    for key in ("student", "student_greedy", "teacher"):
+        interval = result[f"{key}_interval"]
+        shown = "" if interval is None else f"  (95 %: {percent(interval[0])} to {percent(interval[1])})"
+        typer.echo(f"{key:15} {percent(result[key])}{shown}")
+
+
+def main() -> None:
+    """Entry point: an error that is the user's to mend is one line on standard error."""
+    try:
+        app()
+    except VpdError as error:
+        sys.stderr.write(f"vpd-mlx: {error}\n")
+        raise SystemExit(error.exit_code) from None

@@ -1,0 +1,60 @@
+"""Sampling and grading side by side: a finished completion goes to the verifier while the others are still decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from vpd_mlx.policy import Policy
+from vpd_mlx.prompts import Prompter
+from vpd_mlx.rollout import Sampling, as_groups, generate, student_prompts
+from vpd_mlx.types import Group, Problem, Rollout, Verdict
+
+__all__ = ["Batch", "collect"]
+
+WORKERS = 4
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Graded groups, and what verifiers that failed had to say, by problem. A failed verdict is no score: its rollout is
+    not among the groups."""
+
+    groups: list[Group]
+    failures: list[str]
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        """All rollouts, in order."""
+        return [r for g in self.groups for r in g.rollouts]
+
+
+def collect(
+    policy: Policy,
+    prompter: Prompter,
+    verify: Callable[[Problem, str], Verdict],
+    problems: Sequence[Problem],
+    group_size: int,
+    how: Sampling,
+    *,
+    threshold: float,
+    seed: int,
+    moved: Callable[[int, int], None] = lambda done, total: None,
+) -> Batch:
+    """Groups of completions for problems, graded. `moved` hears how many of how many are finished."""
+    prompts = student_prompts(prompter, problems)
+    total = len(problems) * group_size
+    waiting: dict[tuple[int, int], tuple[Rollout, Future[Verdict]]] = {}
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for p, n, rollout in generate(policy, prompts, group_size, how, seed):
+            waiting[p, n] = (rollout, pool.submit(verify, problems[p], rollout.text))
+            moved(len(waiting), total)
+        graded = {at: rollout.graded(verdict.result(), threshold) for at, (rollout, verdict) in waiting.items()}
+    failures = [
+        f"{problems[p].id}: {r.verdict.error}"
+        for (p, _), r in sorted(graded.items(), key=lambda x: x[0])
+        if r.verdict is not None and r.verdict.error is not None
+    ]
+    good = {at: r for at, r in graded.items() if r.verdict is not None and r.verdict.error is None}
+    return Batch(as_groups(problems, prompts, good, group_size), failures)

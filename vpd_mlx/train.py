@@ -1,0 +1,496 @@
+"""The loop: roll out, grade, add contexts, let the algorithm learn, log, keep. It knows no algorithm."""
+
+from __future__ import annotations
+
+import json
+import platform
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from vpd_mlx import __version__
+from vpd_mlx.algos import ALGORITHMS, Algorithm, State, Step
+from vpd_mlx.checkpoint import Checkpoint, find_checkpoint, write_checkpoint
+from vpd_mlx.collect import Batch, collect
+from vpd_mlx.config import Recipe, dump
+from vpd_mlx.errors import DataError, RunError, SourceError
+from vpd_mlx.evaluate import evaluate
+from vpd_mlx.feedback import Source, add_context, build_sources
+from vpd_mlx.metrics import Clock, overlap
+from vpd_mlx.policy import Policy, phase_seed
+from vpd_mlx.progress import Progress, Silent
+from vpd_mlx.prompts import Prompter
+from vpd_mlx.rollout import Sampling, generate
+from vpd_mlx.runlog import RunLog, write_atomic
+from vpd_mlx.tasks import Task, build_task, prove
+from vpd_mlx.types import Group, Problem, Rollout
+
+__all__ = ["Stop", "Trainer", "problems_of_step", "train"]
+
+FAILURES_IN_A_ROW = 64  # a source that fails so often without one success is broken, not unlucky
+NONFINITE_IN_A_ROW = 5
+
+
+@dataclass
+class Stop:
+    """Set from outside, a signal handler for one, to end the run at the next safe moment."""
+
+    signal: int | None = None
+
+
+class _Interrupted(Exception):
+    pass
+
+
+def problems_of_step(problems: Sequence[Problem], step: int, count: int, seed: int) -> list[Problem]:
+    """The `count` problems of a step, counted from 1: epoch after epoch, each in an order of its own.
+
+    A pure function of its arguments, so that a resume needs no cursor.
+    """
+    chosen: list[Problem] = []
+    at = (step - 1) * count
+    while len(chosen) < count:
+        epoch, offset = divmod(at + len(chosen), len(problems))
+        order = list(range(len(problems)))
+        random.Random(phase_seed(seed, epoch, "order")).shuffle(order)
+        chosen += [problems[i] for i in order[offset : offset + count - len(chosen)]]
+    return chosen
+
+
+@dataclass
+class Trainer:
+    """One run, its parts put together."""
+
+    recipe: Recipe
+    policy: Policy
+    prompter: Prompter
+    task: Task
+    sources: dict[str, Source]
+    algorithm: Algorithm
+    progress: Progress = field(default_factory=Silent)
+    stop: Stop = field(default_factory=Stop)
+
+    def __post_init__(self) -> None:
+        self.failures_in_a_row = 0
+        self.nonfinite_in_a_row = 0
+
+    @classmethod
+    def build(cls, recipe: Recipe, progress: Progress | None = None, stop: Stop | None = None) -> Trainer:
+        """Load and check everything that a run needs; writes nothing.
+
+        Raises:
+            VpdError: data, model or recipe are not usable, with the place and the remedy.
+        """
+        task = build_task(recipe)
+        if not task.train or not task.held_out:
+            side = "train on" if not task.train else "evaluate on"
+            raise DataError(f"task: no problem to {side}; widen the task's filter or add rows")
+        prove(task)
+        policy = load_policy(recipe)
+        prompter = build_prompter(recipe, policy)
+        _check_prompts(prompter, (*task.train, *task.held_out))
+
+        def ask(prompts: Sequence[tuple[int, ...]]) -> list[str]:
+            # The model's own critiques: sampled like rollouts, seeded by what is asked.
+            how = Sampling(recipe.rollout.temperature, recipe.rollout.top_p, recipe.feedback.critique_tokens)
+            seed = phase_seed(recipe.seed, hash(tuple(prompts)) & 0xFFFFFFFF, "critique")
+            texts = {p: r.text for p, _, r in generate(policy, prompts, 1, how, seed)}
+            return [texts[i] for i in range(len(prompts))]
+
+        return cls(
+            recipe=recipe,
+            policy=policy,
+            prompter=prompter,
+            task=task,
+            sources=build_sources(recipe.feedback, prompter, ask),
+            algorithm=ALGORITHMS[recipe.algorithm](recipe, policy),
+            progress=progress or Silent(),
+            stop=stop or Stop(),
+        )
+
+    # --- one step
+
+    def roll_out(self, step: int, clock: Clock) -> tuple[Batch, list[Group]]:
+        """Graded rollouts of a step, and the same with contexts."""
+        cfg = self.recipe.rollout
+        problems = problems_of_step(self.task.train, step, cfg.prompts, self.recipe.seed)
+
+        def moved(done: int, total: int) -> None:
+            self._interruptible()
+            self.progress.phase("rollout", done, total)
+
+        with clock("rollout"):
+            batch = collect(
+                self.policy,
+                self.prompter,
+                self.task.verify,
+                problems,
+                cfg.group_size,
+                Sampling(cfg.temperature, cfg.top_p, cfg.max_completion_tokens, self.recipe.memory.rollout_rows),
+                threshold=cfg.success_threshold,
+                seed=phase_seed(self.recipe.seed, step, "rollout"),
+                moved=moved,
+            )
+        self._count_failures(batch)
+        with clock("feedback"):
+            self.progress.phase("feedback")
+            groups = add_context(self.sources, batch.groups, self.prompter, self.recipe.feedback)
+        return batch, groups
+
+    def step(self, number: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Step `number`, from prompts to an updated adapter: (metrics, a row for each rollout)."""
+        clock = Clock()
+        start = time.perf_counter()
+        mx.reset_peak_memory()
+        batch, groups = self.roll_out(number, clock)
+        mx.clear_cache()
+        self._interruptible()
+        self.progress.phase("update")
+        metrics = self.algorithm(self.policy, groups, Step(number, self.recipe.seed, clock))
+        mx.clear_cache()
+        with clock("log"):
+            row = {
+                "step": number,
+                **_rollout_metrics(batch, groups),
+                **metrics,
+                "tokens_per_s": round(sum(len(r.tokens) for r in batch.rollouts) / clock.seconds["rollout"], 1),
+                "peak_memory_mb": round(mx.get_peak_memory() / 2**20, 1),
+            }
+            rows = [_rollout_row(number, g, n, r) for g in groups for n, r in enumerate(g.rollouts)]
+        row["seconds"] = {k: round(v, 4) for k, v in clock.seconds.items()}
+        row["seconds"]["total"] = round(time.perf_counter() - start, 4)
+        self._count_nonfinite(metrics)
+        return row, rows
+
+    def evaluate(self, step: int) -> dict[str, Any]:
+        """Accuracy on held-out problems."""
+        start = time.perf_counter()
+        result = evaluate(
+            self.policy, self.prompter, self.task, self.sources, self.recipe, step=step, progress=self.progress
+        )
+        mx.clear_cache()
+        return {**result, "seconds": round(time.perf_counter() - start, 3)}
+
+    def _interruptible(self) -> None:
+        if self.stop.signal is not None:
+            raise _Interrupted
+
+    def _count_failures(self, batch: Batch) -> None:
+        if not batch.failures:
+            self.failures_in_a_row = 0
+            return
+        self.progress.note(
+            f"the verifier failed on {len(batch.failures)} completions, which leave the batch; first {batch.failures[0]}"
+        )
+        self.failures_in_a_row = 0 if batch.rollouts else self.failures_in_a_row + len(batch.failures)
+        if not batch.rollouts or self.failures_in_a_row >= FAILURES_IN_A_ROW:
+            raise SourceError(
+                f"the verifier failed on every completion of this step, first {batch.failures[0]}; mend it, then go on "
+                "with --resume"
+            )
+
+    def _count_nonfinite(self, metrics: dict[str, Any]) -> None:
+        bad = sum(v for k, v in metrics.items() if k.endswith("/nonfinite"))
+        self.nonfinite_in_a_row = self.nonfinite_in_a_row + bad if bad else 0
+        if bad:
+            self.progress.note(f"{bad} update(s) left out: loss or gradient was not finite")
+        if self.nonfinite_in_a_row >= NONFINITE_IN_A_ROW:
+            raise RunError(
+                f"{self.nonfinite_in_a_row} updates in a row were not finite; lower optimizer.learning_rate, then go on "
+                "with --resume from the last checkpoint"
+            )
+
+
+def load_policy(recipe: Recipe) -> Policy:
+    """The recipe's model with a fresh adapter."""
+    memory = recipe.memory
+    if memory.limit_gb is not None:
+        mx.set_memory_limit(int(memory.limit_gb * 2**30))
+    if memory.cache_limit_gb is not None:
+        mx.set_cache_limit(int(memory.cache_limit_gb * 2**30))
+    return Policy.load(
+        recipe.model,
+        recipe.lora,
+        seed=recipe.seed,
+        revision=recipe.model_revision,
+        micro_batch_tokens=memory.micro_batch_tokens,
+        head_chunk=memory.head_chunk,
+        gradient_checkpointing=memory.gradient_checkpointing,
+    )
+
+
+def build_prompter(recipe: Recipe, policy: Policy) -> Prompter:
+    """The recipe's wording and limits with the policy's tokenizer."""
+    return Prompter(
+        tokenizer=policy.tokenizer,
+        templates=recipe.templates,
+        thinking=recipe.thinking,
+        max_prompt_tokens=recipe.rollout.max_prompt_tokens,
+        max_context_tokens=recipe.feedback.max_tokens,
+    )
+
+
+def train(
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    stop: Stop | None = None,
+) -> dict[str, Any]:
+    """Train as the recipe says, into the folder `out`; returns the summary.
+
+    Returns early, with `"interrupted": signal` in it, when `stop` is set: the run can then be resumed.
+
+    Raises:
+        VpdError: before anything is written, when something is unusable; later, with a checkpoint left behind, when a
+            source fails throughout, numbers are not finite, or the disk is full.
+    """
+    progress = progress or Silent()
+    started = time.perf_counter()
+    trainer = Trainer.build(recipe, progress, stop)
+    for note in trainer.policy.notes:
+        progress.note(note)
+    log = RunLog.reopen(out) if resume else RunLog.create(out, dump(recipe), overwrite=overwrite)
+    try:
+        if resume:
+            write_atomic(out / "config.yaml", dump(recipe))
+        return _run(trainer, log, resume, started)
+    finally:
+        log.close()
+
+
+def _run(trainer: Trainer, log: RunLog, resume: bool, started: float) -> dict[str, Any]:
+    recipe, progress = trainer.recipe, trainer.progress
+    run = _Run(trainer, log)
+    run.begin(resume)
+    try:
+        while run.done < recipe.steps:
+            trainer._interruptible()
+            log.check_space()
+            run.advance()
+        result = trainer.evaluate(recipe.steps) if run.last_evaluated != recipe.steps else run.evaluations[-1]
+        if run.last_evaluated != recipe.steps:
+            run.record_evaluation(result)
+    except _Interrupted:
+        run.checkpoint()
+        trainer.policy.save_adapter(log.path / "adapters")
+        progress.note(f"stopped after step {run.done} of {recipe.steps}; the run can go on with --resume")
+        return {"interrupted": trainer.stop.signal, "steps": run.done}
+    except (SourceError, RunError):
+        run.checkpoint()
+        raise
+    trainer.policy.save_adapter(log.path / "adapters")
+    summary = {
+        "name": recipe.name,
+        "algorithm": recipe.algorithm,
+        "seed": recipe.seed,
+        "steps": recipe.steps,
+        "before": _three(run.evaluations[0]),
+        "after": _three(result),
+        "problems": result["problems"],
+        "tokens": run.tokens,
+        "seconds": {
+            k: round(v, 2) for k, v in {**run.seconds, "wall": run.wall + time.perf_counter() - started}.items()
+        },
+        "nonfinite_updates": run.nonfinite,
+        "versions": {
+            "vpd-mlx": __version__,
+            "mlx": version("mlx"),
+            "mlx-lm": version("mlx-lm"),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "device": str(mx.default_device()),
+        },
+    }
+    write_atomic(log.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+class _Run:
+    """Where a run stands, and what a checkpoint must say of it."""
+
+    def __init__(self, trainer: Trainer, log: RunLog) -> None:
+        self.trainer = trainer
+        self.log = log
+        self.done = 0
+        self.evaluations: list[dict[str, Any]] = []
+        self.seconds: dict[str, float] = {}
+        self.wall = 0.0
+        self.tokens = 0
+        self.nonfinite = 0
+        self._saved = -1
+        self._began = time.perf_counter()
+
+    @property
+    def last_evaluated(self) -> int:
+        """The step of the newest evaluation, -1 before the first."""
+        return int(self.evaluations[-1]["step"]) if self.evaluations else -1
+
+    def begin(self, resume: bool) -> None:
+        """Take up the newest checkpoint, or start with an evaluation of the untrained student."""
+        found, notes = find_checkpoint(self.log.path / "checkpoints") if resume else (None, [])
+        for note in notes:
+            self.trainer.progress.note(note)
+        if found is not None:
+            self._restore(found)
+            self.trainer.progress.note(f"going on after step {self.done} of {self.trainer.recipe.steps}")
+            return
+        self.log.cut_back({})
+        self.record_evaluation(self.trainer.evaluate(0))
+        self.checkpoint()
+
+    def advance(self) -> None:
+        """One more step, logged and, when due, evaluated and kept."""
+        recipe, trainer = self.trainer.recipe, self.trainer
+        row, rollouts = trainer.step(self.done + 1)
+        self.done += 1
+        self.log.append("metrics.jsonl", [row])
+        self.log.append("rollouts.jsonl", rollouts)
+        for phase, seconds in row["seconds"].items():
+            if phase != "total":
+                self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+        self.tokens += sum(r["tokens"] for r in rollouts)
+        self.nonfinite += sum(v for k, v in row.items() if k.endswith("/nonfinite"))
+        per_step = sum(self.seconds.get(k, 0.0) for k in self.seconds if k != "evaluation") / self.done
+        left = per_step * (recipe.steps - self.done) + float(self.evaluations[-1]["seconds"])
+        trainer.progress.step(self.done, recipe.steps, row, left)
+        every = recipe.evaluation.every
+        if every is not None and self.done % every == 0:
+            self.record_evaluation(trainer.evaluate(self.done))
+        if self.done % recipe.checkpoint.every == 0 or self.done == recipe.steps:
+            self.checkpoint()
+
+    def record_evaluation(self, result: dict[str, Any]) -> None:
+        """Log an evaluation."""
+        self.evaluations.append(result)
+        self.seconds["evaluation"] = self.seconds.get("evaluation", 0.0) + result["seconds"]
+        self.log.append("evals.jsonl", [result])
+        self.trainer.progress.evaluation(result["step"], result)
+
+    def checkpoint(self) -> None:
+        """Write a checkpoint of the state after the last whole step, unless there is one."""
+        if self._saved == self.done:
+            return
+        state = self.trainer.algorithm.state()
+        self.log.sync()
+        write_checkpoint(
+            self.log.path / "checkpoints",
+            Checkpoint(
+                self.done,
+                {
+                    **{f"adapter.{k}": v for k, v in self.trainer.policy.adapter.items()},
+                    **{f"algorithm.{k}": v for k, v in state.arrays.items()},
+                },
+                {
+                    "algorithm": state.scalars,
+                    "offsets": self.log.offsets(),
+                    "evaluations": self.evaluations,
+                    "seconds": self.seconds,
+                    "wall": self.wall + time.perf_counter() - self._began,
+                    "tokens": self.tokens,
+                    "nonfinite": self.nonfinite,
+                    "nonfinite_in_a_row": self.trainer.nonfinite_in_a_row,
+                },
+            ),
+            keep=self.trainer.recipe.checkpoint.keep,
+        )
+        self._saved = self.done
+
+    def _restore(self, found: Checkpoint) -> None:
+        def part(name: str) -> dict[str, mx.array]:
+            return {k.removeprefix(f"{name}."): v for k, v in found.arrays.items() if k.startswith(f"{name}.")}
+
+        self.trainer.policy.set_adapter(part("adapter"))
+        self.trainer.algorithm.restore(State(part("algorithm"), found.state["algorithm"]))
+        self.trainer.nonfinite_in_a_row = found.state["nonfinite_in_a_row"]
+        self.done = self._saved = found.step
+        self.evaluations = found.state["evaluations"]
+        self.seconds = found.state["seconds"]
+        self.wall = found.state["wall"]
+        self.tokens = found.state["tokens"]
+        self.nonfinite = found.state["nonfinite"]
+        self.log.cut_back(found.state["offsets"])
+
+
+def _three(result: dict[str, Any]) -> dict[str, float | None]:
+    return {k: result[k] for k in ("student", "student_greedy", "teacher")}
+
+
+def _check_prompts(prompter: Prompter, problems: Sequence[Problem]) -> None:
+    """Every prompt must fit before anything is written.
+
+    A prompt has at most one token a byte, template aside, so that short ones need not be encoded.
+    """
+    frame = len(prompter.encode([{"role": "user", "content": "x"}])) + 16
+    for problem in problems:
+        size = sum(len(m["content"].encode()) + frame for m in problem.messages)
+        size += len(prompter.template("student").encode())
+        if size <= prompter.max_prompt_tokens:
+            continue
+        length = len(prompter.student(problem))
+        if length > prompter.max_prompt_tokens:
+            raise DataError(
+                f"row {problem.id}: its prompt has {length} tokens, more than rollout.max_prompt_tokens "
+                f"{prompter.max_prompt_tokens}; raise the limit or take the row out"
+            )
+
+
+# --- what is logged
+
+
+def _rollout_metrics(batch: Batch, groups: Sequence[Group]) -> dict[str, Any]:
+    rollouts = [r for g in groups for r in g.rollouts]
+    lengths = np.array([len(r.tokens) for r in rollouts] or [0])
+    scores = [r.verdict.score for r in rollouts if r.verdict is not None]
+    full = [g for g in groups if g.rollouts]
+    right = [sum(r.success for r in g.rollouts) for g in full]
+    kinds: dict[str, int] = {}
+    copied = []
+    for r in rollouts:
+        if r.context is not None:
+            kinds[r.context.kind] = kinds.get(r.context.kind, 0) + 1
+            copied.append(overlap(r.text, r.context.text))
+    n = max(1, len(full))
+    return {
+        "reward": float(np.mean(scores)) if scores else None,
+        "success": float(np.mean([r.success for r in rollouts])) if rollouts else None,
+        "length": float(lengths.mean()),
+        "length_max": int(lengths.max()),
+        "truncated": float(np.mean([r.finish == "length" for r in rollouts])) if rollouts else None,
+        "groups_mixed": sum(0 < k < len(g.rollouts) for k, g in zip(right, full, strict=True)) / n,
+        "groups_all_right": sum(k == len(g.rollouts) for k, g in zip(right, full, strict=True)) / n,
+        "groups_all_wrong": sum(k == 0 for k in right) / n,
+        "contexts": kinds,
+        "contexts_none": sum(r.context is None for r in rollouts),
+        "contexts_cut": sum(r.context is not None and r.context.cut for r in rollouts),
+        "overlap": float(np.mean(copied)) if copied else None,
+        "verifier_failures": len(batch.failures),
+    }
+
+
+def _rollout_row(step: int, group: Group, index: int, rollout: Rollout) -> dict[str, Any]:
+    verdict, context = rollout.verdict, rollout.context
+    return {
+        "step": step,
+        "problem": group.problem.id,
+        "sample": index,
+        "prompt": group.problem.prompt,
+        "completion": rollout.text,
+        "score": verdict.score if verdict else None,
+        "success": rollout.success,
+        "verdict": verdict.text if verdict else "",
+        "context": None if context is None else {"kind": context.kind, "text": context.text, "cut": context.cut},
+        "tokens": len(rollout.tokens),
+        "prompt_tokens": len(group.prompt),
+        "teacher_prompt_tokens": None if rollout.teacher_prompt is None else len(rollout.teacher_prompt),
+        "finish": rollout.finish,
+    }
