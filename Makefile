@@ -1,0 +1,41 @@
+# make train: set everything up and train the demonstration.   make test: lint and tests.
+# Nothing but python (>= 3.11), git and make is needed; where python3 is older, uv's is taken if uv is there.
+
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: train test install clean
+
+train: $(VENV)/.installed
+	$(BIN)/vpd-mlx train quickstart
+
+test: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+install: $(VENV)/.installed
+
+$(VENV)/bin/python:
+	@if python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+		python3 -m venv $(VENV); \
+	elif command -v uv >/dev/null 2>&1; then \
+		uv venv --seed --python 3.12 $(VENV); \
+	else \
+		echo "python3 is older than 3.11 and uv is not installed. This installs uv:" >&2; \
+		echo "    curl -LsSf https://astral.sh/uv/install.sh | sh" >&2; \
+		exit 1; \
+	fi
+
+# constraints.txt pins a known good set, so that a fresh install next year is the one that was tested.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

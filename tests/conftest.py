@@ -1,0 +1,55 @@
+"""Fixtures: the embedded model and small recipes of it. Tests train for real."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vpd_mlx.config import Recipe, builtin_recipes, load_recipe
+
+QUICKSTART = builtin_recipes()["quickstart"]
+SMALL = {
+    "steps": 2,
+    "rollout.prompts": 4,
+    "rollout.group_size": 4,
+    "evaluation.problems": 8,
+    "evaluation.samples": 2,
+    "lora.rank": 4,
+    "e_step.every": 2,
+}
+
+
+@pytest.fixture
+def small() -> Callable[..., Recipe]:
+    """A quickstart of two small steps; overrides by dotted key with `__` for the dot."""
+
+    def build(**overrides: Any) -> Recipe:
+        changed = {**SMALL, **{k.replace("__", "."): v for k, v in overrides.items()}}
+        return load_recipe(QUICKSTART, list(changed.items()))
+
+    return build
+
+
+@pytest.fixture
+def own_task(tmp_path: Path) -> Callable[..., Path]:
+    """A recipe file of one's own beside a data file; returns the recipe's path."""
+
+    def build(rows: str | None = None, extra: str = "", task: str | None = None) -> Path:
+        if rows is None:
+            rows = "".join(f'{{"prompt": "{a}+{b}=", "answer": "{a + b}"}}\n' for a in range(11, 19) for b in range(11, 15))
+        (tmp_path / "rows.jsonl").write_text(rows)
+        model = QUICKSTART.parent / "model"
+        path = tmp_path / "mine.yaml"
+        path.write_text(
+            f"name: mine\nmodel: {model}\n"
+            + (task or "task: {kind: exact, data: rows.jsonl, held_out: 0.25}\n")
+            + "steps: 1\nrollout: {prompts: 2, group_size: 2, max_prompt_tokens: 64, max_completion_tokens: 6}\n"
+            + "feedback: {max_tokens: 32}\nevaluation: {problems: 4, samples: 1}\n"
+            + extra
+        )
+        return path
+
+    return build

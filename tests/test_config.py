@@ -1,0 +1,165 @@
+"""Recipes: strict, all faults at once, precedence recipe < --set < flag."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vpd_mlx.cli import overridden
+from vpd_mlx.config import Recipe, builtin_recipes, dump, load_recipe, model_fields, parse_set, resolve_recipe_path
+from vpd_mlx.errors import ConfigError
+
+MINIMAL = "name: x\nmodel: ./m\ntask: {kind: addition}\n"
+
+
+def write(path: Path, text: str) -> Path:
+    file = path / "recipe.yaml"
+    file.write_text(text)
+    return file
+
+
+def faults(path: Path, text: str, sets: list[str] | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(write(path, text), parse_set(sets or []))
+    return str(caught.value)
+
+
+def test_every_builtin_recipe_loads():
+    names = builtin_recipes()
+    assert "quickstart" in names
+    for path in names.values():
+        assert load_recipe(path).description
+
+
+def test_precedence_recipe_then_set_then_flag(tmp_path: Path):
+    path = write(tmp_path, MINIMAL + "steps: 1\nseed: 1\n")
+    assert load_recipe(path).steps == 1
+    assert load_recipe(path, overridden(["steps=2"])).steps == 2
+    assert load_recipe(path, overridden(["steps=2"], steps=3)).steps == 3
+    assert load_recipe(path, overridden(["steps=2"], steps=None)).steps == 2
+    assert load_recipe(path, overridden(["seed=7", "seed=8"], seed=None)).seed == 8
+
+
+def test_all_faults_at_once_with_path_value_and_remedy(tmp_path: Path):
+    text = faults(
+        tmp_path,
+        "name: x\nmodel: ./m\ntask: {kind: addition, digit: 2}\nrollout: {group_size: 1, prompts: many}\nlora: {rnk: 4}\n",
+    )
+    assert "task.digit: unknown key (value 2); did you mean 'digits'?" in text
+    assert "rollout.prompts: got 'many'; needs a valid integer" in text
+    assert "lora.rnk: unknown key (value 4); did you mean 'rank'?" in text
+    assert "rollout.group_size: 1 leaves no sibling" in text
+    assert "4 faults" in text
+
+
+@pytest.mark.parametrize(
+    ("extra", "place"),
+    [
+        ("rollout: {group_size: 1}\nfeedback: {sources: [sibling]}", "rollout.group_size"),
+        ("algorithm: grpo\nrollout: {group_size: 1}", "rollout.group_size"),
+        ("feedback: {sources: [verifier, verifier]}", "feedback.sources"),
+        ("algorithm: opsd", "feedback.sources"),
+        ("feedback: {sources: [sibling], with_solution: true}", "feedback.with_solution"),
+        ("feedback: {max_tokens: 4000}", "feedback.max_tokens"),
+        ("e_step: {minibatch_prompts: 99}", "e_step.minibatch_prompts"),
+        ("m_step: {minibatch_prompts: 99}", "m_step.minibatch_prompts"),
+        ("grpo: {minibatch_prompts: 99}", "grpo.minibatch_prompts"),
+        ("algorithm: joint\nhybrid: {distill: 0.0, reward: 0.0}", "hybrid.distill"),
+        ("algorithm: sdpo\nteacher: {weights: adapter}", "teacher.weights"),
+        ("memory: {micro_batch_tokens: 100}", "memory.micro_batch_tokens"),
+        ("templates: {sibling: 'look: {context}'}", "templates.sibling"),
+        ("version: 99", "version"),
+    ],
+)
+def test_contradictions_are_named(tmp_path: Path, extra: str, place: str):
+    assert f"{place}: " in faults(tmp_path, MINIMAL + extra)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "the recipe is empty"),
+        ("- a\n", "the recipe is a list"),
+        ("name: [\n", "not valid YAML"),
+        ("name: x\nname: y\n", "given twice"),
+        (MINIMAL + "seed: true\n", "seed: got True"),
+        (MINIMAL + "steps: 0\n", "greater than or equal to 1"),
+        ("name: a/b\nmodel: ./m\ntask: {kind: addition}\n", "name: got 'a/b'"),
+        ("name: x\nmodel: ./m\ntask: {kind: chess}\n", "'chess' is not a kind of task"),
+        ("name: x\nmodel: ./m\n", "task: is required and missing"),
+    ],
+)
+def test_unusable_files(tmp_path: Path, text: str, words: str):
+    assert words in faults(tmp_path, text)
+
+
+def test_set_reads_yaml_and_refuses_what_is_no_pair(tmp_path: Path):
+    cfg = load_recipe(
+        write(tmp_path, MINIMAL),
+        parse_set(["optimizer.learning_rate=1e-5", "feedback.sources=[verifier]", "m_step.top_k=null"]),
+    )
+    assert cfg.optimizer.learning_rate == 1e-5
+    assert cfg.feedback.sources == ["verifier"]
+    for item in ("steps", "=3", "a..b=1"):
+        with pytest.raises(ConfigError, match="not of the form key=value"):
+            parse_set([item])
+    assert "steps.deep" in faults(tmp_path, MINIMAL + "steps: 3\n", ["steps.deep=1"])
+
+
+def test_resolved_config_reads_back_the_same(tmp_path: Path):
+    cfg = load_recipe(builtin_recipes()["quickstart"], [("steps", 7)])
+    assert load_recipe(write(tmp_path, dump(cfg))) == cfg
+
+
+def test_paths_are_relative_to_the_recipe(tmp_path: Path):
+    text = "name: x\nmodel: ./m\ntask: {kind: exact, data: rows.jsonl}\n"
+    cfg = load_recipe(write(tmp_path, text))
+    assert cfg.model == str(tmp_path / "m")
+    assert cfg.task.data == str(tmp_path / "rows.jsonl")  # type: ignore[union-attr]
+    assert load_recipe(write(tmp_path, text.replace("./m", "owner/name"))).model == "owner/name"
+
+
+def test_unknown_recipe_names_a_near_one():
+    with pytest.raises(ConfigError, match="did you mean 'quickstart'"):
+        resolve_recipe_path("quickstrat")
+
+
+def test_every_key_is_described():
+    for path, info, _ in model_fields(Recipe):
+        assert info.description or path in ("version", "task"), path
+
+
+keys = st.sampled_from([p for p, _, _ in model_fields(Recipe)] + ["nonsense", "lora.nonsense", "task.kind", "task.digits"])
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 10**6) | st.floats() | st.text(max_size=8),
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=4), x, max_size=3),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=250, deadline=None)
+@given(st.lists(st.tuples(keys, values), min_size=1, max_size=4))
+def test_any_override_gives_a_recipe_or_named_faults(tmp_path_factory, overrides):
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_text(MINIMAL)
+    try:
+        cfg = load_recipe(path, overrides)
+    except ConfigError as error:
+        assert error.exit_code == 2
+        assert all(f.path and f.problem and f.remedy for f in error.faults)
+    else:
+        assert yaml.safe_load(dump(cfg))["name"]
+
+
+@settings(max_examples=250, deadline=None)
+@given(st.text(max_size=60))
+def test_any_text_gives_a_recipe_or_named_faults(tmp_path_factory, text):
+    path = tmp_path_factory.getbasetemp() / "text.yaml"
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(path)
+    assert caught.value.faults
