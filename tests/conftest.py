@@ -39,7 +39,9 @@ def own_task(tmp_path: Path) -> Callable[..., Path]:
 
     def build(rows: str | None = None, extra: str = "", task: str | None = None) -> Path:
         if rows is None:
-            rows = "".join(f'{{"prompt": "{a}+{b}=", "answer": "{a + b}"}}\n' for a in range(11, 19) for b in range(11, 15))
+            rows = "".join(
+                f'{{"prompt": "{a}+{b}=", "answer": "{a + b}"}}\n' for a in range(11, 19) for b in range(11, 15)
+            )
         (tmp_path / "rows.jsonl").write_text(rows)
         model = QUICKSTART.parent / "model"
         path = tmp_path / "mine.yaml"

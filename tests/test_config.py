@@ -133,7 +133,9 @@ def test_every_key_is_described():
         assert info.description or path in ("version", "task"), path
 
 
-keys = st.sampled_from([p for p, _, _ in model_fields(Recipe)] + ["nonsense", "lora.nonsense", "task.kind", "task.digits"])
+keys = st.sampled_from(
+    [p for p, _, _ in model_fields(Recipe)] + ["nonsense", "lora.nonsense", "task.kind", "task.digits"]
+)
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 10**6) | st.floats() | st.text(max_size=8),
     lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=4), x, max_size=3),

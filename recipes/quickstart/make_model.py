@@ -34,9 +34,9 @@ from mlx_lm.utils import quantize_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from vpd_mlx.config import load_recipe
+from vpd_mlx.config import AdditionTask, load_recipe
 from vpd_mlx.prompts import Prompter
-from vpd_mlx.tasks.addition import PLACES, digit_feedback, has_carry, held_out, without_carrying
+from vpd_mlx.tasks.addition import PLACES, TOO_LONG, Addition, has_carry, held_out, without_carrying
 from vpd_mlx.types import Problem
 
 HERE = Path(__file__).parent
@@ -70,13 +70,19 @@ def make_tokenizer(phrases: list[str]) -> PreTrainedTokenizerFast:
 
 
 def wrong_attempt(rng: random.Random, a: int, b: int) -> str:
-    """What a student might have written: mostly the bug, else a stray digit in the bug or in the sum."""
+    """What a student might have written: mostly the bug, else a slip in the bug or in the sum, else any digits at all."""
     while True:
         kind = rng.random()
-        digits = list(str(without_carrying(a, b) if kind < 0.8 else a + b))
-        if kind >= 0.6:
+        if kind < 0.4:
+            attempt = str(without_carrying(a, b))
+        elif kind < 0.7:
+            digits = list(str(without_carrying(a, b) if kind < 0.55 else a + b))
             digits[rng.randrange(len(digits))] = str(rng.randrange(10))
-        attempt = "".join(digits)
+            attempt = "".join(digits)
+        elif kind < 0.8:
+            attempt = f"1{a + b}"
+        else:
+            attempt = "".join(str(rng.randrange(10)) for _ in range(rng.randint(1, 5)))
         if attempt != str(a + b):  # where there is no carry the bug is right: draw something else that is wrong
             return attempt
 
@@ -106,7 +112,7 @@ def main() -> None:
     recipe = load_recipe(HERE / "quickstart.yaml")
     words = [f"{place} {word}" for place in PLACES[:4] for word in ("right", "too low", "too high", "missing", "extra")]
     templates = [t for t in (recipe.templates.sibling, recipe.templates.verifier) if t]
-    phrases = [", ".join(words), *(t.replace("{prompt}", "").replace("{context}", "ones") for t in templates)]
+    phrases = [", ".join(words), TOO_LONG, *(t.replace("{prompt}", "").replace("{context}", "ones") for t in templates)]
     hf_tokenizer = make_tokenizer(phrases)
     end = hf_tokenizer.convert_tokens_to_ids("<|end|>")
     tokenizer = TokenizerWrapper(hf_tokenizer, eos_token_ids={end})
@@ -133,6 +139,8 @@ def main() -> None:
     taught = [p for p in pairs if not held_out(*p)]
     kept = [p for p in pairs if held_out(*p) and has_carry(*p)]
 
+    task = Addition(AdditionTask(kind="addition"))
+
     def problem(a: int, b: int) -> Problem:
         return Problem(f"{a}+{b}", ({"role": "user", "content": f"{a}+{b}="},), answer=str(a + b))
 
@@ -140,7 +148,7 @@ def main() -> None:
         return [*tokenizer.encode(text, add_special_tokens=False), end]
 
     def corrected(a: int, b: int, attempt: str) -> tuple[int, ...]:
-        return prompter.teacher(problem(a, b), "verifier", digit_feedback(str(a + b), attempt))[0]
+        return prompter.teacher(problem(a, b), "verifier", task.verify(problem(a, b), attempt).text)[0]
 
     def shown(a: int, b: int) -> tuple[int, ...]:
         return prompter.teacher(problem(a, b), "sibling", str(a + b))[0]

@@ -12,6 +12,7 @@ from vpd_mlx.types import Problem, Verdict
 __all__ = ["Addition", "digit_feedback", "has_carry", "held_out", "without_carrying"]
 
 PLACES = ("ones", "tens", "hundreds", "thousands", "ten thousands", "hundred thousands", "millions")
+TOO_LONG = "not a number of this size"
 HELD_OUT = 10  # one sum in ten
 MOST_PAIRS = 20_000  # of longer numbers a sample of this size stands for all
 
@@ -77,7 +78,7 @@ class Addition:
         if attempt == answer:
             return Verdict(1.0)
         if not attempt.isascii() or not attempt.isdigit() or len(attempt) > len(answer) + 1:
-            return Verdict(0.0, "not a number of this size")
+            return Verdict(0.0, TOO_LONG)
         return Verdict(0.0, digit_feedback(answer, attempt))
 
     def reference_completion(self, problem: Problem) -> str | None:

@@ -1,0 +1,453 @@
+"""Updates on the real embedded model: exact in any split, each option doing what it says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from vpd_mlx import losses
+from vpd_mlx.algos import ALGORITHMS, Step
+from vpd_mlx.batching import pad
+from vpd_mlx.config import Grpo, MStep
+from vpd_mlx.metrics import Clock
+from vpd_mlx.policy import Policy
+from vpd_mlx.teacher import Teacher
+from vpd_mlx.train import Trainer
+from vpd_mlx.types import Context, Row
+from vpd_mlx.updates import (
+    Distillation,
+    Learner,
+    Sample,
+    accumulate,
+    advantages_of,
+    bco_update,
+    divergence_update,
+    gather,
+    minibatches,
+    policy_gradient_update,
+)
+
+
+class Recorder(Learner):
+    """Keeps the gradients instead of moving anything."""
+
+    def __init__(self) -> None:
+        self.gradients: list[dict[str, mx.array]] = []
+
+    def apply(self, policy, gradients):
+        self.gradients.append(dict(tree_flatten(gradients)))
+        return {"grad_norm": 1.0, "rate": 0.0, "applied": 1}
+
+
+def assert_close(a: dict[str, mx.array], b: dict[str, mx.array], tolerance: float = 1e-6) -> None:
+    assert a.keys() == b.keys()
+    scale = max(float(mx.abs(v).max()) for v in b.values())
+    assert scale > 0, "the reference gradient is zero: nothing is compared"
+    for k in a:
+        np.testing.assert_allclose(np.array(a[k]), np.array(b[k]), atol=tolerance * max(1.0, scale), rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def world(request):
+    """A trainer whose student has moved away from the start, and a batch with both classes and some without context."""
+    from conftest import QUICKSTART, SMALL
+
+    from vpd_mlx.config import load_recipe
+
+    recipe = load_recipe(QUICKSTART, [*SMALL.items(), ("rollout.prompts", 6)])
+    trainer = Trainer.build(recipe)
+    policy = trainer.policy
+    policy.set_adapter(
+        {
+            k: v + 0.02 * mx.random.normal(v.shape, key=mx.random.key(i))
+            for i, (k, v) in enumerate(policy.adapter.items())
+        }
+    )
+    for step in range(1, 30):
+        _, groups = trainer.roll_out(step, Clock())
+        rollouts = [r for g in groups for r in g.rollouts]
+        with_context = [r for r in rollouts if r.context is not None]
+        if len(with_context) < len(rollouts) and {r.success for r in with_context} == {True, False}:
+            return trainer, groups
+    raise AssertionError("no batch with both classes and a rollout without context")
+
+
+def plain_logps(policy: Policy, rows: list[Row]) -> list[mx.array]:
+    """By a forward pass of each row alone through mlx-lm's own model."""
+    out = []
+    for row in rows:
+        ids = mx.array([[*row.prompt, *row.completion]])
+        logits = policy.model(ids[:, :-1]).astype(mx.float32)[0, len(row.prompt) - 1 :]
+        out.append(losses.token_logps(logits, mx.array(row.completion)))
+    return out
+
+
+def test_right_padding_and_chunks_change_nothing(world):
+    trainer, groups = world
+    policy = trainer.policy
+    rows = [s.student for s in gather(groups)]
+    assert len({len(r.completion) for r in rows}) > 1
+    for got, want in zip(policy.logps(rows), plain_logps(policy, rows), strict=True):
+        np.testing.assert_allclose(got, np.array(want), atol=2e-5)
+
+
+@pytest.mark.parametrize("budget", [64, 10**6])
+@pytest.mark.parametrize("length_normalise", [False, True])
+def test_e_step_is_the_autograd_of_the_bco_loss(world, budget, length_normalise):
+    trainer, groups = world
+    policy, samples = trainer.policy, gather(groups)
+    cfg = trainer.recipe.e_step.model_copy(update={"length_normalise": length_normalise})
+    learner = Recorder()
+    teacher = Teacher(trainer.recipe.teacher, "live", policy)
+    policy._micro_batch_tokens, before = budget, policy._micro_batch_tokens
+    try:
+        result = bco_update(policy, samples, learner, cfg, previous_delta=None, seed=0, teacher=teacher)
+    finally:
+        policy._micro_batch_tokens = before
+    chosen = [s for s in samples if s.teacher is not None]
+    labels = mx.array([int(s.rollout.success) for s in chosen])
+    lengths = mx.array([len(s.student.completion) for s in chosen]) if length_normalise else mx.ones(len(chosen))
+    old = mx.stack([x.sum() for x in plain_logps(policy, [s.student for s in chosen])])
+
+    def loss() -> mx.array:
+        new = mx.stack([x.sum() for x in plain_logps(policy, [s.teacher for s in chosen])])
+        return losses.bco_loss(new / lengths, old / lengths, labels, beta=cfg.beta)[0]
+
+    value, gradient = nn.value_and_grad(policy.model, loss)()
+    assert_close(learner.gradients[0], dict(tree_flatten(gradient)))
+    assert result.metrics["loss"] == pytest.approx(value.item(), abs=1e-5)
+    assert result.metrics["n_right"] + result.metrics["n_wrong"] == len(chosen) < len(samples)
+
+
+@pytest.mark.parametrize("budget", [64, 10**6])
+@pytest.mark.parametrize("chunk", [1, 7, 4096])
+@pytest.mark.parametrize("options", [{}, {"weighting": "token"}, {"top_k": 5}, {"importance_clip": 2.0, "alpha": 1.0}])
+def test_m_step_is_the_autograd_of_the_plain_divergence(world, budget, chunk, options):
+    trainer, groups = world
+    policy, samples = trainer.policy, gather(groups)
+    cfg = MStep(**{"alpha": 0.5, **options})
+    learner = Recorder()
+    teacher = Teacher(trainer.recipe.teacher, "live", policy)
+    before = policy._micro_batch_tokens, policy._head_chunk
+    policy._micro_batch_tokens, policy._head_chunk = budget, chunk
+    try:
+        divergence_update(policy, samples, learner, cfg, teacher, seed=0)
+    finally:
+        policy._micro_batch_tokens, policy._head_chunk = before
+    chosen = [s for s in samples if s.teacher is not None]
+    tokens = sum(len(s.student.completion) for s in chosen)
+
+    def logits(row: Row) -> mx.array:
+        ids = mx.array([[*row.prompt, *row.completion]])
+        return policy.model(ids[:, :-1]).astype(mx.float32)[:, len(row.prompt) - 1 :]
+
+    def loss() -> mx.array:
+        total = mx.array(0.0)
+        for s in chosen:
+            student = logits(s.student)
+            each = losses.divergence(student, logits(s.teacher), alpha=cfg.alpha, top_k=cfg.top_k, tail=cfg.tail)
+            if cfg.importance_clip is not None:
+                now = losses.token_logps(student, mx.array([s.student.completion]))
+                each = each * losses.importance_weights(now, mx.array([s.rollout.logps]), clip=cfg.importance_clip)
+            weight = tokens if cfg.weighting == "token" else each.size * len(samples)
+            total = total + each.sum() / weight
+        return total
+
+    _, gradient = nn.value_and_grad(policy.model, loss)()
+    assert_close(learner.gradients[0], dict(tree_flatten(gradient)))
+
+
+@pytest.mark.parametrize("budget", [64, 10**6])
+def test_policy_gradient_is_the_autograd_of_the_plain_loss(world, budget):
+    trainer, groups = world
+    policy, samples = trainer.policy, gather(groups)
+    cfg = Grpo()
+    learner = Recorder()
+    policy._micro_batch_tokens, before = budget, policy._micro_batch_tokens
+    try:
+        policy_gradient_update(policy, samples, learner, cfg, seed=0)
+    finally:
+        policy._micro_batch_tokens = before
+    advantages = advantages_of(samples, cfg)
+    tokens = sum(len(s.student.completion) for s in samples)
+
+    def loss() -> mx.array:
+        total = mx.array(0.0)
+        for s, a, now in zip(samples, advantages, plain_logps(policy, [s.student for s in samples]), strict=True):
+            ones = mx.ones((1, now.size))
+            value, _ = losses.policy_gradient_loss(
+                now[None], mx.stop_gradient(now)[None], mx.array([float(a)]), ones, clip_low=0.2, clip_high=0.28
+            )
+            total = total + value * now.size / tokens
+        return total
+
+    _, gradient = nn.value_and_grad(policy.model, loss)()
+    assert_close(learner.gradients[0], dict(tree_flatten(gradient)))
+
+
+def test_ratio_is_one_on_the_first_minibatch_and_not_after(world):
+    trainer, groups = world
+    policy, start = trainer.policy, trainer.policy.adapter
+    try:
+        learner = Learner(trainer.recipe.optimizer.model_copy(update={"learning_rate": 1e-2, "warmup_steps": 0}))
+        once = policy_gradient_update(policy, gather(groups), learner, Grpo(), seed=0)
+        assert once["ratio_min"] == once["ratio_max"] == 1.0
+        policy.set_adapter(start)
+        learner = Learner(trainer.recipe.optimizer.model_copy(update={"learning_rate": 1e-2, "warmup_steps": 0}))
+        first = policy_gradient_update(policy, gather(groups), learner, Grpo(epochs=2), seed=0)
+        assert first["updates"] == 2
+        assert first["ratio_max"] - first["ratio_min"] > 1e-3
+    finally:
+        policy.set_adapter(start)
+
+
+def test_advantages_with_a_rollout_missing_follow_the_same_formula(world):
+    trainer, groups = world
+    samples = gather(groups)
+    for scale in ("none", "group", "batch"):
+        whole = advantages_of(samples, Grpo(scale=scale))
+        for g in {s.group for s in samples}:
+            assert whole[[s.group == g for s in samples]].sum() == pytest.approx(0.0, abs=1e-5)
+        ragged = advantages_of(samples[1:], Grpo(scale=scale))
+        same = [i for i, s in enumerate(samples) if s.group != samples[0].group]
+        if scale != "batch":  # another group's members do not change the rest
+            np.testing.assert_allclose(ragged[[i - 1 for i in same]], whole[same], atol=1e-6)
+
+
+def test_minibatches_keep_groups_whole(world):
+    samples = gather(world[1])
+    parts = minibatches(samples, 4)
+    assert sorted(i for p in parts for i in p) == list(range(len(samples)))
+    assert [len({samples[i].group for i in p}) for p in parts] == [4, 2]
+    assert minibatches(samples, None) == [list(range(len(samples)))]
+
+
+def test_a_batch_with_one_class_skips_the_e_step(world):
+    trainer, groups = world
+    failures = [s for s in gather(groups) if not s.rollout.success]
+    teacher = Teacher(trainer.recipe.teacher, "live", trainer.policy)
+    learner = Recorder()
+    result = bco_update(
+        trainer.policy, failures, learner, trainer.recipe.e_step, previous_delta=0.5, seed=0, teacher=teacher
+    )
+    assert result.metrics["skipped"] == 1
+    assert result.delta == 0.5
+    assert not learner.gradients
+
+
+def test_without_contexts_the_m_step_leaves_the_student_alone(world):
+    trainer, groups = world
+    bare = [
+        replace(g, rollouts=tuple(replace(r, context=None, teacher_prompt=None) for r in g.rollouts)) for g in groups
+    ]
+    teacher = Teacher(trainer.recipe.teacher, "live", trainer.policy)
+    learner = Recorder()
+    metrics, seen = divergence_update(trainer.policy, gather(bare), learner, MStep(), teacher, seed=0)
+    assert not learner.gradients
+    assert not seen
+    assert metrics["updates"] == 0
+
+
+def test_one_prompt_on_both_sides_gives_no_divergence(world):
+    trainer, groups = world
+    same = [
+        replace(
+            g, rollouts=tuple(replace(r, context=Context("sibling", "x"), teacher_prompt=g.prompt) for r in g.rollouts)
+        )
+        for g in groups
+    ]
+    learner = Recorder()
+    teacher = Teacher(trainer.recipe.teacher, "live", trainer.policy)
+    metrics, _ = divergence_update(trainer.policy, gather(same), learner, MStep(), teacher, seed=0)
+    assert abs(metrics["divergence"]) < 1e-6
+    assert max(float(mx.abs(g).max()) for g in learner.gradients[0].values()) < 1e-6
+
+
+def test_an_update_that_is_not_finite_is_left_out(world):
+    trainer, groups = world
+    policy = trainer.policy
+    learner = Learner(trainer.recipe.optimizer)
+    before = policy.adapter
+    gradients = dict(before.items())
+    name = next(iter(gradients))
+    gradients[name] = gradients[name] * float("nan")
+    from mlx.utils import tree_unflatten
+
+    out = learner.apply(policy, tree_unflatten(list(gradients.items())))
+    assert out == {"grad_norm": None, "rate": 0.0, "applied": 0}
+    assert learner.skipped == 1
+    assert all(mx.array_equal(before[k], v).item() for k, v in policy.adapter.items())
+
+
+def test_warm_up_and_clipping(world):
+    trainer, _ = world
+    policy, start = trainer.policy, trainer.policy.adapter
+    cfg = trainer.recipe.optimizer.model_copy(update={"warmup_steps": 4, "learning_rate": 1e-3, "grad_clip": 1e-3})
+    learner = Learner(cfg, ratio=0.5)
+    from mlx.utils import tree_unflatten
+
+    gradients = tree_unflatten([(k, mx.ones_like(v)) for k, v in start.items()])
+    rates = [learner.apply(policy, gradients)["rate"] for _ in range(5)]
+    policy.set_adapter(start)
+    assert rates == pytest.approx([1.25e-4, 2.5e-4, 3.75e-4, 5e-4, 5e-4])
+
+
+# --- no dead options: each changes the adapter that two steps lead to
+
+OPTIONS = [
+    ("vpd", {"e_step.every": 1}),
+    ("vpd", {"e_step.beta": 0.5}),
+    ("vpd", {"e_step.prior": "fixed"}),
+    ("vpd", {"e_step.delta": "ema"}),
+    ("vpd", {"e_step.delta": "ema", "e_step.delta_rate": 0.9}),
+    ("vpd", {"e_step.length_normalise": True}),
+    ("vpd", {"e_step.minibatch_prompts": 2}),
+    ("vpd", {"e_step.learning_rate_ratio": 0.1}),
+    *(("vpd", {"teacher.weights": w}) for w in ("ema", "trust_region", "adapter")),
+    ("vpd", {"m_step.alpha": 0.2}),
+    ("vpd", {"m_step.top_k": 3}),
+    ("vpd", {"m_step.top_k": 3, "m_step.tail": False}),
+    ("vpd", {"m_step.weighting": "token"}),
+    ("vpd", {"m_step.importance_clip": 1.01}),
+    ("vpd", {"m_step.minibatch_prompts": 3}),
+    ("vpd", {"m_step.epochs": 2}),
+    ("vpd", {"lora.dropout": 0.2}),
+    ("vpd", {"lora.scale": 4.0}),
+    ("vpd", {"lora.layers": 1}),
+    ("vpd", {"lora.keys": ["self_attn.q_proj"]}),
+    ("vpd", {"optimizer.weight_decay": 0.5}),
+    ("vpd", {"optimizer.beta1": 0.5}),
+    ("vpd", {"optimizer.beta2": 0.5}),
+    ("vpd", {"optimizer.grad_clip": 0.01}),
+    ("vpd", {"optimizer.warmup_steps": 0}),
+    ("vpd", {"seed": 1}),
+    ("sdpo", {"teacher.ema_rate": 0.5}),
+    ("sdpo", {"teacher.weights": "live"}),
+    ("sdpo", {"teacher.weights": "trust_region", "teacher.trust_region": 0.1}),
+    ("grpo", {"grpo.scale": "group"}),
+    ("grpo", {"grpo.scale": "batch"}),
+    ("grpo", {"grpo.weighting": "sequence"}),
+    ("grpo", {"grpo.kl": 0.5}),
+    ("grpo", {"grpo.epochs": 2}),
+    ("grpo", {"grpo.epochs": 3, "grpo.clip_low": 0.001}),
+    ("grpo", {"grpo.epochs": 3, "grpo.clip_high": 0.001}),
+    ("grpo", {"grpo.epochs": 3, "grpo.dual_clip": 1.001, "grpo.clip_low": 0.9}),
+    ("grpo", {"grpo.minibatch_prompts": 2}),
+    ("grpo", {"grpo.drop_uniform_groups": True, "grpo.weighting": "token"}),
+    ("joint", {"hybrid.distill": 0.9}),
+    ("joint", {"hybrid.reward": 0.9}),
+    ("joint", {"m_step.alpha": 0.0}),
+    ("reshape", {"hybrid.distill": 0.9}),
+    ("reshape", {"hybrid.reward": 0.9}),
+    ("reweight", {"hybrid.mix": 0.5}),
+    ("reweight", {"hybrid.mix_decay_steps": 2}),
+    ("reweight", {"hybrid.weight_clip": 0.6}),
+]
+LOUD = {"optimizer.learning_rate": 1e-2, "optimizer.warmup_steps": 2, "optimizer.grad_clip": None}
+
+
+@pytest.fixture(scope="module")
+def after_two_steps(world):
+    """Adapter after two steps on one fixed batch, by algorithm and overrides; each computed once."""
+    from conftest import QUICKSTART, SMALL
+
+    from vpd_mlx.config import load_recipe
+
+    _, groups = world
+    known: dict[str, dict[str, np.ndarray]] = {}
+
+    def run(algorithm: str, overrides: dict) -> dict[str, np.ndarray]:
+        key = f"{algorithm} {overrides}"
+        if key not in known:
+            settings = {**SMALL, "rollout.prompts": 6, "e_step.every": 2, **LOUD, "algorithm": algorithm, **overrides}
+            recipe = load_recipe(QUICKSTART, list(settings.items()))
+            policy = Policy.load(recipe.model, recipe.lora, seed=recipe.seed)
+            algo = ALGORITHMS[algorithm](recipe, policy)
+            for number in (1, 2, 3, 4) if "e_step.delta" in overrides else (1, 2):
+                algo(policy, groups, Step(number, recipe.seed, Clock()))
+            known[key] = {k: np.array(v) for k, v in policy.adapter.items()}
+        return known[key]
+
+    return run
+
+
+def base_of(overrides: dict) -> dict:
+    """What an option is compared with: the same without it, or its own neighbour where it needs company."""
+    last = list(overrides)[-1] if len(overrides) > 1 else None
+    companions = {
+        "e_step.delta_rate": {"e_step.delta": "ema"},
+        "m_step.tail": {"m_step.top_k": 3},
+        "teacher.trust_region": {"teacher.weights": "trust_region"},
+        "grpo.clip_low": {"grpo.epochs": 3},
+        "grpo.clip_high": {"grpo.epochs": 3},
+    }
+    if last == "grpo.clip_low" and "grpo.dual_clip" in overrides:
+        return {"grpo.epochs": 3, "grpo.clip_low": 0.9}
+    if last == "grpo.weighting":
+        return {}
+    if overrides == {"e_step.delta": "ema"}:
+        return {"e_step.delta": "fresh"}
+    return companions.get(last, {}) if last else {}
+
+
+@pytest.mark.parametrize(("algorithm", "overrides"), OPTIONS, ids=lambda x: str(x))
+def test_no_option_is_dead(after_two_steps, algorithm, overrides):
+    with_it = after_two_steps(algorithm, overrides)
+    without = after_two_steps(algorithm, base_of(overrides))
+    assert with_it.keys() != without.keys() or any(not np.array_equal(with_it[k], without[k]) for k in with_it)
+    assert all(np.isfinite(v).all() for v in with_it.values())
+
+
+def test_a_frozen_teacher_is_a_live_one_when_a_batch_is_one_update(world, after_two_steps):
+    several = {"m_step.minibatch_prompts": 3}
+    a = after_two_steps("vpd", {"teacher.weights": "frozen"})
+    b = after_two_steps("vpd", {})
+    assert all(np.array_equal(a[k], b[k]) for k in a)
+    c = after_two_steps("vpd", {**several, "teacher.weights": "frozen"})
+    d = after_two_steps("vpd", several)
+    assert any(not np.array_equal(c[k], d[k]) for k in c)
+
+
+def test_sdpo_with_a_live_teacher_is_vpd_without_e_steps(after_two_steps):
+    sdpo = after_two_steps("sdpo", {"teacher.weights": "live"})
+    vpd = after_two_steps("vpd", {"e_step.every": 10**6})
+    assert sdpo.keys() == vpd.keys()
+    assert all(np.array_equal(sdpo[k], vpd[k]) for k in sdpo)
+
+
+def test_micro_batches_do_not_change_what_is_learned(world):
+    trainer, groups = world
+    policy, samples = trainer.policy, gather(groups)
+    chosen = [s for s in samples if s.teacher is not None]
+    teacher = Teacher(trainer.recipe.teacher, "live", policy)
+    loss = Distillation(MStep(), teacher)
+    rows = [s.student for s in chosen]
+    states = teacher.states(policy, [s.teacher for s in chosen])
+    weights = [np.full(len(r.completion), 0.1, np.float32) for r in rows]
+    found = []
+    for budget in (32, 100, 10**6):
+        policy._micro_batch_tokens, before = budget, policy._micro_batch_tokens
+        found.append(accumulate(policy, rows, weights, states, loss, 0))
+        policy._micro_batch_tokens = before
+    for other in found[1:]:
+        assert_close(dict(tree_flatten(other.gradients)), dict(tree_flatten(found[0].gradients)))
+        assert other.loss == pytest.approx(found[0].loss, abs=1e-5)
+
+
+def test_padding_puts_each_target_behind_the_position_that_predicts_it():
+    padded = pad([Row((5, 6, 7), (8, 9)), Row((1,), (2, 3, 4))], multiple=8)
+    assert padded.inputs.shape == (2, 8)
+    assert padded.targets.tolist() == [8, 9, 2, 3, 4]
+    flat = padded.inputs.reshape(-1)
+    assert flat[padded.positions].tolist() == [7, 8, 1, 2, 3]
+
+
+def test_sample_order_is_that_of_the_groups(world):
+    samples = gather(world[1])
+    assert all(isinstance(s, Sample) for s in samples)
+    assert [s.group for s in samples] == sorted(s.group for s in samples)
