@@ -151,10 +151,12 @@ def test_any_override_gives_a_recipe_or_named_faults(tmp_path_factory, overrides
     try:
         cfg = load_recipe(path, overrides)
     except ConfigError as error:
-        assert error.exit_code == 2
-        assert all(f.path and f.problem and f.remedy for f in error.faults)
+        found = error
     else:
         assert yaml.safe_load(dump(cfg))["name"]
+        return
+    assert found.exit_code == 2
+    assert all(f.path and f.problem and f.remedy for f in found.faults)
 
 
 @settings(max_examples=250, deadline=None)

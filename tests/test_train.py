@@ -66,6 +66,9 @@ def test_a_run_writes_what_it_promises(small, tmp_path: Path):
     for r in rollouts:
         assert set(r) >= {"prompt", "completion", "score", "success", "context", "tokens", "finish", "verdict"}
         assert r["success"] == (r["score"] >= 0.5)
+        assert len(r["pieces"]) == r["tokens"]
+        assert ("shift" in r) == (r["context"] is not None)
+        assert "shift" not in r or len(r["shift"]) == r["tokens"]
 
 
 def test_held_out_problems_are_never_trained_on(small, tmp_path: Path):
@@ -235,7 +238,10 @@ def test_a_verifier_of_ones_own_trains(own_task, tmp_path: Path):
 
 
 def test_a_verifier_that_fails_costs_the_rollout_never_its_score(own_task, tmp_path: Path):
-    body = "if hash_of(completion) % 2 and completion != problem.answer: raise OSError('disk on fire')\n    return completion == problem.answer"
+    body = (
+        "if hash_of(completion) % 2 and completion != problem.answer: raise OSError('disk on fire')\n"
+        "    return completion == problem.answer"
+    )
     (tmp_path / "judge.py").write_text("def hash_of(s): return sum(map(ord, s))\n" + VERIFIER.format(body=body))
     recipe = load_recipe(own_task(task="task: {kind: python, data: rows.jsonl, held_out: 0.25, verifier: judge.py}\n"))
     recipe = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"prompts": 16, "group_size": 4})})

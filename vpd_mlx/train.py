@@ -6,7 +6,7 @@ import json
 import platform
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -153,7 +153,8 @@ class Trainer:
         mx.clear_cache()
         self._interruptible()
         self.progress.phase("update")
-        metrics = self.algorithm(self.policy, groups, Step(number, self.recipe.seed, clock))
+        step = Step(number, self.recipe.seed, clock)
+        metrics = self.algorithm(self.policy, groups, step)
         mx.clear_cache()
         with clock("log"):
             row = {
@@ -163,7 +164,10 @@ class Trainer:
                 "tokens_per_s": round(sum(len(r.tokens) for r in batch.rollouts) / clock.seconds["rollout"], 1),
                 "peak_memory_mb": round(mx.get_peak_memory() / 2**20, 1),
             }
-            rows = [_rollout_row(number, g, n, r) for g in groups for n, r in enumerate(g.rollouts)]
+            decode = self.policy.tokenizer.decode
+            rows = [_rollout_row(number, g, n, r, decode) for g in groups for n, r in enumerate(g.rollouts)]
+            for i, tokens in step.tokens.items():
+                rows[i]["shift"] = [round(float(x), 3) for x in tokens["teacher_logp"] - tokens["student_logp"]]
         row["seconds"] = {k: round(v, 4) for k, v in clock.seconds.items()}
         row["seconds"]["total"] = round(time.perf_counter() - start, 4)
         self._count_nonfinite(metrics)
@@ -477,7 +481,11 @@ def _rollout_metrics(batch: Batch, groups: Sequence[Group]) -> dict[str, Any]:
     }
 
 
-def _rollout_row(step: int, group: Group, index: int, rollout: Rollout) -> dict[str, Any]:
+def _rollout_row(
+    step: int, group: Group, index: int, rollout: Rollout, decode: Callable[[list[int]], str]
+) -> dict[str, Any]:
+    """One line of `rollouts.jsonl`. `pieces` are the completion's tokens as text; `shift`, added where there was a teacher,
+    is its log-probability of each token less the student's."""
     verdict, context = rollout.verdict, rollout.context
     return {
         "step": step,
@@ -493,4 +501,6 @@ def _rollout_row(step: int, group: Group, index: int, rollout: Rollout) -> dict[
         "prompt_tokens": len(group.prompt),
         "teacher_prompt_tokens": None if rollout.teacher_prompt is None else len(rollout.teacher_prompt),
         "finish": rollout.finish,
+        "teacher_prompt": None if rollout.teacher_prompt is None else decode(list(rollout.teacher_prompt)),
+        "pieces": [decode([t]) for t in rollout.tokens],
     }

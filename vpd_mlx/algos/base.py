@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -13,6 +13,7 @@ from vpd_mlx.policy import Policy
 from vpd_mlx.teacher import Teacher
 from vpd_mlx.types import Group
 from vpd_mlx.updates import Learner
+from vpd_mlx.updates.learner import Floats
 
 __all__ = ["Algorithm", "Metrics", "State", "Step", "load_state", "prefixed", "save_state"]
 
@@ -21,11 +22,15 @@ Metrics = dict[str, Any]
 
 @dataclass(frozen=True)
 class Step:
-    """Where the run stands: the step's number from 1, the run's seed, and the clock that phases are counted on."""
+    """Where the run stands: the step's number from 1, the run's seed, the clock that phases are counted on.
+
+    An algorithm with a teacher leaves in `tokens`, by rollout in order, each token's `teacher_logp` and `student_logp`.
+    """
 
     number: int
     seed: int
     clock: Clock
+    tokens: dict[int, Mapping[str, Floats]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ class Grpo:
     def __call__(self, policy: Policy, groups: Sequence[Group], step: Step) -> Metrics:
         """One update."""
         with step.clock("policy_gradient"):
-            metrics = policy_gradient_update(
+            metrics, _ = policy_gradient_update(
                 policy,
                 gather(groups),
                 self.learners["pg"],

@@ -35,7 +35,7 @@ class Hybrid:
         """One update."""
         with step.clock("policy_gradient"):
             self.teacher.begin_batch(policy)
-            metrics = policy_gradient_update(
+            metrics, tokens = policy_gradient_update(
                 policy,
                 gather(groups),
                 self.learners["pg"],
@@ -46,6 +46,7 @@ class Hybrid:
                 distill=self.distillation(),
             )
             self.teacher.end_batch(policy)
+        step.tokens.update({i: t for i, t in tokens.items() if "teacher_logp" in t})
         return prefixed("policy_gradient", metrics)
 
     def state(self) -> State:

@@ -30,7 +30,7 @@ class Sdpo:
         """One M-step."""
         with step.clock("m_step"):
             self.teacher.begin_batch(policy)
-            metrics, _ = divergence_update(
+            metrics, tokens = divergence_update(
                 policy,
                 gather(groups),
                 self.learners["m"],
@@ -39,6 +39,7 @@ class Sdpo:
                 seed=phase_seed(step.seed, step.number, "update"),
             )
             self.teacher.end_batch(policy)
+        step.tokens.update(tokens)
         return prefixed("m_step", metrics)
 
     def state(self) -> State:

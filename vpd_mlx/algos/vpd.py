@@ -54,6 +54,7 @@ class Vpd:
                 policy, samples, self.learners["m"], self.recipe.m_step, self.teacher, seed=seed
             )
             self.teacher.end_batch(policy)
+        step.tokens.update(tokens)
         if e_step is not None and e_step.anchor and self.teacher.kind in ("live", "frozen", "adapter"):
             metrics |= prefixed("e_step", self._after(samples, e_step, tokens))
         return {**metrics, **prefixed("m_step", m_step)}

@@ -70,7 +70,7 @@ def policy_gradient_update(
     teacher: Teacher | None = None,
     reshape: TokenAdvantages | None = None,
     distill: tuple[float, float, Distillation] | None = None,
-) -> Metrics:
+) -> tuple[Metrics, dict[int, dict[str, Floats]]]:
     """Clipped policy gradient on group advantages, alone or together with the teacher.
 
     Args:
@@ -82,6 +82,8 @@ def policy_gradient_update(
         teacher: needed by `reshape` and `distill`.
         reshape: turns advantages into token advantages where a sample has a context.
         distill: (weight of the divergence, weight of the policy gradient, the divergence): both in one gradient.
+
+    Returns metrics and, by sample, the tokens' figures as they stood before the first update of this batch.
     """
     advantages = advantages_of(samples, cfg)
     kept = list(range(len(samples)))
@@ -169,7 +171,7 @@ def policy_gradient_update(
     if teacher is not None:
         distilled = {i: c for i, c in seen.items() if "divergence" in c}
         metrics |= divergence_metrics(samples, {i: {**c, "loss": c["divergence"]} for i, c in distilled.items()})
-    return metrics
+    return metrics, seen
 
 
 def _context_tokens(samples: Sequence[Sample], indices: Sequence[int]) -> int:
@@ -193,9 +195,10 @@ class _PolicyGradient:
         logp = mx.take_along_axis(student, fixed["targets"][:, None], axis=-1)[:, 0]
         old = fixed.get("old_logp", mx.stop_gradient(logp))
         advantage = fixed["advantage"]
+        teacher_logp: mx.array | None = None
         if self.reshape is not None and self.teacher is not None:
-            teacher_logp = losses.token_logps(self.teacher.logits(fixed, head), fixed["targets"])
-            advantage = self.reshape(advantage, mx.stop_gradient(teacher_logp), mx.stop_gradient(logp))
+            teacher_logp = mx.stop_gradient(losses.token_logps(self.teacher.logits(fixed, head), fixed["targets"]))
+            advantage = self.reshape(advantage, teacher_logp, mx.stop_gradient(logp))
         elif self.reshape is not None:
             # Without a context there is no teacher: it agrees with the student by default.
             advantage = self.reshape(advantage, mx.stop_gradient(logp), mx.stop_gradient(logp))
@@ -207,6 +210,8 @@ class _PolicyGradient:
             clip_high=self.cfg.clip_high,
             dual_clip=self.cfg.dual_clip,
         )
+        if teacher_logp is not None:
+            metrics = {**metrics, "teacher_logp": teacher_logp, "student_logp": mx.stop_gradient(logp)}
         frozen = mx.stop_gradient(student)
         metrics = {**metrics, "student_entropy": -(mx.exp(frozen) * frozen).sum(-1)}
         if "reference" in fixed:
