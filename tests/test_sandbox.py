@@ -463,7 +463,7 @@ def _children(pid: int) -> set[int]:
 
 
 def test_seatbelt_profile_is_balanced_and_shut() -> None:
-    profile = seatbelt_profile("/opt/py/bin/python3", "/private/tmp/x", True)
+    profile = seatbelt_profile("/opt/py/bin/python3", "/private/tmp/x", [], True)
     assert profile.count("(") == profile.count(")")
     for rule in (
         "(deny network*)",
@@ -473,3 +473,16 @@ def test_seatbelt_profile_is_balanced_and_shut() -> None:
         "(deny mach-lookup)",
     ):
         assert rule in profile
+
+
+def test_a_session_may_stay_and_import(tmp_path: Path) -> None:
+    (tmp_path / "mylib.py").write_text("def double(x): return 2 * x\n")
+    tmp_path.chmod(0o755)
+    stays = Sandbox(Limits(wall_s=0.6, output_kb=1), packages=[str(tmp_path)])
+    program = "import mylib, time\ndef f(x, wait=0):\n  time.sleep(wait)\n  print('x' * 300)\n  return mylib.double(x)"
+    with stays.open(program, per_call=True) as session:
+        for i in range(4):
+            got = session.call("f", [i], {"wait": 0.2})
+            assert isinstance(got, Value)
+            assert got.equals(2 * i)
+        assert str(session.call("f", [1], {"wait": 5})).startswith("Timeout")

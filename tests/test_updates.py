@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 
 from vpd_mlx import losses
 from vpd_mlx.algos import ALGORITHMS, Step
-from vpd_mlx.batching import pad
+from vpd_mlx.batching import micro_batches, pad
 from vpd_mlx.config import Grpo, MStep
 from vpd_mlx.metrics import Clock
 from vpd_mlx.policy import Policy
@@ -347,7 +347,13 @@ OPTIONS = [
     ("reweight", {"hybrid.mix_decay_steps": 2}),
     ("reweight", {"hybrid.weight_clip": 0.6}),
 ]
-LOUD = {"optimizer.learning_rate": 1e-2, "optimizer.warmup_steps": 2, "optimizer.grad_clip": None}
+LOUD = {
+    "optimizer.learning_rate": 1e-2,
+    "optimizer.warmup_steps": 2,
+    "optimizer.grad_clip": None,
+    "e_step.learning_rate_ratio": 1.0,
+    "teacher.weights": None,
+}
 
 
 @pytest.fixture(scope="module")
@@ -450,3 +456,46 @@ def test_sample_order_is_that_of_the_groups(world):
     samples = gather(world[1])
     assert all(isinstance(s, Sample) for s in samples)
     assert [s.group for s in samples] == sorted(s.group for s in samples)
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+@pytest.mark.parametrize("kind", ["student", "teacher"])
+def test_shared_prompts_give_the_same_states_and_gradients(world, kind, multiple):
+    trainer, groups = world
+    policy = trainer.policy
+    rows = [getattr(s, kind) for s in gather(groups) if s.teacher is not None]
+    rows.append(Row(rows[0].prompt, rows[0].completion[:1]))  # one token: nothing to extend
+    assert policy.shares_prompts
+
+    def run(share: bool, part: list[Row]):
+        policy.shares_prompts = share
+        before, policy._multiple = policy._multiple, multiple
+        weights = mx.random.normal((sum(len(r.completion) for r in part), 64), key=mx.random.key(3))
+        try:
+            value, gradient = nn.value_and_grad(policy.model, lambda: (policy.hidden(part)[0] * weights).sum())()
+            return policy.hidden(part), value, dict(tree_flatten(gradient))
+        finally:
+            policy.shares_prompts, policy._multiple = True, before
+
+    for part in (rows, [Row(r.prompt, r.completion[:1]) for r in rows]):
+        (states, targets), _, gradient = run(True, part)
+        (want, want_targets), _, want_gradient = run(False, part)
+        assert mx.array_equal(targets, want_targets).item()
+        np.testing.assert_allclose(np.array(states), np.array(want), atol=1e-5, rtol=1e-4)
+        assert_close(gradient, want_gradient, 1e-5)
+
+
+def test_micro_batches_keep_to_the_budget_and_prompts_together():
+    rows = [Row(tuple([p] * (10 + p)), (1,) * n) for p in range(4) for n in (2, 5, 3)]
+    for shared in (False, True):
+        for budget in (1, 30, 60, 10**6):
+            batches = micro_batches(rows, budget, shared=shared)
+            assert sorted(i for b in batches for i in b) == list(range(len(rows)))
+            for b in batches:
+                part = [rows[i] for i in b]
+                cost = len(b) * max(len(r.prompt) + len(r.completion) for r in part)
+                if shared:
+                    prompts = {r.prompt for r in part}
+                    cost = len(prompts) * max(map(len, prompts)) + len(b) * max(len(r.completion) for r in part)
+                assert cost <= budget or len(b) == 1
+    assert len(micro_batches(rows, 60, shared=True)) < len(micro_batches(rows, 60))

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from vpd_mlx.types import Row
 
-__all__ = ["Padded", "micro_batches", "pad", "token_weights"]
+__all__ = ["Padded", "Shared", "micro_batches", "pad", "share", "token_weights"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def pad(rows: Sequence[Row], multiple: int = 1) -> Padded:
     Right padding needs no mask under causal attention: no real position sees a padded one.
     """
     lengths = [len(r.prompt) + len(r.completion) - 1 for r in rows]
-    width = -(-max(lengths) // multiple) * multiple
+    width = _up(max(lengths), multiple)
     inputs = np.zeros((len(rows), width), np.int32)
     positions, targets = [], []
     for i, row in enumerate(rows):
@@ -44,22 +44,89 @@ def pad(rows: Sequence[Row], multiple: int = 1) -> Padded:
     return Padded(inputs, np.concatenate(positions), np.concatenate(targets))
 
 
-def micro_batches(rows: Sequence[Row], budget: int) -> list[list[int]]:
-    """Indices of rows, grouped so that rows x longest stays within `budget` tokens, long rows together.
+@dataclass(frozen=True)
+class Shared:
+    """Rows whose prompts are read once each.
 
-    Sorted by length, so little is padding; the order within a length is that of the input, so the split is
-    deterministic. A row longer than the budget gets a batch of its own.
+    `prompts` (U, P) int32, padded on the right; `lengths` (B,) int32: of each row's prompt; `parents` (B,) int32: which it is;
+    `completions` (B, T) int32: less each last token, padded on the right, T = 0 when all have one token. `positions` (M,)
+    int32: into the flattened (U * P) prompt positions followed by the (B * T) completion positions. `targets` (M,) int32.
     """
-    order = sorted(range(len(rows)), key=lambda i: (-(len(rows[i].prompt) + len(rows[i].completion)), i))
+
+    prompts: npt.NDArray[np.int32]
+    lengths: npt.NDArray[np.int32]
+    parents: npt.NDArray[np.int32]
+    completions: npt.NDArray[np.int32]
+    positions: npt.NDArray[np.int32]
+    targets: npt.NDArray[np.int32]
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def share(rows: Sequence[Row], multiple: int = 1) -> Shared | None:
+    """Rows grouped by identical prompt ids; None where that would save less than a tenth of the positions."""
+    index: dict[tuple[int, ...], int] = {}
+    parents = [index.setdefault(r.prompt, len(index)) for r in rows]
+    width = _up(max(len(p) for p in index), multiple)
+    longest = max(len(r.completion) for r in rows) - 1
+    added = _up(longest, multiple) if longest else 0
+    plain = len(rows) * _up(max(len(r.prompt) + len(r.completion) - 1 for r in rows), multiple)
+    if len(index) * width + len(rows) * added > 0.9 * plain:
+        return None
+    prompts = np.zeros((len(index), width), np.int32)
+    for ids, u in index.items():
+        prompts[u, : len(ids)] = ids
+    completions = np.zeros((len(rows), added), np.int32)
+    positions, targets = [], []
+    for i, row in enumerate(rows):
+        n = len(row.completion)
+        completions[i, : n - 1] = row.completion[:-1]
+        first = parents[i] * width + len(row.prompt) - 1  # the prompt's last state predicts the first token
+        rest = prompts.size + i * added + np.arange(n - 1)
+        positions.append(np.concatenate([[first], rest]).astype(np.int32))
+        targets.append(np.asarray(row.completion, np.int32))
+    lengths = np.array([len(r.prompt) for r in rows], np.int32)
+    return Shared(
+        prompts, lengths, np.array(parents, np.int32), completions, np.concatenate(positions), np.concatenate(targets)
+    )
+
+
+def micro_batches(rows: Sequence[Row], budget: int, *, shared: bool = False) -> list[list[int]]:
+    """Indices of rows, grouped so that each group's positions stay within `budget`, long rows together.
+
+    Without sharing a group costs rows x longest; with it, its distinct prompts x longest plus rows x longest completion, and
+    rows of one prompt stay together where they fit. The order is a function of the rows alone, so the split is deterministic.
+    A row longer than the budget gets a group of its own.
+    """
+
+    def plain_key(i: int) -> tuple[int, int]:
+        return -(len(rows[i].prompt) + len(rows[i].completion)), i
+
+    def shared_key(i: int) -> tuple[int, tuple[int, ...], int, int]:
+        return -len(rows[i].prompt), rows[i].prompt, -len(rows[i].completion), i
+
+    order = sorted(range(len(rows)), key=shared_key if shared else plain_key)
     batches: list[list[int]] = []
-    longest = 0
+    prompts: set[tuple[int, ...]] = set()
+    width = added = 0
     for i in order:
-        length = len(rows[i].prompt) + len(rows[i].completion)
-        if batches and (len(batches[-1]) + 1) * longest <= budget:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-            longest = length
+        p, c = len(rows[i].prompt), len(rows[i].completion)
+        if batches:
+            count = len(batches[-1]) + 1
+            if shared:
+                cost = len(prompts | {rows[i].prompt}) * max(width, p) + count * max(added, c)
+            else:
+                cost = count * max(width, p + c)
+            if cost <= budget:
+                batches[-1].append(i)
+                prompts.add(rows[i].prompt)
+                width, added = max(width, p if shared else p + c), max(added, c)
+                continue
+        batches.append([i])
+        prompts = {rows[i].prompt}
+        width, added = (p if shared else p + c), c
     return batches
 
 

@@ -23,14 +23,16 @@ import numpy as np
 import numpy.typing as npt
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.trainer import grad_checkpoint
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from vpd_mlx import losses
-from vpd_mlx.batching import micro_batches, pad
+from vpd_mlx.batching import micro_batches, pad, share
 from vpd_mlx.config import Lora
 from vpd_mlx.errors import ConfigError, Fault, ModelError
 from vpd_mlx.heads import Head, chunk_size, map_tokens
+from vpd_mlx.prefix import Capture, extended
 from vpd_mlx.types import Row
 
 __all__ = ["Adapter", "Policy", "phase_seed"]
@@ -55,6 +57,7 @@ class Policy:
         tokenizer: mlx-lm's tokenizer wrapper.
         path: what it was loaded from.
         head: hidden states (m, D) -> float32-able logits (m, V).
+        shares_prompts: whether one pass over a prompt serves all its completions in updates.
         notes: what a user should know of how this model is handled, e.g. a fallback.
     """
 
@@ -71,7 +74,7 @@ class Policy:
             mx.disable_compile()  # on the CPU a compiled kernel costs a run of the C++ compiler, and saves nothing
         else:
             self._multiple = GPU_MULTIPLE
-        self._body, self.head = self._split()
+        self._probe()
 
     # --- loading
 
@@ -100,6 +103,8 @@ class Policy:
         if lora is not None:
             policy.adapt(lora, seed)
         if gradient_checkpointing:
+            # A checkpointed block takes its cache for a constant: the prompt's share of the gradient would be lost.
+            policy.shares_prompts = False
             grad_checkpoint(model.layers[0])
         return policy
 
@@ -115,7 +120,22 @@ class Policy:
         self._lora_config = {"fine_tune_type": "lora", "num_layers": layers, "lora_parameters": parameters}
         self.model.eval()
         mx.eval(self.model.parameters())
+        self._probe()
+
+    def _probe(self) -> None:
+        """Find out, on a few tokens, what this architecture allows; what it does not is noted."""
+        self.notes = []
         self._body, self.head = self._split()
+        self.shares_prompts = self._can_share()
+        if not self.shares_prompts:
+            self.notes.append(
+                f"{self._architecture}: a prompt's keys cannot be shared among its completions, so updates read it once for "
+                "each (slower, the same numbers)"
+            )
+
+    @property
+    def _architecture(self) -> str:
+        return type(self.model).__module__.rsplit(".", 1)[-1]
 
     def _split(self) -> tuple[Any, Head]:
         """Body and head, if a probe shows that head(body(x)) is the model; else the whole and identity."""
@@ -148,10 +168,34 @@ class Policy:
             if logits.shape == full.shape and float(mx.abs(logits - full).max()) <= tolerance:
                 return inner, head
         self.notes.append(
-            f"{type(self.model).__module__.rsplit('.', 1)[-1]}: body and head cannot be run apart, so losses hold whole "
+            f"{self._architecture}: body and head cannot be run apart, so losses hold whole "
             "logits (more memory, the same numbers)"
         )
         return self.model, lambda logits: logits
+
+    def _can_share(self) -> bool:
+        """Whether a probe shows that a prompt read once gives its completions the states that reading it each time does."""
+        caches = make_prompt_cache(self.model)
+        if any(type(c).__name__ not in ("KVCache", "RotatingKVCache") for c in caches):
+            return False  # recurrent layers keep no keys to share
+        rows = [
+            Row(PROBE[:5], PROBE[:3]),
+            Row(PROBE[:5], PROBE[2:6]),
+            Row(PROBE[2:4], PROBE[:2]),
+            Row(PROBE[2:4], (1,)),
+        ]
+        self.shares_prompts = False
+        want, _ = self.hidden(rows)
+        self.shares_prompts = True
+        try:
+            got, _ = self.hidden(rows)
+            mx.eval(got)
+        except (TypeError, ValueError, AttributeError, IndexError):
+            return False  # this architecture wants more of a cache than keys, values and a mask
+        full_precision = want.dtype == mx.float32
+        want, got = want.astype(mx.float32), got.astype(mx.float32)
+        tolerance = (1e-4 if full_precision else 3e-2) * float(mx.abs(want).max()) + 1e-6
+        return float(mx.abs(got - want).max()) <= tolerance
 
     # --- scoring
 
@@ -162,14 +206,24 @@ class Policy:
 
     def split(self, rows: Sequence[Row]) -> list[list[int]]:
         """Indices of rows per micro-batch."""
-        return micro_batches(rows, self._micro_batch_tokens)
+        return micro_batches(rows, self._micro_batch_tokens, shared=self.shares_prompts)
 
     def hidden(self, rows: Sequence[Row]) -> tuple[mx.array, mx.array]:
         """States that predict each completion token, and these tokens: (M, D) and (M,), rows in order."""
-        padded = pad(rows, self._multiple)
-        states = self._body(mx.array(padded.inputs))
+        shared = share(rows, self._multiple) if self.shares_prompts else None
+        if shared is None:
+            padded = pad(rows, self._multiple)
+            states = self._body(mx.array(padded.inputs))
+            flat = states.reshape(-1, states.shape[-1])
+            return flat[mx.array(padded.positions)], mx.array(padded.targets)
+        captures = [Capture() for _ in self.model.layers]
+        states = self._body(mx.array(shared.prompts), cache=captures)
         flat = states.reshape(-1, states.shape[-1])
-        return flat[mx.array(padded.positions)], mx.array(padded.targets)
+        if shared.completions.size:
+            caches = extended(captures, mx.array(shared.parents), mx.array(shared.lengths))
+            added = self._body(mx.array(shared.completions), cache=caches)
+            flat = mx.concatenate([flat, added.reshape(-1, added.shape[-1])])
+        return flat[mx.array(shared.positions)], mx.array(shared.targets)
 
     def logps(self, rows: Sequence[Row]) -> list[npt.NDArray[np.float32]]:
         """Log-probability of every completion token, float32, by a forward pass without gradient: per row (T_i,)."""
