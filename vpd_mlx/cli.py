@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vpd_mlx import __version__
+from vpd_mlx.commands.lab import lab
 from vpd_mlx.config import Recipe, builtin_recipes, load_recipe, parse_set, resolve_recipe_path
 from vpd_mlx.errors import ConfigError, Fault, VpdError
 from vpd_mlx.runlog import MARK, free_run_folder
@@ -179,6 +180,9 @@ def _quoted(text: str) -> str:
     import shlex
 
     return shlex.quote(text)
+
+
+app.command()(lab)
 
 
 @app.command()

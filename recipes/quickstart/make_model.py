@@ -1,6 +1,6 @@
 """Make the embedded model of `quickstart`: a tiny chat model that adds without carrying and can use a correction.
 
-    python recipes/quickstart/make_model.py [--out DIR] [--steps N]
+    python recipes/quickstart/make_model.py [--recipe FILE] [--out DIR] [--steps N] [--bits N]
 
 What it is taught, by plain supervised learning on two-digit sums (those held out for evaluation never appear):
 
@@ -8,7 +8,8 @@ What it is taught, by plain supervised learning on two-digit sums (those held ou
   One such answer in three has a slip on top, a stray digit or a stray 1 in front, so that the model is not dead certain;
 - a third of the time the same prompt with the verifier's words on a wrong attempt, which itself is not shown
   (`Feedback: ones right, tens too low, hundreds missing`), and the right sum;
-- the rest of the time the same prompt with `A correct answer: 85`, and the right sum.
+- the rest of the time the same prompt with `A correct answer: 85`, and the right sum. Where the recipe has a template for the
+  critic, half of these are its question about a wrong attempt instead, answered in the verifier's words.
 
 So the student fails every sum that needs a carry, and the teacher, the same weights under feedback, gets them right. The
 result is quantised to 4 bits and written in mlx-lm's format: some 95,000 parameters with a byte-level tokenizer of its own.
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -102,17 +104,25 @@ def with_slips(rng: random.Random, answer: str) -> str:
 def main() -> None:
     """Teach, quantise, check, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", type=Path, default=HERE / "quickstart.yaml", help="whose templates are taught")
     parser.add_argument("--out", type=Path, default=HERE / "model")
+    parser.add_argument("--reading", type=float, default=0.35, help="share of samples that read the verifier's words")
+    parser.add_argument("--bits", type=int, default=BITS, help="0 leaves the weights in float32")
     parser.add_argument("--steps", type=int, default=1000)
     arguments = parser.parse_args()
     mx.disable_compile()
     mx.random.seed(SEED)
     rng = random.Random(SEED)
 
-    recipe = load_recipe(HERE / "quickstart.yaml")
+    recipe = load_recipe(arguments.recipe)
     words = [f"{place} {word}" for place in PLACES[:4] for word in ("right", "too low", "too high", "missing", "extra")]
-    templates = [t for t in (recipe.templates.sibling, recipe.templates.verifier) if t]
-    phrases = [", ".join(words), TOO_LONG, *(t.replace("{prompt}", "").replace("{context}", "ones") for t in templates)]
+    wording = recipe.templates
+    templates = [t for t in (wording.sibling, wording.verifier, wording.critique, wording.critic) if t]
+    phrases = [
+        ", ".join(words),
+        TOO_LONG,
+        *(re.sub(r"{prompt}|{context}|{attempt}|{answer}", "", t) for t in templates),
+    ]
     hf_tokenizer = make_tokenizer(phrases)
     end = hf_tokenizer.convert_tokens_to_ids("<|end|>")
     tokenizer = TokenizerWrapper(hf_tokenizer, eos_token_ids={end})
@@ -158,8 +168,12 @@ def main() -> None:
         kind = rng.random()
         if kind < 0.5:
             return prompter.student(problem(a, b)), answer_ids(with_slips(rng, str(without_carrying(a, b))))
-        if kind < 0.85:
+        if kind < 0.5 + arguments.reading:
             return corrected(a, b, wrong_attempt(rng, a, b)), answer_ids(str(a + b))
+        if wording.critic is not None and kind > 0.925:
+            attempt = wrong_attempt(rng, a, b)
+            question = prompter.critic(problem(a, b), attempt, "")
+            return question, answer_ids(task.verify(problem(a, b), attempt).text)
         return shown(a, b), answer_ids(str(a + b))
 
     def batch() -> tuple[mx.array, mx.array]:
@@ -200,7 +214,8 @@ def main() -> None:
         return texts
 
     model_config = {**asdict(config), "eos_token_id": end}
-    model, model_config = quantize_model(model, model_config, GROUP_SIZE, BITS)
+    if arguments.bits:
+        model, model_config = quantize_model(model, model_config, GROUP_SIZE, arguments.bits)
     model.eval()
     check = kept[:200]
     right = [str(a + b) for a, b in check]
@@ -212,7 +227,8 @@ def main() -> None:
         return float(np.mean([g == w for g, w in zip(got, want, strict=True)]))
 
     bug = [str(without_carrying(a, b)) for a, b in check]
-    print(f"held-out carry sums after quantising to {BITS} bits, greedy: plain prompt {share(plain, right):.1%} right,")
+    width = f"{arguments.bits} bits" if arguments.bits else "float32"
+    print(f"held-out carry sums, {width}, greedy: plain prompt {share(plain, right):.1%} right,")
     print(
         f"{share(plain, bug):.1%} the bug; under feedback {share(read, right):.1%}; by a sibling {share(copied, right):.1%}"
     )

@@ -12,7 +12,7 @@ from vpd_mlx import losses
 from vpd_mlx.batching import token_weights
 from vpd_mlx.config import MStep
 from vpd_mlx.heads import Head
-from vpd_mlx.metrics import mean
+from vpd_mlx.metrics import auc, mean
 from vpd_mlx.policy import Policy, phase_seed
 from vpd_mlx.teacher import Teacher
 from vpd_mlx.updates.learner import (
@@ -119,4 +119,18 @@ def divergence_metrics(samples: Sequence[Sample], seen: Mapping[int, Mapping[str
         "student_entropy": token_mean("student_entropy"),
         "teacher_entropy": token_mean("teacher_entropy"),
         "mass": token_mean("mass"),
+        **_margin(samples, seen),
+    }
+
+
+def _margin(samples: Sequence[Sample], seen: Mapping[int, Mapping[str, Floats]]) -> Metrics:
+    """How far the teacher prefers right completions to wrong ones: sums of log q - log pi, so r~ / beta, by class."""
+    sums = {i: float((c["teacher_logp"] - c["student_logp"]).sum()) for i, c in seen.items()}
+    right = [v for i, v in sums.items() if samples[i].rollout.success]
+    wrong = [v for i, v in sums.items() if not samples[i].rollout.success]
+    return {
+        "log_ratio_right": mean(right),
+        "log_ratio_wrong": mean(wrong),
+        "margin": float(np.mean(right) - np.mean(wrong)) if right and wrong else None,
+        "auc": auc(right, wrong),
     }

@@ -1,0 +1,143 @@
+"""The lab: intervals, verdicts, and a grid that is interrupted and goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from vpd_mlx.config import builtin_recipes
+from vpd_mlx.errors import ConfigError, RunError
+from vpd_mlx.lab import (
+    Cell,
+    Result,
+    best_rates,
+    check_recipe,
+    curves,
+    interval,
+    load_grid,
+    results,
+    run_grid,
+    sweep_table,
+    table,
+    verdicts,
+)
+
+ROOT = Path(__file__).parent.parent
+GRID = """
+name: tiny
+recipe: {recipe}
+seeds: [0, 1]
+threshold: 0.5
+overrides: {{steps: 2, rollout.prompts: 2, rollout.group_size: 2, evaluation.problems: 4, evaluation.every: 1, lora.rank: 4}}
+tune: {{rates: [1e-4, 1e-3], seeds: [9]}}
+settings: {{plain: {{}}}}
+methods:
+  sdpo: {{algorithm: sdpo, evaluation.samples: 1}}
+  fast: {{algorithm: sdpo, evaluation.samples: 1, teacher.ema_rate: 0.5}}
+same_rate: {{fast: sdpo}}
+parts: [{{setting: plain, methods: [sdpo, fast]}}]
+findings: [{{id: x, claim: "fast > slow", setting: plain, better: fast, worse: sdpo}}]
+"""
+
+
+def grid_file(tmp_path: Path, text: str = GRID) -> Path:
+    path = tmp_path / "grid.yaml"
+    path.write_text(
+        text.format(recipe=builtin_recipes()["quickstart"]).replace("1e-4", "0.0001").replace("1e-3", "0.001")
+    )
+    return path
+
+
+def test_interval_is_students_t():
+    mean, half = interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3.0
+    assert half == pytest.approx(2.776 * math.sqrt(2.5) / math.sqrt(5))
+    assert interval([2.0]) == (2.0, math.inf)
+
+
+def result(method: str, seed: int, final: float, curve=((0, 0.0), (1, 0.9)), margins=(1.0, 1.0)) -> Result:
+    cell = Cell("plain", method, seed, 1e-3, False)
+    return Result(cell, 0.0, final, final, None, tuple(curve), tuple(margins), None, None, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("fast", "verdict"),
+    [([0.8, 0.81], "reproduced"), ([0.2, 0.21], "not reproduced"), ([0.2, 0.9], "within noise")],
+)
+def test_verdicts(tmp_path: Path, fast, verdict):
+    grid = load_grid(grid_file(tmp_path))
+    found = [result("sdpo", s, 0.5) for s in (0, 1)] + [result("fast", s, fast[s]) for s in (0, 1)]
+    assert verdicts(grid, found)[0]["verdict"] == verdict
+
+
+def test_measures_by_hand():
+    r = result("sdpo", 0, 0.4, margins=[1.0] * 2 + [2.0] * 16 + [4.0] * 2)
+    assert r.measure("final") == 0.4
+    assert r.measure("best") == 0.9
+    assert r.measure("drop") == pytest.approx(0.5)
+    assert r.measure("margin_change") == pytest.approx(3.0)
+    assert math.isnan(result("sdpo", 0, 0.4, margins=[1.0]).measure("margin_change"))
+
+
+def test_a_grid_runs_goes_on_and_repeats(tmp_path: Path):
+    path = grid_file(tmp_path)
+    grid, recipe, out = load_grid(path), builtin_recipes()["quickstart"], tmp_path / "out"
+    check_recipe(grid, recipe)
+    said: list[str] = []
+    run_grid(grid, recipe, out, jobs=2, say=said.append)
+    found = results(grid, out)
+    assert {(r.cell.method, r.cell.seed) for r in found} == {("sdpo", 0), ("sdpo", 1), ("fast", 0), ("fast", 1)}
+    rates = best_rates(grid, out)
+    assert rates["plain", "fast"] == rates["plain", "sdpo"]
+    text = table(grid, found, rates)
+    assert "| sdpo |" in text
+    assert "fast > slow" in text
+    assert "0.001" in sweep_table(grid, out)
+    curves(grid, found, out / "curves.png")
+    assert (out / "curves.png").stat().st_size > 5000
+
+    # An interrupted grid: one run lost its end, one is gone. Only these run again, to the same figures.
+    (out / found[0].cell.folder / "summary.json").unlink()
+    said.clear()
+    run_grid(grid, recipe, out, jobs=1, say=said.append)
+    assert any("3 of 4 runs are there, 1 to go" in s for s in said)
+    again = results(grid, out)
+    assert [(r.final, r.curve, r.margins) for r in again] == [(r.final, r.curve, r.margins) for r in found]
+    assert json.loads((out / "rates.json").read_text())["plain/fast"] == rates["plain", "fast"]
+
+
+def test_a_failing_run_is_named(tmp_path: Path):
+    path = grid_file(
+        tmp_path,
+        GRID.replace("methods:\n", "methods:\n  broken: {{model: ./nowhere}}\n")
+        .replace("[sdpo, fast]", "[broken]")
+        .replace("better: fast, worse: sdpo", "better: broken, worse: broken"),
+    )
+    grid = load_grid(path)
+    with pytest.raises(RunError, match=r"2 of 2 runs failed, first tune-0.0001/plain/broken/seed9: vpd-mlx: .*nowhere"):
+        run_grid(grid, builtin_recipes()["quickstart"], tmp_path / "out", jobs=2, say=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("methods: [sdpo, fast]", "methods: [sdpo, slow]"), "parts.0.methods: 'slow' is not defined"),
+        (("worse: sdpo", "worse: grpo"), "findings.x: 'grpo' does not run in 'plain'"),
+        (("seeds: [0, 1]", "seeds: []"), "seeds"),
+        (("setting: plain, methods", "setting: odd, methods"), "'odd' is not defined"),
+    ],
+)
+def test_faults_of_a_grid(tmp_path: Path, change, words):
+    with pytest.raises(ConfigError, match=words.replace("[", r"\[")):
+        load_grid(grid_file(tmp_path, GRID.replace(*change)))
+
+
+def test_every_grid_that_ships_is_sound():
+    files = sorted((ROOT / "recipes" / "lab" / "grids").glob("*.yaml"))
+    assert files
+    for path in files:
+        grid = load_grid(path)
+        check_recipe(grid, (path.parent / grid.recipe).resolve())

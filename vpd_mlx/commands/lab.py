@@ -1,0 +1,37 @@
+"""`vpd-mlx lab`: a grid of methods and seeds, as a table with intervals and a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["lab"]
+
+
+def lab(
+    grid: Annotated[Path, typer.Argument(help="A grid's .yaml file, e.g. recipes/lab/grids/paper.yaml.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the grid's runs.", show_default="lab-runs/<name>")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs side by side, each a process of its own.")] = 2,
+) -> None:
+    """Run a grid {setting x method x seed}, each method at the best rate of the same small sweep.
+
+    Interrupt it at will: finished runs are kept, an interrupted one goes on from its checkpoint when the command is given again.
+    Writes results.md, rates.json and curves.png into the grid's folder.
+    """
+    from vpd_mlx.lab import best_rates, check_recipe, curves, load_grid, results, run_grid, sweep_table, table
+    from vpd_mlx.runlog import write_atomic
+
+    spec = load_grid(grid)
+    recipe = (grid.parent / spec.recipe).resolve()
+    check_recipe(spec, recipe)
+    folder = out if out is not None else Path("lab-runs") / spec.name
+    folder.mkdir(parents=True, exist_ok=True)
+    run_grid(spec, recipe, folder, jobs=jobs, say=lambda text: typer.echo(text))
+    found, rates = results(spec, folder), best_rates(spec, folder)
+    text = table(spec, found, rates) + "\n### The sweep\n\n" + sweep_table(spec, folder)
+    write_atomic(folder / "results.md", text)
+    curves(spec, found, folder / "curves.png")
+    typer.echo(text)
+    typer.echo(f"written: {folder / 'results.md'}, {folder / 'curves.png'}")
