@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vpd_mlx import __version__
+from vpd_mlx.commands.doctor import doctor
 from vpd_mlx.commands.lab import lab
 from vpd_mlx.config import Recipe, builtin_recipes, load_recipe, parse_set, resolve_recipe_path
 from vpd_mlx.errors import ConfigError, Fault, VpdError
@@ -182,6 +183,7 @@ def _quoted(text: str) -> str:
     return shlex.quote(text)
 
 
+app.command()(doctor)
 app.command()(lab)
 
 

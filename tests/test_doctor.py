@@ -1,0 +1,142 @@
+"""The self-test holds here, and catches what is wrong."""
+
+from __future__ import annotations
+
+import json
+
+import mlx.core as mx
+import pytest
+from typer.testing import CliRunner
+
+from vpd_mlx import doctor, losses, selftest
+from vpd_mlx.cli import app
+from vpd_mlx.heads import weighted_token_loss
+from vpd_mlx.policy import Policy
+
+
+def names_of_bad() -> list[str]:
+    return [c.name for c in doctor.self_test()[0] if not c.ok]
+
+
+def test_everything_holds_here_and_quickly():
+    checks, seconds = doctor.self_test()
+    assert [c.name for c in checks if not c.ok] == []
+    assert len(checks) > 25
+    assert seconds < 30
+    for part in (
+        "divergence",
+        "BCO",
+        "policy gradient",
+        "LoRA on a quantised layer",
+        "fused head",
+        "sampled",
+        "shared",
+    ):
+        assert any(part in c.name for c in checks), part
+
+
+def silent(f):
+    """f with a vjp that returns zero: values right, nothing learned. What mlx-lm's tuner losses do on Metal."""
+    planted = mx.custom_function(f)
+
+    @planted.vjp
+    def _(primals, _cotangents, _outputs):
+        return mx.zeros_like(primals) if isinstance(primals, mx.array) else [mx.zeros_like(p) for p in primals]
+
+    return planted
+
+
+def test_a_gradient_that_is_silently_zero_is_caught(monkeypatch):
+    real = losses.divergence
+    monkeypatch.setattr(losses, "divergence", lambda s, t, **k: silent(lambda x: real(x, t, **k))(s), raising=True)
+    bad = names_of_bad()
+    assert sum("divergence" in name and "differences" in name for name in bad) >= 9
+    assert not any("BCO" in name for name in bad)
+
+
+def test_a_wrong_kernel_on_the_device_is_caught(monkeypatch):
+    # On the default device the value comes out a little off; the CPU's is right.
+    real, calls = selftest._value_and_grad, []
+
+    def off(f, parameters, device):
+        calls.append(device)
+        value, gradient = real(f, parameters, device)
+        return (value * 1.05, gradient) if len(calls) % 2 else (value, gradient)
+
+    monkeypatch.setattr(selftest, "_value_and_grad", off)
+    assert sum("against CPU" in name for name in names_of_bad()) >= 10
+
+
+def test_not_a_number_is_caught(monkeypatch):
+    real = losses.bco_loss
+    monkeypatch.setattr(losses, "bco_loss", lambda *a, **k: (real(*a, **k)[0] * float("nan"), real(*a, **k)[1]))
+    assert all("BCO" in name for name in names_of_bad())
+    assert len(names_of_bad()) == 2
+
+
+def test_a_broken_prefix_is_caught(monkeypatch):
+    from vpd_mlx import prefix
+
+    real = prefix.Extend.__init__
+
+    def shifted(self, prompt, parents, lengths):
+        real(self, prompt, parents, lengths + 3)
+
+    checks_before = names_of_bad()
+    recipe_policy = Policy._can_share
+    monkeypatch.setattr(Policy, "_can_share", lambda self: True)
+    monkeypatch.setattr(prefix.Extend, "__init__", shifted)
+    assert checks_before == []
+    assert any("shared prompts" in name for name in names_of_bad())
+    # and the probe at load would not have used it
+    monkeypatch.setattr(Policy, "_can_share", recipe_policy)
+    from conftest import QUICKSTART
+
+    from vpd_mlx.config import load_recipe
+
+    policy = Policy.load(load_recipe(QUICKSTART).model, None)
+    assert not policy.shares_prompts
+    assert any("cannot be shared" in note for note in policy.notes)
+
+
+def test_the_command(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 0, result.output
+    for word in ("python", "mlx-lm", "memory", "disk free", "sandbox", "self-test"):
+        assert word in result.output
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    assert all(c["ok"] for c in json.loads(result.output)["checks"])
+    real = losses.entropy
+    assert real is losses.entropy
+    monkeypatch.setattr(selftest, "DEVICE_TOLERANCE", -1.0)
+    failing = CliRunner().invoke(app, ["doctor"])
+    assert failing.exit_code == 1
+    assert "WRONG" in failing.output
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_chunks_and_custom_gradient_equal_plain_autograd(chunk):
+    matrix = mx.random.normal((50, 16), key=mx.random.key(0))
+    hidden, teacher = (mx.random.normal((7, 16), key=mx.random.key(i)) for i in (1, 2))
+    weights = mx.random.normal((7,), key=mx.random.key(3))
+
+    def head(h):
+        return h @ matrix.T
+
+    def fused(h):
+        def per_token(logits, fixed, apply):
+            loss = losses.divergence(logits, apply(fixed["t"]), alpha=0.3)
+            return loss, {"twice": mx.stop_gradient(2 * loss)}
+
+        return weighted_token_loss(head, per_token, h, weights, {"t": teacher}, chunk)
+
+    def plain(h):
+        return (losses.divergence(head(h), head(teacher), alpha=0.3) * weights).sum()
+
+    (value, columns), gradient = mx.value_and_grad(fused)(hidden)
+    want, want_gradient = mx.value_and_grad(plain)(hidden)
+    assert value.item() == pytest.approx(want.item(), abs=1e-5)
+    assert mx.abs(gradient - want_gradient).max().item() < 1e-5
+    assert mx.allclose(columns["twice"], 2 * columns["loss"]).item()
+    assert columns["loss"].shape == (7,)
