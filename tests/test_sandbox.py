@@ -241,7 +241,8 @@ def test_nothing_is_harmed(sandbox: Sandbox, world: dict[str, object]) -> None:
     ended = {name: r.ended for name, r, _ in results}
     for name in ("endless loop", "sleep", "waits for input", "endless exit handler", "closes everything"):
         assert ended[name] == "timeout", name
-    assert ended["memory bomb"] == ended["slow memory bomb"] == "memory"
+    assert ended["memory bomb"] == "memory"
+    assert ended["slow memory bomb"] in ("memory", "timeout")  # on a busy machine time is up first
     assert ended["infinite output"] == ended["infinite errors"] == ended["one endless line"] == "output"
     time.sleep(max(0, started + 4.5 - time.monotonic()))  # when a daemon would have struck
     assert Path(str(world["canary"])).read_text() == str(SECRET)

@@ -139,11 +139,12 @@ def decode(obj: Any, depth: int = 0) -> Any:
 
 
 class Spec:
-    """The command line: `key=value` words; `read` may come several times."""
+    """The command line: `key=value` words; `read` and `path` may come several times."""
 
     def __init__(self, words: list[str]) -> None:
         pairs = [w.partition("=")[::2] for w in words]
         self.read = [v for k, v in pairs if k == "read"]
+        self.path = [v for k, v in pairs if k == "path"]
         one = dict(pairs)
         self.mode, self.tmp = one["mode"], one["tmp"]
         self.layers = set(one["layers"].split(","))
@@ -487,7 +488,10 @@ def serve(spec: Spec, prelude: str, source: str) -> int:
         try:
             function = names[name] if name in names else getattr(names["Solution"](), name)
             value = function(*[decode(a) for a in args], **{k: decode(v) for k, v in kwargs.items()})
-            body = json.dumps(encode(value)).encode()
+            try:
+                body = json.dumps(encode(value)).encode()
+            except TypeError as error:
+                raise TypeError(f"the call returned {error}") from None
         except BaseException as error:  # noqa: BLE001
             send(spec.res, b"X", describe(error))
         else:
@@ -559,6 +563,7 @@ def main(words: Iterable[str]) -> int:
         send(spec.res, b"S", text.encode())
         return 70
     prelude, source = receive(spec.ctl).decode(), receive(spec.ctl).decode()
+    sys.path += spec.path
     sys.argv = ["completion.py"]
     sys.set_int_max_str_digits(50_000)
     send(spec.res, b"R")

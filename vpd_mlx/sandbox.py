@@ -112,9 +112,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One test of the judge: passed, or why not. `call` is the last call made, `line` the failed line of the tests."""
+    """One test of the judge: passed, or why not. `call` is the last call made (name, arguments, value), `source` the failed
+    statement of the tests, `raised` whether the program itself failed there."""
 
     passed: bool
+    raised: bool = False
     failure: Failure | None = None
     call: tuple[str, str, str] | None = None
     source: str = ""
@@ -140,12 +142,21 @@ class Abilities:
 class Sandbox:
     """Runs programs under `limits`. Safe to use from several threads.
 
+    `packages` are folders of libraries that programs may import besides the standard library. `without` leaves layers out.
+
     Raises:
         SourceError: no program runs at all, or `strict` and a promise cannot be kept on this machine.
     """
 
-    def __init__(self, limits: Limits | None = None, strict: bool = False, without: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        limits: Limits | None = None,
+        strict: bool = False,
+        packages: Sequence[str] = (),
+        without: Sequence[str] = (),
+    ) -> None:
         self.limits = limits or Limits()
+        self._packages = tuple(packages)
         self._layers, reasons = self._probe([layer for layer in _possible_layers() if layer not in without])
         have = set(self._layers)
         kept = [p for p, ways in KEPT_BY.items() if any(way <= have for way in ways)]
@@ -160,13 +171,17 @@ class Sandbox:
         Raises:
             SourceError: the sandbox itself failed.
         """
-        with _Process(self.limits, self._layers, "run", program, prelude, stdin) as process:
+        with self._start("run", program, prelude, stdin) as process:
             process.pump(lambda: False)
             return process.result()
 
-    def open(self, program: str, prelude: str = "") -> Session:
-        """Load a program whose functions are then called one by one. Use as a context manager."""
-        return Session(_Process(self.limits, self._layers, "serve", program, prelude, ""))
+    def open(self, program: str, prelude: str = "", per_call: bool = False) -> Session:
+        """Load a program whose functions are then called one by one. Use as a context manager, in one thread: the program
+        ends with the thread that opened it.
+
+        With `per_call` wall time and output count anew for every call, for a program that stays: a library's scorer, say.
+        """
+        return Session(self._start("serve", program, prelude), per_call)
 
     def judge(
         self, session: Session, tests: Sequence[str], names: Mapping[str, str], setup: str = "", most_failures: int = 1
@@ -186,7 +201,7 @@ class Sandbox:
         outcomes: list[Outcome] = []
         failed: Failure | None = None
         call: tuple[str, str, str] | None = None
-        with _Process(limits, self._layers, "judge", plan, "", "") as process:
+        with self._start("judge", plan, limits=limits) as process:
             while len(outcomes) < len(tests) and sum(not o.passed for o in outcomes) < most_failures:
                 frame = process.next_frame()
                 if frame is None:
@@ -210,13 +225,25 @@ class Sandbox:
                         break
         return outcomes
 
+    def _start(
+        self,
+        mode: str,
+        program: str,
+        prelude: str = "",
+        stdin: str = "",
+        limits: Limits | None = None,
+        layers: Sequence[str] | None = None,
+    ) -> _Process:
+        chosen = self._layers if layers is None else layers
+        return _Process(limits or self.limits, chosen, self._packages, mode, program, prelude, stdin)
+
     def _probe(self, layers: list[str]) -> tuple[list[str], list[str]]:
         """The largest set of layers under which a program runs, and why others were left out."""
         reasons: list[str] = []
         layers = list(layers)
         while True:
             try:
-                with _Process(self.limits, layers, "run", SELF_TEST, "", "olleh") as process:
+                with self._start("run", SELF_TEST, stdin="olleh", layers=layers) as process:
                     process.pump(lambda: False)
                     result = process.result()
                 if result.ended == "ok" and result.stdout == "hello\n":
@@ -248,8 +275,9 @@ def _possible_layers() -> list[str]:
 class Session:
     """A loaded program, ready to be called. The first failure to load is the answer to every call."""
 
-    def __init__(self, process: _Process) -> None:
+    def __init__(self, process: _Process, per_call: bool) -> None:
         self._process = process
+        self._per_call = per_call
         self._loaded = False
         self._end: Result | None = None
 
@@ -284,6 +312,8 @@ class Session:
             self._receive()
             self._loaded = True
         if self._end is None:
+            if self._per_call:
+                self._process.renew()
             self._process.write_ctl(_dump([name, args, kwargs]))
             answer = self._receive()
             if answer is not None:
@@ -319,7 +349,14 @@ class _Process:
     """One child, its pipes, its deadline. Ends with everything killed and closed."""
 
     def __init__(
-        self, limits: Limits, layers: Sequence[str], mode: str, program: str, prelude: str, stdin: str
+        self,
+        limits: Limits,
+        layers: Sequence[str],
+        packages: Sequence[str],
+        mode: str,
+        program: str,
+        prelude: str,
+        stdin: str,
     ) -> None:
         self.limits = limits
         self._ready = False
@@ -346,7 +383,7 @@ class _Process:
                 os.set_blocking(self._open[name], False)
                 if reading:
                     self._selector.register(read, selectors.EVENT_READ, name)
-            command = _command(limits, layers, mode, theirs["ctl"], theirs["res"], self._folder or "/tmp")
+            command = _command(limits, layers, packages, mode, theirs["ctl"], theirs["res"], self._folder or "/tmp")
             self._popen = subprocess.Popen(
                 command,
                 stdin=theirs["in"],
@@ -383,6 +420,14 @@ class _Process:
         if not self._pending["ctl"]:
             self._selector.register(self._open["ctl"], selectors.EVENT_WRITE, "ctl")
         self._pending["ctl"] += len(body).to_bytes(4, "big") + body
+
+    def renew(self) -> None:
+        """Let time and output count from here."""
+        self._frame_total = 0
+        for text in self._text.values():
+            text.clear()
+        if self._ready:
+            self._deadline = time.monotonic() + self.limits.wall_s
 
     def next_frame(self) -> tuple[bytes, bytes] | None:
         """The next frame, or None where the child has ended."""
@@ -433,8 +478,10 @@ class _Process:
         limits, code = self.limits, self._exit
         if code is not None and code < 0:
             code = 128 - code
-        if self._forced == "timeout" or (self._forced is None and code == 128 + signal.SIGXCPU):
-            return "timeout", Failure("Timeout", f"took longer than {limits.wall_s:g} s (or {limits.cpu_s} s of CPU)")
+        if self._forced == "timeout":
+            return "timeout", Failure("Timeout", f"took longer than {limits.wall_s:g} s")
+        if self._forced is None and code == 128 + signal.SIGXCPU:
+            return "timeout", Failure("Timeout", f"took more than {limits.cpu_s} s of processor time")
         if self._forced == "output":
             return "output", Failure("OutputLimit", f"wrote more than {limits.output_kb} kB")
         if self._forced == "disk":
@@ -574,7 +621,9 @@ def _library_folders() -> list[str]:
     return sorted({path for path in (*own, *system) if os.path.isdir(path)}, key=lambda path: (len(path), path))
 
 
-def _command(limits: Limits, layers: Sequence[str], mode: str, ctl: int, res: int, tmp: str) -> list[str]:
+def _command(
+    limits: Limits, layers: Sequence[str], packages: Sequence[str], mode: str, ctl: int, res: int, tmp: str
+) -> list[str]:
     python = _python()
     # No other process has this user id: the kernel counts a user's processes, and lets a user's processes meddle.
     uid = 1_000_000_000 + os.getpid() % 2**22 * 256 + next(_numbers) % 256
@@ -591,13 +640,14 @@ def _command(limits: Limits, layers: Sequence[str], mode: str, ctl: int, res: in
         "uid": uid,
     }
     command = [python, "-I", "-S", "-B", "-X", "utf8", "-c", START, str(CHILD), *(f"{k}={v}" for k, v in words.items())]
-    command += [f"read={path}" for path in _library_folders()]
+    command += [f"read={path}" for path in (*_library_folders(), *packages)]
+    command += [f"path={path}" for path in packages]
     if "seatbelt" in layers:
-        command[:0] = ["/usr/bin/sandbox-exec", "-p", seatbelt_profile(python, tmp, "lookups" in layers)]
+        command[:0] = ["/usr/bin/sandbox-exec", "-p", seatbelt_profile(python, tmp, packages, "lookups" in layers)]
     return command
 
 
-def seatbelt_profile(python: str, tmp: str, lookups: bool) -> str:
+def seatbelt_profile(python: str, tmp: str, packages: Sequence[str], lookups: bool) -> str:
     """The profile for macOS's `sandbox-exec`; in it the last rule that matches holds.
 
     One process that may run this Python and nothing else, read system libraries and it, write to its folder, and signal
@@ -624,7 +674,7 @@ def seatbelt_profile(python: str, tmp: str, lookups: bool) -> str:
         "(deny process-info*)(allow process-info* (target self))",
         "(deny ipc-posix-shm*)(deny ipc-sysv*)(deny appleevent-send)(deny job-creation)(deny lsopen)",
         f"(allow process-exec* {folders(*prefix)})",
-        f'(deny file-read-data)(allow file-read-data (literal "/") {folders(*system, *prefix, tmp, code)})',
+        f'(deny file-read-data)(allow file-read-data (literal "/") {folders(*system, *prefix, *packages, tmp, code)})',
         f'(deny file-write*)(allow file-write* {folders(tmp)} (literal "/dev/null"))',
     ]
     if lookups:
@@ -654,10 +704,10 @@ def _outcome(
     place, line = told["at"]
     source = _statement(setup if place == "<setup>" else test, line)
     if failed is not None and failure.kind in (failed.kind, "CallFailed"):
-        return Outcome(False, failed, call, source)
+        return Outcome(False, True, failed, call, source)
     if not told["called"]:
         raise SourceError(f"the test {source!r} failed before it called the program ({failure}); mend the row's tests")
-    return Outcome(False, replace(failure, line=0), call, source)
+    return Outcome(False, False, replace(failure, line=0), call, source)
 
 
 def _statement(source: str, line: int) -> str:
