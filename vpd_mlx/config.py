@@ -18,7 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vpd_mlx.errors import ConfigError, Fault
 
 __all__ = [
+    "HUB",
     "RECIPE_VERSION",
+    "DatasetTask",
     "Recipe",
     "builtin_recipes",
     "dump",
@@ -29,6 +31,7 @@ __all__ = [
 ]
 
 RECIPE_VERSION = 1
+HUB = "hf://"  # what data on the Hugging Face hub begins with
 
 Positive = Annotated[int, Field(ge=1)]
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -65,8 +68,16 @@ class AdditionTask(_Section):
     )
 
 
-class _DatasetTask(_Section):
-    data: str = Field(description="Training rows: a .jsonl file, relative to the recipe.")
+class DatasetTask(_Section):
+    """Keys of every task whose rows come from a file."""
+
+    data: str = Field(
+        description="Training rows: a .jsonl, .json, .csv or .parquet file, relative to the recipe, or a file of a data set "
+        "on the Hugging Face hub: `hf://owner/name@revision/path`."
+    )
+    data_revision: str | None = Field(
+        None, description="Branch, tag or commit of `hf://` files that name none. One of the two must."
+    )
     eval_data: str | None = Field(
         None, description="Held-out rows. Without it a share of `data` is held out, chosen by a hash of each row."
     )
@@ -79,14 +90,83 @@ class _DatasetTask(_Section):
     system: str = Field("system", description="Column of the system message, used where a row has it.")
 
 
-class ExactTask(_DatasetTask):
+class ExactTask(DatasetTask):
     """The completion must equal the answer, white space at the ends aside."""
 
     kind: Literal["exact"]
     ignore_case: bool = Field(False, description="Compare without regard to case.")
 
 
-class PythonTask(_DatasetTask):
+class MathTask(DatasetTask):
+    r"""The final answer, in `\boxed{}` or after `####`, must equal the row's in value."""
+
+    kind: Literal["math"]
+    timeout: float = Field(10.0, gt=0, description="Seconds for one comparison; a longer one is no verdict.")
+
+
+class McqTask(DatasetTask):
+    """Multiple choice: the letter of the right option inside `<answer>` tags."""
+
+    kind: Literal["mcq"]
+
+
+class RegexTask(DatasetTask):
+    """The completion must match a pattern."""
+
+    kind: Literal["regex"]
+    pattern: str | None = Field(None, description="Pattern of all rows; null takes each row's from the answer column.")
+    match: Literal["whole", "anywhere"] = Field("whole", description="Where in the completion the pattern must match.")
+    ignore_case: bool = Field(False, description="Match without regard to case.")
+    timeout: float = Field(1.0, gt=0, description="Seconds for one match; a longer one is no verdict.")
+
+
+class JsonSchemaTask(DatasetTask):
+    """The completion must be JSON that fits a schema; where a row has an answer, it must equal that, too."""
+
+    kind: Literal["json-schema"]
+    # Not called `schema`, which is a method of every section.
+    schema_file: str | None = Field(
+        None, description="File with the schema of all rows, relative to the recipe; null takes each row's own."
+    )
+    schema_column: str = Field("schema", description="Column of a row's own schema: an object, or JSON text.")
+
+
+class CodeTask(DatasetTask):
+    """Write a program that passes tests: standard input and output, function calls, or assertions."""
+
+    kind: Literal["code"]
+    tests: str = Field("tests", description="Column of the tests that grade training and give feedback.")
+    private_tests: str = Field(
+        "private_tests", description="Column of the tests that decide in evaluation; without it `tests` decide."
+    )
+    entry_point: str = Field(
+        "entry_point",
+        description="Column with the name of the function under test, or with an object that holds it as `func_name`.",
+    )
+    setup: str = Field("setup", description="Column of code that assertions need; it never runs beside the completion.")
+    strict: bool = Field(False, description="Refuse to run where the machine cannot isolate programs in full.")
+    wall: float = Field(8.0, gt=0, description="Seconds for one program: one input, or all calls of a test set.")
+    cpu: Positive = Field(4, description="The same in seconds of CPU time.")
+    memory_mb: int = Field(512, ge=64, description="Memory of one program.")
+    output_kb: Positive = Field(256, description="Most a program may print or return.")
+    feedback_chars: int = Field(
+        400, ge=20, description="Longest input, expected or got value in feedback, in characters; more is cut."
+    )
+
+
+class ReasoningGymTask(_Section):
+    """Any task of the reasoning-gym library, by name and settings, judged by that library's own scorer."""
+
+    kind: Literal["reasoning_gym"]
+    name: str = Field(description="The library's name of the task, e.g. `spell_backward`.")
+    settings: dict[str, Any] = Field({}, description="Settings of that task, as the library names them.")
+    rows: Positive = Field(1000, description="Problems to make.")
+    seed: int = Field(0, ge=0, description="Seed of the problems.")
+    held_out: float = Field(0.1, gt=0, lt=1, description="Share held out for evaluation, by a hash of name and index.")
+    timeout: float = Field(10.0, gt=0, description="Seconds for scoring one answer; a longer one is no verdict.")
+
+
+class PythonTask(DatasetTask):
     """A verifier of your own: a Python file with `verify(problem, completion)`."""
 
     kind: Literal["python"]
@@ -96,7 +176,18 @@ class PythonTask(_DatasetTask):
     )
 
 
-Task = Annotated[AdditionTask | ExactTask | PythonTask, Field(discriminator="kind")]
+Task = Annotated[
+    AdditionTask
+    | ExactTask
+    | MathTask
+    | McqTask
+    | RegexTask
+    | JsonSchemaTask
+    | CodeTask
+    | ReasoningGymTask
+    | PythonTask,
+    Field(discriminator="kind"),
+]
 
 
 class Feedback(_Section):
@@ -473,7 +564,7 @@ def _task_kinds() -> dict[str, type[BaseModel]]:
     return {str(t.model_fields["kind"].annotation.__args__[0]): t for t in _task_types()}  # type: ignore[union-attr]
 
 
-def _task_types() -> tuple[type[_DatasetTask] | type[AdditionTask], ...]:
+def _task_types() -> tuple[type[_Section], ...]:
     return Task.__origin__.__args__  # type: ignore[attr-defined,no-any-return]
 
 
@@ -567,11 +658,31 @@ def _contradictions(r: Recipe) -> Iterator[Fault]:
             "(rollout.max_prompt_tokens + rollout.max_completion_tokens)",
             f"raise it to {longest} or lower those two",
         )
+    yield from _unpinned(r)
     for key, needed in (("student", ("{prompt}",)), *((k, ("{prompt}", "{context}")) for k in _CONTEXT_TEMPLATES)):
         text = getattr(r.templates, key)
         missing = [p for p in needed if text is not None and p not in text]
         if missing:
             yield Fault(f"templates.{key}", f"lacks {' and '.join(missing)}", "put it where the text belongs")
+
+
+def _unpinned(r: Recipe) -> Iterator[Fault]:
+    """Data sets on the hub change; a run that is to be repeated names a revision."""
+    if not isinstance(r.task, DatasetTask):
+        return
+    on_hub = {key: value for key in ("data", "eval_data") if (value := getattr(r.task, key)) and value.startswith(HUB)}
+    for key, value in on_hub.items():
+        if not re.fullmatch(HUB + r"[^/@]+/[^/@]+(@[^/@]+)?/.*[^/]", value):
+            remedy = "write hf://owner/name@revision/path of a file in it"
+            yield Fault(f"task.{key}", f"{value!r} names no file of a data set", remedy)
+        elif "@" not in value and r.task.data_revision is None:
+            yield Fault(
+                f"task.{key}",
+                f"{value!r} is not pinned",
+                "set task.data_revision to a commit, or add @revision after the name",
+            )
+    if r.task.data_revision is not None and not any("@" not in value for value in on_hub.values()):
+        yield Fault("task.data_revision", "no hf:// file takes its revision from here", "remove it")
 
 
 _CONTEXT_TEMPLATES = ("sibling", "verifier", "critique", "reference", "both")
@@ -584,9 +695,9 @@ def _absolute_paths(r: Recipe, folder: Path) -> Recipe:
     if looks_local:
         changes["model"] = str(local)
     task = {}
-    for key in ("data", "eval_data", "verifier"):
+    for key in ("data", "eval_data", "verifier", "schema_file"):
         value = getattr(r.task, key, None)
-        if isinstance(value, str):
+        if isinstance(value, str) and not value.startswith(HUB):
             task[key] = str((folder / Path(value).expanduser()).resolve())
     if task:
         changes["task"] = r.task.model_copy(update=task)

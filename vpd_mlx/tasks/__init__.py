@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from vpd_mlx.config import AdditionTask, ExactTask, PythonTask, Recipe
+from vpd_mlx.config import (
+    AdditionTask,
+    CodeTask,
+    ExactTask,
+    JsonSchemaTask,
+    MathTask,
+    McqTask,
+    PythonTask,
+    ReasoningGymTask,
+    Recipe,
+    RegexTask,
+)
 from vpd_mlx.errors import DataError
 from vpd_mlx.tasks.addition import Addition
-from vpd_mlx.tasks.base import Task
+from vpd_mlx.tasks.base import Exam, Task, examine
+from vpd_mlx.tasks.code import Code
 from vpd_mlx.tasks.exact import Exact
+from vpd_mlx.tasks.json_schema import JsonSchema
+from vpd_mlx.tasks.math import Math
+from vpd_mlx.tasks.mcq import Mcq
 from vpd_mlx.tasks.python_file import PythonFile
+from vpd_mlx.tasks.reasoning_gym import ReasoningGym
+from vpd_mlx.tasks.regex import Regex
 
-__all__ = ["Task", "build_task", "prove"]
+__all__ = ["Exam", "Task", "build_task", "examine", "notices", "prove"]
 
 
 def build_task(recipe: Recipe) -> Task:
@@ -17,19 +34,39 @@ def build_task(recipe: Recipe) -> Task:
 
     Raises:
         DataError: a data file is missing, empty or broken.
-        ConfigError: a verifier file cannot be used.
+        ConfigError: a verifier file or a pattern cannot be used, or a library that the task needs is not installed.
+        SourceError: programs cannot be run, or not as strictly as the recipe asks.
     """
     match recipe.task:
         case AdditionTask() as cfg:
             return Addition(cfg)
         case ExactTask() as cfg:
             return Exact(cfg)
+        case MathTask() as cfg:
+            return Math(cfg)
+        case McqTask() as cfg:
+            return Mcq(cfg)
+        case RegexTask() as cfg:
+            return Regex(cfg)
+        case JsonSchemaTask() as cfg:
+            return JsonSchema(cfg)
+        case CodeTask() as cfg:
+            return Code(cfg)
+        case ReasoningGymTask() as cfg:
+            return ReasoningGym(cfg)
         case PythonTask() as cfg:
             return PythonFile(cfg)
 
 
+def notices(task: Task) -> tuple[str, ...]:
+    """What a user should hear once at start, a line each: isolation that this machine does not grant, for one."""
+    return tuple(getattr(task, "notices", ()))
+
+
 def prove(task: Task, rows: int = 32) -> None:
     """Run reference answers through the verifier: each must score 1.0, or training would learn from a wrong judge.
+
+    Held-out rows are graded as in evaluation, too.
 
     Raises:
         DataError: a reference answer does not score 1.0, or the verifier fails on it.
@@ -39,12 +76,15 @@ def prove(task: Task, rows: int = 32) -> None:
         if answer is None:
             continue
         verdict = task.verify(problem, answer)
+        if verdict.error is None and verdict.score == 1.0:
+            verdict = examine(task, problem, answer)
         if verdict.error is not None:
             raise DataError(
                 f"row {problem.id}: the verifier failed on the reference answer {answer!r}: {verdict.error}"
             )
         if verdict.score < 1.0:
+            why = f" ({verdict.text})" if verdict.text else ""
             raise DataError(
-                f"row {problem.id}: the reference answer {answer!r} scores {verdict.score:g}, not 1; "
+                f"row {problem.id}: the reference answer {answer!r} scores {verdict.score:g}, not 1{why}; "
                 "mend the row or the verifier"
             )

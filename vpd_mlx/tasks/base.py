@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from vpd_mlx.types import Problem, Verdict
 
-__all__ = ["Task"]
+__all__ = ["Exam", "Task", "examine"]
 
 
 class Task(Protocol):
@@ -25,3 +25,16 @@ class Task(Protocol):
 
     def reference_completion(self, problem: Problem) -> str | None:
         """A completion that must score 1.0, or None where the data has none."""
+
+
+@runtime_checkable
+class Exam(Protocol):
+    """A task that grades evaluation by other means than training: by tests that no feedback has quoted, say."""
+
+    def evaluate(self, problem: Problem, completion: str) -> Verdict:
+        """Grade one completion for evaluation; otherwise as `verify`."""
+
+
+def examine(task: Task, problem: Problem, completion: str) -> Verdict:
+    """Grade one completion for evaluation: by the task's `evaluate` where it has one, else by its `verify`."""
+    return task.evaluate(problem, completion) if isinstance(task, Exam) else task.verify(problem, completion)

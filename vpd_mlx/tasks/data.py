@@ -1,69 +1,67 @@
-"""Rows from files: read, mapped to problems, split into training and held-out by a hash of the row."""
+"""Rows from files: read, mapped to problems, split into training and held-out by a hash of the row.
+
+Local files by suffix, or files of a data set on the Hugging Face hub, which are cached there as anywhere else
+(`HF_HUB_OFFLINE` is honoured).
+"""
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from vpd_mlx.config import HUB, DatasetTask
 from vpd_mlx.errors import DataError
 from vpd_mlx.types import Message, Problem
 
-__all__ = ["Columns", "read_jsonl", "read_split"]
+__all__ = ["fraction", "read_rows", "read_split"]
+
+Row = dict[str, Any]
 
 
-class Columns(Protocol):
-    """The part of a task's config that says where rows lie and which column is which."""
+def read_rows(source: str, revision: str | None = None) -> list[tuple[str, Row]]:
+    """(place, row) of every row; the place is `file:line`, or `file:n` for the n-th row where rows have no lines.
 
-    data: str
-    eval_data: str | None
-    held_out: float
-    prompt: str
-    answer: str
-    reference: str
-    system: str
-
-
-def read_jsonl(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """(place, row) of every line that is not blank; the place is `file:line`.
+    `.json` holds a list of objects, or one object a line, as `.jsonl` does; `.csv` has a header, and all its values are text.
 
     Raises:
-        DataError: no such file, not text, a line that is not a JSON object (with its number), or no rows at all.
+        DataError: no such file, a suffix that is not known, broken content (with its place), or no rows at all.
     """
+    path = _from_hub(source, revision) if source.startswith(HUB) else Path(source)
+    if path.suffix not in READERS:
+        raise DataError(
+            f"{source}: cannot tell what is in a {path.suffix or 'nameless'} file; use {', '.join(READERS)}"
+        )
+    if not path.is_file():
+        raise DataError(f"{source}: no such data file; give its path, relative to the recipe")
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such data file; give the path of a .jsonl file, relative to the recipe") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); give a UTF-8 .jsonl file") from None
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        place = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{place}: broken JSON ({error}); each line must be one JSON object") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{place}: a {type(row).__name__}, not an object; each line must be one JSON object")
-        rows.append((place, row))
+        rows = READERS[path.suffix](source, path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{source}: cannot be read ({error}); make it readable") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source}: not UTF-8 text ({error}); convert it") from None
     if not rows:
-        raise DataError(f"{path}: no rows; write one JSON object a line")
+        raise DataError(f"{source}: no rows; write one object a row")
+    for place, row in rows:
+        if not isinstance(row, dict):
+            raise DataError(f"{place}: a {type(row).__name__}, not an object; each row must be one JSON object")
     return rows
 
 
-def read_split(cfg: Columns) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
+def read_split(cfg: DatasetTask) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
     """(training, held-out) problems. The split is by a hash of the row's content, so it never moves when rows are added.
 
     Raises:
         DataError: a file or a row is unusable, one side of the split is empty, or a prompt stands on both sides.
     """
-    rows = [_problem(cfg, place, row) for place, row in read_jsonl(Path(cfg.data))]
+    rows = [_problem(cfg, place, row) for place, row in read_rows(cfg.data, cfg.data_revision)]
     if cfg.eval_data is None:
-        train = [p for p in rows if _fraction(p) >= cfg.held_out]
-        held = [p for p in rows if _fraction(p) < cfg.held_out]
+        train = [p for p in rows if fraction(_content(p)) >= cfg.held_out]
+        held = [p for p in rows if fraction(_content(p)) < cfg.held_out]
         if not held or not train:
             side = "evaluation" if not held else "training"
             raise DataError(
@@ -72,7 +70,7 @@ def read_split(cfg: Columns) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
             )
     else:
         train = rows
-        held = [_problem(cfg, place, row) for place, row in read_jsonl(Path(cfg.eval_data))]
+        held = [_problem(cfg, place, row) for place, row in read_rows(cfg.eval_data, cfg.data_revision)]
     seen = {_content(p): p.id for p in train}
     for p in held:
         if _content(p) in seen:
@@ -80,15 +78,105 @@ def read_split(cfg: Columns) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
     return tuple(train), tuple(held)
 
 
+def fraction(text: str) -> float:
+    """Where in 0..1 a text falls, by its hash: the same on every machine and for ever."""
+    return int(hashlib.sha256(text.encode()).hexdigest()[:13], 16) / 16**13
+
+
+# --- files
+
+
+def _lines(source: str, data: bytes) -> list[tuple[str, Any]]:
+    rows = []
+    for number, line in enumerate(data.decode("utf-8-sig").split("\n"), 1):
+        if line.strip():
+            place = f"{source}:{number}"
+            rows.append((place, _parse(place, line, "each line must be one JSON object")))
+    return rows
+
+
+def _json(source: str, data: bytes) -> list[tuple[str, Any]]:
+    text = data.decode("utf-8-sig").strip()
+    if not text.startswith("["):
+        return _lines(source, data)
+    return _numbered(source, _parse(source, text, "it must be a list of objects, or one object a line"))
+
+
+def _csv(source: str, data: bytes) -> list[tuple[str, Any]]:
+    reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
+    rows = []
+    try:
+        for row in reader:
+            place = f"{source}:{reader.line_num}"
+            if None in row or None in row.values():
+                raise DataError(f"{place}: not as many values as the header has names; mend that line")
+            rows.append((place, row))
+    except csv.Error as error:
+        raise DataError(f"{source}:{reader.line_num}: broken CSV ({error}); mend that line") from None
+    return rows
+
+
+def _parquet(source: str, data: bytes) -> list[tuple[str, Any]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(f"{source}: reading Parquet needs pyarrow; pip install 'vpd-mlx[parquet]'") from None
+    try:
+        table = pyarrow.parquet.read_table(pyarrow.BufferReader(data))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{source}: broken Parquet ({str(error).splitlines()[0]}); fetch or write it anew") from None
+    return _numbered(source, table.to_pylist())
+
+
+READERS: dict[str, Callable[[str, bytes], list[tuple[str, Any]]]] = {
+    ".jsonl": _lines,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
+
+
+def _numbered(source: str, rows: Iterable[Any]) -> list[tuple[str, Any]]:
+    return [(f"{source}:{number}", row) for number, row in enumerate(rows, 1)]
+
+
+def _parse(place: str, text: str, needed: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: broken JSON ({error}); {needed}") from None
+
+
+def _from_hub(source: str, revision: str | None) -> Path:
+    """The cached file, fetched where it is not there yet."""
+    import huggingface_hub  # here, since it takes a while, and local files need none of it
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    owner, name, path = source.removeprefix(HUB).split("/", 2)
+    name, _, own = name.partition("@")
+    try:
+        found = huggingface_hub.hf_hub_download(f"{owner}/{name}", path, repo_type="dataset", revision=own or revision)
+    except LocalEntryNotFoundError:
+        raise DataError(
+            f"{source}: not in the cache, and the hub cannot be reached; go online once, or copy the file and give its path"
+        ) from None
+    except EntryNotFoundError:
+        raise DataError(f"{source}: no such file at this revision; see the data set's page for its files") from None
+    except (huggingface_hub.errors.HfHubHTTPError, ValueError, OSError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{source}: the hub refused ({first}); check name and revision, or log in to it") from None
+    return Path(found)
+
+
+# --- rows
+
+
 def _content(problem: Problem) -> str:
     return json.dumps([[m["role"], " ".join(m["content"].split())] for m in problem.messages])
 
 
-def _fraction(problem: Problem) -> float:
-    return int(hashlib.sha256(_content(problem).encode()).hexdigest()[:13], 16) / 16**13
-
-
-def _problem(cfg: Columns, place: str, row: dict[str, Any]) -> Problem:
+def _problem(cfg: DatasetTask, place: str, row: Row) -> Problem:
     if cfg.prompt not in row:
         has = ", ".join(sorted(map(str, row))) or "none"
         raise DataError(f"{place}: no column {cfg.prompt!r} (columns: {has}); name the right one in task.prompt")
@@ -100,9 +188,9 @@ def _problem(cfg: Columns, place: str, row: dict[str, Any]) -> Problem:
     for name, value in ((cfg.answer, answer), (cfg.reference, reference)):
         if value is not None and not isinstance(value, str | int | float):
             raise DataError(f"{place}: column {name!r} is a {type(value).__name__}; it must be text or a number")
-    name = Path(place.rsplit(":", 1)[0]).name + ":" + place.rsplit(":", 1)[1]
+    file, _, number = place.rpartition(":")
     return Problem(
-        id=str(row.get("id", name)),
+        id=str(row.get("id", f"{file.rpartition('/')[2]}:{number}")),
         messages=messages,
         answer=None if answer is None else str(answer),
         reference=None if reference is None else str(reference),
@@ -113,7 +201,7 @@ def _problem(cfg: Columns, place: str, row: dict[str, Any]) -> Problem:
 def _messages(value: Any, place: str, column: str) -> tuple[Message, ...]:
     if isinstance(value, str) and value.strip():
         return ({"role": "user", "content": value},)
-    if isinstance(value, list) and value:
+    if isinstance(value, Sequence) and not isinstance(value, str) and value:
         fine = all(
             isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
         )

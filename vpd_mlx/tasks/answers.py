@@ -1,0 +1,54 @@
+"""Where in a completion the answer stands. Of several, the last one counts: it is what the model settled on."""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["boxed", "final_answer", "in_fence", "in_tag", "spoken"]
+
+_FENCE = re.compile(r"^[ \t]*(```+|~~~+)[^\n`]*$", re.M)
+
+
+def spoken(completion: str) -> str:
+    """The completion without what was thought: all after the last `</think>`."""
+    return completion.rpartition("</think>")[2]
+
+
+def in_tag(completion: str, tag: str) -> str | None:
+    """What stands between the last `<tag>` and its end, without white space around it."""
+    start, end = f"<{tag}>", f"</{tag}>"
+    head, found, _ = spoken(completion).rpartition(end)
+    _, opened, inner = head.rpartition(start)
+    return inner.strip() if found and opened else None
+
+
+def boxed(text: str) -> str | None:
+    r"""What stands in the last `\boxed{}` that is closed; braces within it balance."""
+    at = len(text)
+    while (at := text.rfind("\\boxed{", 0, at)) >= 0:
+        depth, start = 0, at + len("\\boxed{")
+        for i in range(start, len(text)):
+            depth += (text[i] == "{") - (text[i] == "}")
+            if depth < 0:
+                return text[start:i].strip()
+    return None
+
+
+def final_answer(text: str) -> str | None:
+    r"""The last `\boxed{}`, else the rest of the line after the last `####`."""
+    found = boxed(text)
+    if found is None and "####" in text:
+        found = text.rpartition("####")[2].strip().partition("\n")[0].strip()
+    return found or None
+
+
+def in_fence(completion: str) -> str | None:
+    """The last fenced block that is closed, or None."""
+    text = spoken(completion)
+    block, start, mark = None, None, ""
+    for line in _FENCE.finditer(text):
+        if start is None:
+            start, mark = line.end() + 1, line[1]
+        elif line[0].strip() == line[1] and line[1].startswith(mark):
+            block, start = text[start : line.start()], None
+    return block

@@ -1,0 +1,181 @@
+"""Programs, judged by tests: public ones give feedback in training, private ones decide in evaluation.
+
+A completion's program is the last fenced block. It runs in `vpd_mlx.sandbox` and never meets what is expected of it: output
+and returned values are compared here, as text and plain data, and assertions run in a process of their own. Values that
+go to and fro are plain data: a test that hands over a function or an object of a class, or looks at what a call did to its
+arguments, cannot be used, and the proof of the reference answers at start says so.
+
+The score is 1 when all tests pass, else 0: a program that is half right is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+from vpd_mlx.config import CodeTask
+from vpd_mlx.errors import SourceError
+from vpd_mlx.sandbox import Ended, Failure, Limits, Sandbox
+from vpd_mlx.tasks.answers import in_fence, spoken
+from vpd_mlx.tasks.data import read_split
+from vpd_mlx.tasks.suites import Suite, imports_for, read_suite
+from vpd_mlx.types import Problem, Verdict
+
+__all__ = ["Code"]
+
+MOST_CASES = 2  # failing cases told at once
+
+
+@dataclass(frozen=True)
+class _Fault:
+    """What went wrong with one test: a failure of the program, or a wrong result (`got`)."""
+
+    shown: str  # the input, the call or the assertion
+    expected: str | None = None
+    got: str = ""
+    failure: Failure | None = None
+    ended: Ended | None = None
+
+
+class Code:
+    """Raises a SourceError where `strict` is set and this machine cannot isolate programs in full."""
+
+    def __init__(self, cfg: CodeTask) -> None:
+        self._cfg = cfg
+        limits = Limits(wall_s=cfg.wall, cpu_s=cfg.cpu, memory_mb=cfg.memory_mb, output_kb=cfg.output_kb)
+        self._sandbox = Sandbox(limits, strict=cfg.strict)
+        self.notices = tuple(filter(None, [self._sandbox.abilities.notice()]))
+        self.train, self.held_out = read_split(cfg)
+        for problem in (*self.train, *self.held_out):  # a broken row is met now, not in the middle of a run
+            self._tests(problem, private=False)
+        for problem in self.held_out:
+            self._tests(problem, private=True)
+
+    def verify(self, problem: Problem, completion: str) -> Verdict:
+        """Grade by the public tests, with feedback from them."""
+        return self._grade(problem, completion, private=False)
+
+    def evaluate(self, problem: Problem, completion: str) -> Verdict:
+        """Grade by the private tests, or the public ones where a row has no others. Stops at the first that fails."""
+        return self._grade(problem, completion, private=True)
+
+    def reference_completion(self, problem: Problem) -> str | None:
+        """The row's solution, in a fence of its own where it has none."""
+        code = problem.reference
+        return code if code is None or in_fence(code) is not None else f"```python\n{code}\n```"
+
+    def _tests(self, problem: Problem, private: bool) -> Suite:
+        row, cfg = problem.data, self._cfg
+        column = cfg.private_tests if private and row.get(cfg.private_tests) else cfg.tests
+        return read_suite(
+            row.get(column),
+            _function(row.get(cfg.entry_point)),
+            str(row.get(cfg.setup) or ""),
+            f"row {problem.id}, {column}",
+        )
+
+    def _grade(self, problem: Problem, completion: str, private: bool) -> Verdict:
+        program = in_fence(completion)
+        if program is None or not program.strip():
+            unclosed = "```" in spoken(completion)
+            why = "the last code block is not closed" if unclosed else "there is no code block (```python ... ```)"
+            return Verdict(0.0, f"Format error: {why}.")
+        faults: list[_Fault] = []
+        try:
+            tests = self._tests(problem, private)
+            with closing(self._run(tests, program, 1 if private else len(tests.cases))) as run:
+                for fault in run:
+                    faults.append(fault)
+                    # A program that fails says more than wrong results, and one that hangs would do so on every test.
+                    if fault.failure is not None or private:
+                        break
+        except SourceError as error:
+            return Verdict(0.0, error=str(error))
+        return Verdict(0.0, self._words(faults, program)) if faults else Verdict(1.0)
+
+    def _run(self, tests: Suite, program: str, most: int) -> Generator[_Fault, None, None]:
+        prelude = imports_for(program)
+        if tests.kind == "stdin":
+            for given, expected in tests.cases:
+                result = self._sandbox.run(program, given, prelude)
+                if result.failure is not None:
+                    yield _Fault(given, failure=result.failure, ended=result.ended)
+                elif not _same_output(expected, result.stdout):
+                    yield _Fault(given, expected.strip(), result.stdout.strip())
+            return
+        with self._sandbox.open(program, prelude) as session:
+            if tests.kind == "assert":
+                statements = [statement for statement, _ in tests.cases]
+                names = {"candidate": tests.function, tests.function: tests.function}
+                for outcome in self._sandbox.judge(session, statements, names, tests.setup, most):
+                    name, arguments, got = outcome.call or (tests.function, "", "")
+                    call = f"{name}({arguments})"
+                    if outcome.raised:
+                        yield _Fault(call, failure=outcome.failure, ended=session.ended)
+                    elif not outcome.passed:
+                        yield _Fault(
+                            outcome.source, None, f"{call} gave {got}" if outcome.call else str(outcome.failure)
+                        )
+                return
+            for arguments, expected in tests.cases:
+                value = session.call(tests.function, arguments)
+                shown = f"{tests.function}({', '.join(map(repr, arguments))})"
+                if isinstance(value, Failure):
+                    yield _Fault(shown, failure=value, ended=session.ended)
+                elif not value.equals(expected, tuples_as_lists=True):
+                    yield _Fault(shown, repr(expected), str(value))
+
+    def _words(self, faults: list[_Fault], program: str) -> str:
+        """The program's failure with its line, else a few wrong results."""
+        fault = faults[-1]
+        failure = fault.failure
+        if failure is not None:
+            lines = program.split("\n")
+            text = (
+                f"Time limit: the program {failure.message}." if fault.ended == "timeout" else self._cut(str(failure))
+            )
+            if 0 < failure.line <= len(lines):
+                text += f"\nLine {failure.line}: {self._cut(lines[failure.line - 1].strip())}"
+            return f"{text}\nInput: {self._cut(fault.shown)}" if fault.shown else text
+        cases = []
+        parts: tuple[tuple[str, str], ...]
+        for fault in faults[:MOST_CASES]:
+            if fault.expected is not None:
+                parts = ("Input", fault.shown), ("Expected", fault.expected), ("Got", fault.got)
+            else:
+                parts = ("Failed", fault.shown), ("There", fault.got)
+            cases.append("\n".join(f"{name}: {self._cut(text)}" for name, text in parts))
+        return "\n\n".join(cases)
+
+    def _cut(self, text: str) -> str:
+        text, most = text.strip(), self._cfg.feedback_chars
+        return text if len(text) <= most else f"{text[: most * 2 // 3]} [...] {text[-most // 3 :]}"
+
+
+def _function(cell: Any) -> str | None:
+    """A function's name: as it is, or in an object (LiveCodeBench's metadata)."""
+    if isinstance(cell, str) and cell.lstrip().startswith("{"):
+        try:
+            cell = json.loads(cell)
+        except ValueError:
+            return None
+    if isinstance(cell, Mapping):
+        cell = cell.get("func_name")
+    return cell if isinstance(cell, str) and cell else None
+
+
+def _same_output(expected: str, got: str) -> bool:
+    """Line by line without white space at the ends, or number by number: LiveCodeBench's rule."""
+    ours, theirs = ([line.strip() for line in text.strip().split("\n")] for text in (expected, got))
+    return len(ours) == len(theirs) and all(a == b or _same_numbers(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def _same_numbers(ours: str, theirs: str) -> bool:
+    try:
+        return [Decimal(w) for w in ours.split()] == [Decimal(w) for w in theirs.split()]
+    except InvalidOperation:
+        return False

@@ -1,0 +1,124 @@
+"""The completion must be JSON that fits a schema, and equals the row's answer where there is one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vpd_mlx.config import JsonSchemaTask
+from vpd_mlx.errors import ConfigError, DataError, Fault
+from vpd_mlx.tasks.answers import in_fence, spoken
+from vpd_mlx.tasks.data import read_split
+from vpd_mlx.types import Problem, Verdict
+
+__all__ = ["JsonSchema"]
+
+MOST_FAULTS = 3  # told at once
+
+
+class JsonSchema:
+    """The whole completion, or its last fenced block, read as strict JSON.
+
+    Raises:
+        ConfigError: the jsonschema library is missing, or `schema_file` holds no schema.
+        DataError: a row has no schema, or one that is none.
+    """
+
+    def __init__(self, cfg: JsonSchemaTask) -> None:
+        self._cfg = cfg
+        self._one = None
+        if cfg.schema_file is not None:
+            try:
+                self._one = _validator(Path(cfg.schema_file).read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                fault = Fault("task.schema_file", f"{cfg.schema_file}: {error}", "give a file with a JSON Schema")
+                raise ConfigError([fault]) from None
+        self.train, self.held_out = read_split(cfg)
+        for problem in (*self.train, *self.held_out):
+            self._schema(problem)
+
+    def _schema(self, problem: Problem) -> Any:
+        if self._one is not None:
+            return self._one
+        raw = problem.data.get(self._cfg.schema_column)
+        if raw is None:
+            column = self._cfg.schema_column
+            raise DataError(
+                f"row {problem.id}: no column {column!r}; name it in task.schema_column, or set task.schema_file"
+            )
+        try:
+            return _validator(raw)
+        except ValueError as error:
+            raise DataError(f"row {problem.id}: {error}; mend the row's schema") from None
+
+    def verify(self, problem: Problem, completion: str) -> Verdict:
+        """1 for JSON that fits, else 0 and up to three places where it does not."""
+        text = in_fence(completion)
+        try:
+            value = _strict(spoken(completion) if text is None else text)
+        except (ValueError, RecursionError) as error:
+            return Verdict(0.0, f"This is not JSON: {error}.")
+        try:
+            faults = sorted(self._schema(problem).iter_errors(value), key=lambda e: (len(e.absolute_path), e.json_path))
+        except Exception as error:  # noqa: BLE001 - the library on a schema that refers to what is not there
+            return Verdict(0.0, error=f"the schema cannot be used ({type(error).__name__}: {error})")
+        if faults:
+            return Verdict(0.0, "\n".join(f"{e.json_path}: {_cut(e.message)}" for e in faults[:MOST_FAULTS]))
+        if problem.answer is not None and _canonical(value) != _canonical(_answer(problem)):
+            return Verdict(0.0, "It fits the schema, but is not the right answer.")
+        return Verdict(1.0)
+
+    def reference_completion(self, problem: Problem) -> str | None:
+        """The reference, else the answer."""
+        return problem.reference if problem.reference is not None else problem.answer
+
+
+def _validator(raw: Any) -> Any:
+    try:
+        import jsonschema
+        import referencing
+    except ImportError:
+        fault = Fault("task.kind", "json-schema needs the jsonschema library", "pip install 'vpd-mlx[json-schema]'")
+        raise ConfigError([fault]) from None
+    schema = json.loads(raw) if isinstance(raw, str) else raw
+    if not isinstance(schema, dict | bool):
+        raise ValueError(f"a {type(schema).__name__} is not a JSON Schema")
+    kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+    try:
+        kind.check_schema(schema)
+    except jsonschema.SchemaError as error:
+        raise ValueError(f"not a JSON Schema ({error.message})") from None
+    # An empty registry: what a schema refers to elsewhere is never fetched.
+    return kind(schema, registry=referencing.Registry())
+
+
+def _strict(text: str) -> Any:
+    def refuse(word: str) -> Any:
+        raise ValueError(f"{word} is not a JSON value")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def _answer(problem: Problem) -> Any:
+    try:
+        return json.loads(problem.answer or "")
+    except ValueError:
+        return problem.answer  # a bare word stands for itself
+
+
+def _canonical(value: Any) -> str:
+    """Equal for equal JSON: 1 and 1.0 are one number, true is none."""
+
+    def plain(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {k: plain(v) for k, v in node.items()}
+        if isinstance(node, list):
+            return [plain(v) for v in node]
+        return int(node) if isinstance(node, float) and node.is_integer() else node
+
+    return json.dumps(plain(value), sort_keys=True)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 200 else text[:200] + "..."

@@ -1,0 +1,48 @@
+"""Multiple choice in SciKnowEval's format: the letter of the right option, alone, inside `<answer>` tags."""
+
+from __future__ import annotations
+
+import re
+
+from vpd_mlx.config import McqTask
+from vpd_mlx.errors import DataError
+from vpd_mlx.tasks.answers import in_tag
+from vpd_mlx.tasks.data import read_split
+from vpd_mlx.types import Problem, Verdict
+
+__all__ = ["Mcq"]
+
+_LETTER = re.compile(r"\(?([A-Z])\)?[.:]?", re.I)
+
+
+class Mcq:
+    """The letter counts, and its place: a right letter outside the tags is no answer."""
+
+    def __init__(self, cfg: McqTask) -> None:
+        self.train, self.held_out = read_split(cfg)
+        for problem in (*self.train, *self.held_out):
+            answer = (problem.answer or "").strip()
+            if len(answer) != 1 or not answer.isascii() or not answer.isupper():
+                raise DataError(
+                    f"row {problem.id}: the answer {problem.answer!r} is not a capital letter; "
+                    "name the column of the letters in task.answer, or mend the row"
+                )
+
+    def verify(self, problem: Problem, completion: str) -> Verdict:
+        """1 for the right letter, else 0 and what is wrong; the right letter is not given away."""
+        inner = in_tag(completion, "answer")
+        if inner is None:
+            return Verdict(0.0, "There is no <answer>...</answer> with the letter of an option.")
+        letter = _LETTER.fullmatch(inner)
+        if letter is None:
+            shown = inner if len(inner) <= 60 else inner[:60] + "..."
+            return Verdict(0.0, f"Inside <answer> stands {shown!r}; only the letter of one option may stand there.")
+        if letter[1].upper() == (problem.answer or "").strip():
+            return Verdict(1.0)
+        return Verdict(0.0, f"{letter[1].upper()} is not the right option.")
+
+    def reference_completion(self, problem: Problem) -> str | None:
+        """The reference where it ends in an answer, else the letter in its tags."""
+        if problem.reference is not None and in_tag(problem.reference, "answer") is not None:
+            return problem.reference
+        return f"<answer>\n{(problem.answer or '').strip()}\n</answer>"

@@ -1,0 +1,115 @@
+"""Problems made by the reasoning-gym library, judged by its own scorers."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+from vpd_mlx.config import ReasoningGymTask
+from vpd_mlx.errors import ConfigError, DataError, Fault, SourceError
+from vpd_mlx.tasks.answers import in_tag
+from vpd_mlx.tasks.data import fraction
+from vpd_mlx.tasks.library import Library
+from vpd_mlx.types import Problem, Verdict
+
+__all__ = ["ReasoningGym"]
+
+SYSTEM = "Solve the problem. Put the answer, and nothing else, between <answer> and </answer>."
+
+# Made and scored in there; it is told the question again, lest a task that is not made alike twice grade another one.
+MAKER = """
+import json, reasoning_gym
+from reasoning_gym.factory import DATASETS
+made = {}
+
+def names():
+    return json.dumps(sorted(DATASETS))
+
+def make(name, settings, size, seed):
+    made["set"] = reasoning_gym.create_dataset(name, size=size, seed=seed, **json.loads(settings))
+    return json.dumps(True)
+
+def entry(i):
+    e = made[i] = made["set"][i]
+    return json.dumps([e["question"], None if e["answer"] is None else str(e["answer"])])
+
+def score(name, settings, size, seed, i, question, answer):
+    if "set" not in made:
+        make(name, settings, size, seed)
+    e = made[i] if i in made else made["set"][i]
+    if e["question"] != question:
+        raise ValueError("the library makes another problem " + str(i) + " each time; it cannot be used")
+    return json.dumps(float(made["set"].score_answer(answer=answer, entry=e)))
+"""
+# Some scorers evaluate the answer. What could reach for the scorer's own verdict that way is no answer to any task.
+REACHES = re.compile(
+    r"__|\b(eval|exec|compile|open|input|print|getattr|setattr|delattr|globals|locals|vars|dir|type|object|super|lambda|"
+    r"import|breakpoint|help|exit|quit|memoryview)\s*[(\[,)\]:.]|\.\s*[A-Za-z_]\w*\s*\("
+)
+
+
+class ReasoningGym:
+    """Rows are split by a hash of the task's name and the row's index. A question met twice is kept once.
+
+    Raises:
+        ConfigError: the library is missing, has no such task, or refuses the settings.
+        DataError: the split leaves one side empty.
+    """
+
+    def __init__(self, cfg: ReasoningGymTask) -> None:
+        self._library = Library(MAKER, "reasoning_gym", "reasoning-gym", cfg.kind, cfg.timeout)
+        self.notices = tuple(filter(None, [self._library.notice]))
+        self._made = (cfg.name, json.dumps(cfg.settings), cfg.rows, cfg.seed)
+        names = self._library.call("names")
+        if cfg.name not in names:
+            raise ConfigError(
+                [Fault("task.name", f"{cfg.name!r} is not a task of reasoning-gym", f"use one of {', '.join(names)}")]
+            )
+        try:
+            self._library.call("make", *self._made)
+        except SourceError as error:
+            fault = Fault(
+                "task.settings", f"{cfg.settings} are refused by {cfg.name} ({error})", "see that task's settings"
+            )
+            raise ConfigError([fault]) from None
+        sides: tuple[list[Problem], list[Problem]] = ([], [])
+        seen: set[str] = set()
+        for index in range(cfg.rows):
+            question, answer = self._library.call("entry", index)
+            if question not in seen:
+                seen.add(question)
+                held = fraction(f"{cfg.name}:{index}") < cfg.held_out
+                sides[held].append(_problem(f"{cfg.name}:{index}", index, question, answer))
+        if not sides[0] or not sides[1]:
+            raise DataError(
+                f"task.rows: {len(seen)} different problems leave none to {'evaluate' if sides[0] else 'train'} on; "
+                "raise task.rows or change task.held_out"
+            )
+        self.train, self.held_out = tuple(sides[0]), tuple(sides[1])
+
+    def verify(self, problem: Problem, completion: str) -> Verdict:
+        """The library's score; its scorers say nothing in words."""
+        answer = in_tag(completion, "answer")
+        if answer is None:
+            return Verdict(0.0, "There is no <answer>...</answer>.")
+        if answer != problem.answer and REACHES.search(answer):
+            return Verdict(0.0, "The answer holds code, which is no answer here.")
+        try:
+            score = self._library.call("score", *self._made, problem.data["index"], problem.prompt, answer)
+        except SourceError as error:
+            return Verdict(0.0, error=f"the scorer failed on {answer[:80]!r}: {error}")
+        if not isinstance(score, float) or not math.isfinite(score):
+            return Verdict(0.0, error=f"the scorer returned {score!r}")
+        score = min(max(score, 0.0), 1.0)
+        return Verdict(score) if score == 1.0 else Verdict(score, f"{answer[:200]!r} is not the right answer.")
+
+    def reference_completion(self, problem: Problem) -> str | None:
+        """The library's answer, where it has one: some tasks have only a scorer."""
+        return None if problem.answer is None else f"<answer>{problem.answer}</answer>"
+
+
+def _problem(name: str, index: int, question: Any, answer: Any) -> Problem:
+    messages = ({"role": "system", "content": SYSTEM}, {"role": "user", "content": str(question)})
+    return Problem(id=name, messages=messages, answer=answer, data={"index": index})

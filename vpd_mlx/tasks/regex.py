@@ -1,0 +1,74 @@
+"""The completion must match a regular expression, given for all rows or by each."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from vpd_mlx.config import RegexTask
+from vpd_mlx.errors import ConfigError, DataError, Fault
+from vpd_mlx.tasks.data import read_split
+from vpd_mlx.types import Problem, Verdict
+
+__all__ = ["Regex"]
+
+
+class Regex:
+    """White space around the completion does not count. `^` and `$` match at lines."""
+
+    def __init__(self, cfg: RegexTask) -> None:
+        self._cfg = cfg
+        self._regex = regex = _library()
+        self._flags = regex.MULTILINE | (regex.IGNORECASE if cfg.ignore_case else 0)
+        self._one = None
+        if cfg.pattern is not None:
+            try:
+                self._one = regex.compile(cfg.pattern, self._flags)
+            except regex.error as error:
+                fault = Fault("task.pattern", f"{cfg.pattern!r} is not a pattern ({error})", "mend it")
+                raise ConfigError([fault]) from None
+        self.train, self.held_out = read_split(cfg)
+        for problem in (*self.train, *self.held_out):
+            self._pattern(problem)
+
+    def _pattern(self, problem: Problem) -> Any:
+        if self._one is not None:
+            return self._one
+        if problem.answer is None:
+            raise DataError(
+                f"row {problem.id}: no column {self._cfg.answer!r} with a pattern; name it in task.answer, or set task.pattern"
+            )
+        try:
+            return self._regex.compile(problem.answer, self._flags)  # the library keeps the compiled ones
+        except self._regex.error as error:
+            raise DataError(f"row {problem.id}: {problem.answer!r} is not a pattern ({error}); mend it") from None
+
+    def verify(self, problem: Problem, completion: str) -> Verdict:
+        """1 where it matches, else 0; the pattern is not given away."""
+        pattern, text = self._pattern(problem), completion.strip()
+        try:
+            if self._cfg.match == "whole":
+                found = pattern.fullmatch(text, timeout=self._cfg.timeout)
+            else:
+                found = pattern.search(text, timeout=self._cfg.timeout)
+        except TimeoutError:
+            return Verdict(0.0, error=f"the pattern {pattern.pattern!r} took longer than {self._cfg.timeout:g} s")
+        if found:
+            return Verdict(1.0)
+        where = "is not" if self._cfg.match == "whole" else "has nothing"
+        return Verdict(0.0, f"The answer {where} of the form that is asked for.")
+
+    def reference_completion(self, problem: Problem) -> str | None:
+        """The row's reference, if it has one."""
+        return problem.reference
+
+
+def _library() -> Any:
+    # Not `re`: this one can be told to give up, where a pattern backtracks for ever on what a model wrote.
+    try:
+        return importlib.import_module("regex")
+    except ImportError:
+        fault = Fault(
+            "task.kind", "'regex' needs the regex library, which is not installed", "pip install 'vpd-mlx[regex]'"
+        )
+        raise ConfigError([fault]) from None

@@ -1,0 +1,194 @@
+"""Test suites of programs, read from the forms in which data sets carry them.
+
+- input and output: `[{"input": ..., "output": ...}, ...]` or `{"inputs": [...], "outputs": [...]}`, as LiveCodeBench and APPS;
+- function calls: the same with a function's name (LiveCodeBench's `testtype: functional`: one JSON value a line per argument);
+- assertions: a list of statements as in MBPP, or code, with HumanEval's `check(candidate)` in it or without.
+
+All but the last may be JSON text; LiveCodeBench's packed private tests are read without unpickling.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import binascii
+import builtins
+import json
+import pickletools
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vpd_mlx.errors import DataError
+
+__all__ = ["Suite", "imports_for", "read_suite"]
+
+MOST_UNPACKED = 256 << 20  # bytes
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tests of one kind. `cases` holds (input, output), (arguments, value) or (statement, None)."""
+
+    kind: Literal["stdin", "call", "assert"]
+    cases: tuple[tuple[Any, Any], ...]
+    function: str = ""
+    setup: str = ""
+
+
+def read_suite(raw: Any, function: str | None, setup: str, place: str) -> Suite:
+    """The tests in one cell.
+
+    Raises:
+        DataError: they are none of the forms above, or assert on several functions and none is named.
+    """
+
+    def fault(problem: str, remedy: str) -> DataError:
+        return DataError(f"{place}: {problem}; {remedy}")
+
+    value = _unpacked(raw)
+    if isinstance(value, Mapping) and "inputs" in value and "outputs" in value:
+        function = value.get("fn_name") or function
+        kind = value.get("testtype", "functional" if function else "stdin")
+        value = [
+            {"input": i, "output": o, "testtype": kind} for i, o in zip(value["inputs"], value["outputs"], strict=False)
+        ]
+    if isinstance(value, str) and value.strip():
+        return _assertions([], f"{setup}\n{value}", function, place)
+    if not isinstance(value, list) or not value:
+        raise fault(f"no tests in {str(raw)[:60]!r}", "give input and output, calls, or assertions")
+    if all(isinstance(v, str) for v in value):
+        return _assertions(value, setup, function, place)
+    if not all(isinstance(v, Mapping) and "input" in v and "output" in v for v in value):
+        raise fault("a test without input or output", "give both in each, or assertions as text")
+    calls = {v.get("testtype", "stdin") != "stdin" for v in value}
+    if calls == {False}:
+        return Suite("stdin", tuple((_text(v["input"]), _text(v["output"])) for v in value))
+    if calls != {True} or not function:
+        raise fault("calls of a function without its name, or mixed with others", "name its column in task.entry_point")
+    try:
+        return Suite("call", tuple((_arguments(v["input"]), _json(v["output"])) for v in value), function)
+    except ValueError as error:
+        raise fault(f"a call whose values are not JSON ({error})", "mend the test") from None
+
+
+def imports_for(source: str) -> str:
+    """Imports of the usual names that a program uses and does not bind, as LiveCodeBench's own harness offers them."""
+    try:
+        missing = _unbound(ast.parse(source))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return ""
+    return "\n".join(sorted(USUAL[name] for name in missing & set(USUAL)))
+
+
+def _assertions(statements: list[str], setup: str, function: str | None, place: str) -> Suite:
+    try:
+        tree = ast.parse("\n".join([setup, *statements]))
+        if not statements:
+            # Code with assertions of its own: each is a test, all else is set up before.
+            if any(isinstance(node, ast.FunctionDef) and node.name == "check" for node in tree.body):
+                statements = ["check(candidate)"]
+            else:
+                tests = [node for node in tree.body if isinstance(node, ast.Assert)]
+                statements = [ast.unparse(node) for node in tests]
+                setup = ast.unparse(ast.Module([n for n in tree.body if n not in tests], []))
+        for statement in statements:
+            ast.parse(statement)
+    except (SyntaxError, ValueError) as error:
+        raise DataError(f"{place}: tests that are not Python ({error}); mend them") from None
+    if not statements:
+        raise DataError(f"{place}: code without an assertion or a function `check`; give tests")
+    unbound = _unbound(tree) - {"candidate"}
+    if not function:
+        called = unbound - set(USUAL)
+        if len(called) != 1:
+            names = ", ".join(sorted(called)) or "no function"
+            raise DataError(
+                f"{place}: the tests call {names}; name the one under test in the column of task.entry_point"
+            )
+        function = called.pop()
+    needed = sorted(USUAL[name] for name in unbound & set(USUAL) - {function})
+    return Suite("assert", tuple((s, None) for s in statements), function, "\n".join([*needed, setup]))
+
+
+def _unbound(tree: ast.AST) -> set[str]:
+    """Names that are used and bound nowhere; scopes are not told apart."""
+    used, bound = set(), set(dir(builtins))
+    for node in ast.walk(tree):
+        match node:
+            case ast.Name(id=name, ctx=ast.Load()):
+                used.add(name)
+            case ast.Name(id=name):
+                bound.add(name)
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                bound.add(name)
+            case ast.arg(arg=name):
+                bound.add(name)
+            case ast.alias(name=name, asname=other):
+                bound.add(other or name.partition(".")[0])
+            case ast.ExceptHandler(name=str(name)) | ast.MatchAs(name=str(name)) | ast.MatchStar(name=str(name)):
+                bound.add(name)
+    return used - bound
+
+
+def _unpacked(raw: Any) -> Any:
+    """JSON text as its value; LiveCodeBench's base64 of zlib of a pickled JSON text as that text's value."""
+    if not isinstance(raw, str):
+        return raw
+    if raw.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(raw)
+        except ValueError:
+            return raw
+    try:
+        packed = base64.b64decode(raw.strip(), validate=True)
+        unzip = zlib.decompressobj()
+        data = unzip.decompress(packed, MOST_UNPACKED)
+        texts = [arg for _, arg, _ in pickletools.genops(data) if isinstance(arg, str)]
+        return json.loads(texts[0]) if len(texts) == 1 else raw
+    except (binascii.Error, zlib.error, ValueError, UnicodeDecodeError):
+        return raw
+
+
+def _text(value: Any) -> str:
+    return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _arguments(value: Any) -> list[Any]:
+    return [json.loads(line) for line in value.split("\n") if line.strip()] if isinstance(value, str) else list(value)
+
+
+def _json(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) else value
+
+
+def _usual() -> Iterator[tuple[str, str]]:
+    modules = (
+        "bisect collections copy datetime decimal fractions functools heapq itertools json math operator random re "
+        "statistics string sys time typing"
+    )
+    for module in modules.split():
+        yield module, f"import {module}"
+    members = {
+        "typing": "Any Callable DefaultDict Deque Dict FrozenSet Generator Iterable Iterator List Mapping NamedTuple Optional "
+        "Sequence Set Tuple TypeVar Union",
+        "collections": "Counter OrderedDict defaultdict deque namedtuple",
+        "heapq": "heapify heappop heappush heappushpop heapreplace nlargest nsmallest",
+        "bisect": "bisect bisect_left bisect_right insort insort_left insort_right",
+        "functools": "cache cmp_to_key lru_cache partial reduce",
+        "itertools": "accumulate chain combinations combinations_with_replacement count cycle groupby islice pairwise "
+        "permutations product repeat starmap takewhile zip_longest",
+        "math": "ceil comb cos factorial floor gcd inf isqrt lcm log log10 log2 perm pi prod sin sqrt tan",
+        "string": "ascii_letters ascii_lowercase ascii_uppercase digits",
+        "operator": "add itemgetter mul xor",
+        "copy": "deepcopy",
+        "random": "randint",
+        "datetime": "timedelta",
+    }
+    for module, names in members.items():
+        for name in names.split():
+            yield name, f"from {module} import {name}"
+
+
+USUAL = dict(_usual())
