@@ -30,7 +30,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from vpd_mlx import losses
 from vpd_mlx.batching import micro_batches, pad, share
 from vpd_mlx.config import Lora
-from vpd_mlx.errors import ConfigError, Fault, ModelError
+from vpd_mlx.errors import ConfigError, Fault, ModelError, RunError
 from vpd_mlx.heads import Head, chunk_size, map_tokens
 from vpd_mlx.prefix import Capture, extended
 from vpd_mlx.types import Row
@@ -314,11 +314,24 @@ class Policy:
         self.set_adapter(dict(loaded))
 
     def save_adapter(self, folder: Path) -> None:
-        """Write the adapter as mlx-lm reads it: `adapters.safetensors` and `adapter_config.json`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        mx.save_safetensors(str(folder / "adapters.safetensors"), self.adapter)
+        """Write the adapter as mlx-lm reads it: `adapters.safetensors` and `adapter_config.json`.
+
+        Raises:
+            RunError: it cannot be written; an older adapter there is untouched then.
+        """
         config = {**self._lora_config, "model": self.path}
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        partial = folder / "adapters.partial.safetensors"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            mx.save_safetensors(str(partial), self.adapter)
+            (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            os.replace(partial, folder / "adapters.safetensors")
+        except (OSError, RuntimeError) as error:  # mlx reports a failed write as RuntimeError
+            partial.unlink(missing_ok=True)
+            raise RunError(
+                f"{folder}: the adapter cannot be written ({error}); free space or mend the permissions, then go on with "
+                "--resume"
+            ) from error
 
 
 def _per_row(values: Any, rows: Sequence[Row]) -> list[Any]:

@@ -275,15 +275,17 @@ def train(
 def _run(trainer: Trainer, log: RunLog, resume: bool, started: float) -> dict[str, Any]:
     recipe, progress = trainer.recipe, trainer.progress
     run = _Run(trainer, log)
-    run.begin(resume)
     try:
+        run.begin(resume)
+        run.evaluate_if_due()
         while run.done < recipe.steps:
             trainer._interruptible()
             log.check_space()
             run.advance()
-        result = trainer.evaluate(recipe.steps) if run.last_evaluated != recipe.steps else run.evaluations[-1]
-        if run.last_evaluated != recipe.steps:
-            run.record_evaluation(result)
+            run.evaluate_if_due()
+            if run.done % recipe.checkpoint.every == 0 or run.done == recipe.steps:
+                run.checkpoint()
+        result = run.evaluations[-1]
     except _Interrupted:
         run.checkpoint()
         trainer.policy.save_adapter(log.path / "adapters")
@@ -331,7 +333,8 @@ class _Run:
         self.wall = 0.0
         self.tokens = 0
         self.nonfinite = 0
-        self._saved = -1
+        self._snapshot: Checkpoint | None = None
+        self._saved: Checkpoint | None = None
         self._began = time.perf_counter()
 
     @property
@@ -340,7 +343,7 @@ class _Run:
         return int(self.evaluations[-1]["step"]) if self.evaluations else -1
 
     def begin(self, resume: bool) -> None:
-        """Take up the newest checkpoint, or start with an evaluation of the untrained student."""
+        """Take up the newest checkpoint, or start with an evaluation of the student as it is."""
         found, notes = find_checkpoint(self.log.path / "checkpoints") if resume else (None, [])
         for note in notes:
             self.trainer.progress.note(note)
@@ -349,7 +352,7 @@ class _Run:
             self.trainer.progress.note(f"going on after step {self.done} of {self.trainer.recipe.steps}")
             return
         self.log.cut_back({})
-        self.record_evaluation(self.trainer.evaluate(0))
+        self.evaluate_if_due()
         self.checkpoint()
 
     def advance(self) -> None:
@@ -367,47 +370,49 @@ class _Run:
         per_step = sum(self.seconds.get(k, 0.0) for k in self.seconds if k != "evaluation") / self.done
         left = per_step * (recipe.steps - self.done) + float(self.evaluations[-1]["seconds"])
         trainer.progress.step(self.done, recipe.steps, row, left)
-        every = recipe.evaluation.every
-        if every is not None and self.done % every == 0:
-            self.record_evaluation(trainer.evaluate(self.done))
-        if self.done % recipe.checkpoint.every == 0 or self.done == recipe.steps:
-            self.checkpoint()
+        self._snapshot = self._state()
 
-    def record_evaluation(self, result: dict[str, Any]) -> None:
-        """Log an evaluation."""
+    def evaluate_if_due(self) -> None:
+        """Evaluate where the run stands, if that is due and not done: before the first step, on the way, at the end."""
+        recipe, every = self.trainer.recipe, self.trainer.recipe.evaluation.every
+        due = self.done in (0, recipe.steps) or (every is not None and self.done % every == 0)
+        if not due or self.last_evaluated == self.done:
+            return
+        result = self.trainer.evaluate(self.done)
         self.evaluations.append(result)
         self.seconds["evaluation"] = self.seconds.get("evaluation", 0.0) + result["seconds"]
         self.log.append("evals.jsonl", [result])
         self.trainer.progress.evaluation(result["step"], result)
+        self._snapshot = self._state()
+
+    def _state(self) -> Checkpoint:
+        """All of the run as it stands after a whole step. Arrays are immutable, so this copies nothing."""
+        state = self.trainer.algorithm.state()
+        return Checkpoint(
+            self.done,
+            {
+                **{f"adapter.{k}": v for k, v in self.trainer.policy.adapter.items()},
+                **{f"algorithm.{k}": v for k, v in state.arrays.items()},
+            },
+            {
+                "algorithm": state.scalars,
+                "offsets": self.log.offsets(),
+                "evaluations": list(self.evaluations),
+                "seconds": dict(self.seconds),
+                "wall": self.wall + time.perf_counter() - self._began,
+                "tokens": self.tokens,
+                "nonfinite": self.nonfinite,
+                "nonfinite_in_a_row": self.trainer.nonfinite_in_a_row,
+            },
+        )
 
     def checkpoint(self) -> None:
-        """Write a checkpoint of the state after the last whole step, unless there is one."""
-        if self._saved == self.done:
+        """Write the last snapshot, unless it is on the disk: whatever a broken-off step did since has no part in it."""
+        if self._snapshot is None or self._snapshot is self._saved:
             return
-        state = self.trainer.algorithm.state()
         self.log.sync()
-        write_checkpoint(
-            self.log.path / "checkpoints",
-            Checkpoint(
-                self.done,
-                {
-                    **{f"adapter.{k}": v for k, v in self.trainer.policy.adapter.items()},
-                    **{f"algorithm.{k}": v for k, v in state.arrays.items()},
-                },
-                {
-                    "algorithm": state.scalars,
-                    "offsets": self.log.offsets(),
-                    "evaluations": self.evaluations,
-                    "seconds": self.seconds,
-                    "wall": self.wall + time.perf_counter() - self._began,
-                    "tokens": self.tokens,
-                    "nonfinite": self.nonfinite,
-                    "nonfinite_in_a_row": self.trainer.nonfinite_in_a_row,
-                },
-            ),
-            keep=self.trainer.recipe.checkpoint.keep,
-        )
-        self._saved = self.done
+        write_checkpoint(self.log.path / "checkpoints", self._snapshot, keep=self.trainer.recipe.checkpoint.keep)
+        self._saved = self._snapshot
 
     def _restore(self, found: Checkpoint) -> None:
         def part(name: str) -> dict[str, mx.array]:
@@ -416,7 +421,8 @@ class _Run:
         self.trainer.policy.set_adapter(part("adapter"))
         self.trainer.algorithm.restore(State(part("algorithm"), found.state["algorithm"]))
         self.trainer.nonfinite_in_a_row = found.state["nonfinite_in_a_row"]
-        self.done = self._saved = found.step
+        self.done = found.step
+        self._snapshot = self._saved = found
         self.evaluations = found.state["evaluations"]
         self.seconds = found.state["seconds"]
         self.wall = found.state["wall"]
