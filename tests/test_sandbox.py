@@ -487,3 +487,14 @@ def test_a_session_may_stay_and_import(tmp_path: Path) -> None:
             assert isinstance(got, Value)
             assert got.equals(2 * i)
         assert str(session.call("f", [1], {"wait": 5})).startswith("Timeout")
+
+
+def test_a_value_that_chokes_the_tests_is_the_programs_fault() -> None:
+    quick = Sandbox(Limits(wall_s=1.0, cpu_s=1))
+    with quick.open("def f(x): return x") as session:
+        passed, choked = quick.judge(
+            session, ["assert f(1) == 1", "x = f(2)\nwhile x: pass"], {"f": "f"}, most_failures=2
+        )
+    assert passed.passed
+    assert not choked.passed
+    assert str(choked.failure) == "ValueError: returned what no test can bear"
