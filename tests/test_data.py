@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -26,8 +27,8 @@ def write(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
     elif path.suffix == ".csv":
         path.write_text("prompt,answer\n" + "".join(f'"{r["prompt"]}",{r["answer"]}\n' for r in rows))
     else:
-        pyarrow = pytest.importorskip("pyarrow")
-        parquet = pytest.importorskip("pyarrow.parquet")
+        pyarrow = importlib.import_module("pyarrow")
+        parquet = importlib.import_module("pyarrow.parquet")
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     return path
 
@@ -108,7 +109,7 @@ def test_columns_are_mapped_and_messages_kept(tmp_path: Path) -> None:
 )
 def test_faults_name_the_place(tmp_path: Path, name: str, content: bytes, words: str) -> None:
     if name.endswith("parquet"):
-        pytest.importorskip("pyarrow")
+        importlib.import_module("pyarrow")
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError) as caught:
         read_split(ExactTask(kind="exact", data=str(tmp_path / name)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -122,7 +123,7 @@ def test_mcq_refuses_rows_without_a_letter(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def maths(tmp_path_factory: pytest.TempPathFactory) -> Task:
-    pytest.importorskip("math_verify")
+    importlib.import_module("math_verify")
     rows = [
         {"prompt": "half", "answer": "1/2"},
         {"prompt": "gsm8k", "answer": "She sells 9 * 2 = 18.\n#### 18"},
@@ -194,7 +195,7 @@ def test_a_library_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: p
 
 
 def test_regex_by_row_and_for_all(tmp_path: Path) -> None:
-    pytest.importorskip("regex")
+    importlib.import_module("regex")
     task = build(tmp_path, {"kind": "regex"}, [{"prompt": "a date", "answer": r"\d{4}-\d\d", "reference": "2024-05"}])
     prove(task)
     assert task.verify(task.train[0], " 2024-05\n").score == 1.0
@@ -208,7 +209,7 @@ def test_regex_by_row_and_for_all(tmp_path: Path) -> None:
 
 
 def test_regex_that_backtracks_for_ever_is_no_verdict(tmp_path: Path) -> None:
-    pytest.importorskip("regex")
+    importlib.import_module("regex")
     task = build(tmp_path, {"kind": "regex", "pattern": r"(?:a|aa)+$b", "timeout": 0.2}, [{"prompt": "q"}])
     verdict = task.verify(task.train[0], "a" * 60)
     assert verdict.error is not None
@@ -216,7 +217,7 @@ def test_regex_that_backtracks_for_ever_is_no_verdict(tmp_path: Path) -> None:
 
 
 def test_regex_faults(tmp_path: Path) -> None:
-    pytest.importorskip("regex")
+    importlib.import_module("regex")
     with pytest.raises(ConfigError, match=r"task\.pattern: '\(' is not a pattern"):
         build(tmp_path, {"kind": "regex", "pattern": "("}, [{"prompt": "q"}])
     with pytest.raises(DataError, match=r"'\[' is not a pattern"):
@@ -249,7 +250,7 @@ PERSON = {
     ],
 )
 def test_json_must_fit_its_schema(tmp_path: Path, completion: str, score: float, words: str) -> None:
-    pytest.importorskip("jsonschema")
+    importlib.import_module("jsonschema")
     task = build(tmp_path, {"kind": "json-schema"}, [{"prompt": "q", "schema": PERSON}])
     verdict = task.verify(task.train[0], completion)
     assert (verdict.score, verdict.error) == (score, None)
@@ -257,7 +258,7 @@ def test_json_must_fit_its_schema(tmp_path: Path, completion: str, score: float,
 
 
 def test_json_schema_from_a_file_with_answers(tmp_path: Path) -> None:
-    pytest.importorskip("jsonschema")
+    importlib.import_module("jsonschema")
     (tmp_path / "person.json").write_text(json.dumps(PERSON))
     rows = [{"prompt": "who", "answer": '{"age": 36.0, "name": "Ada"}'}]
     task = build(tmp_path, {"kind": "json-schema", "schema_file": "person.json"}, rows)
@@ -268,7 +269,7 @@ def test_json_schema_from_a_file_with_answers(tmp_path: Path) -> None:
 
 
 def test_json_schema_faults(tmp_path: Path) -> None:
-    pytest.importorskip("jsonschema")
+    importlib.import_module("jsonschema")
     for schema, words in (
         ({"type": "thing"}, "not a JSON Schema"),
         (None, "no column 'schema'"),
@@ -281,7 +282,7 @@ def test_json_schema_faults(tmp_path: Path) -> None:
 
 
 def test_json_schema_never_fetches(tmp_path: Path) -> None:
-    pytest.importorskip("jsonschema")
+    importlib.import_module("jsonschema")
     rows = [{"prompt": "q", "schema": {"$ref": "http://127.0.0.1:9/schema.json"}}]
     task = build(tmp_path, {"kind": "json-schema"}, rows)
     verdict = task.verify(task.train[0], "{}")
@@ -294,7 +295,7 @@ def test_json_schema_never_fetches(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def gym(tmp_path_factory: pytest.TempPathFactory) -> Task:
-    pytest.importorskip("reasoning_gym")
+    importlib.import_module("reasoning_gym")
     task = {"kind": "reasoning_gym", "name": "countdown", "settings": {"max_numbers": 4}, "rows": 30, "held_out": 0.3}
     return build(tmp_path_factory.mktemp("gym"), task)
 
@@ -340,7 +341,7 @@ def test_gym_survives_its_scorer(gym: Task) -> None:
 
 
 def test_gym_faults(tmp_path: Path) -> None:
-    pytest.importorskip("reasoning_gym")
+    importlib.import_module("reasoning_gym")
     with pytest.raises(ConfigError, match=r"'chess' is not a task of reasoning-gym; use one of .*countdown"):
         build(tmp_path, {"kind": "reasoning_gym", "name": "chess"})
     with pytest.raises(ConfigError, match=r"task\.settings: .* refused by countdown"):

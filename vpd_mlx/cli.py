@@ -77,15 +77,16 @@ def train(
 
     Ctrl-C ends the run at the next safe moment with a checkpoint and adapters; a second one leaves at once.
     """
-    from vpd_mlx.train import Stop
-    from vpd_mlx.train import train as run
-
     overrides = overridden(sets, steps=steps, seed=seed)
     if resume is not None:
         folder, cfg = resume, _resumed(resume, overrides, recipe, out, overwrite)
     else:
         cfg = load_recipe(resolve_recipe_path(recipe), overrides)
         folder = out if out is not None else free_run_folder(Path("runs"), cfg.name)
+    # Late, so that a wrong recipe is told at once: MLX and the tokenizers take two seconds to load.
+    from vpd_mlx.train import Stop
+    from vpd_mlx.train import train as run
+
     stop = Stop()
     _handle_signals(stop)
     with make_view(f"{cfg.name} ({cfg.algorithm})", quiet=quiet or as_json) as view:
@@ -210,8 +211,6 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Accuracy on held-out problems: student avg@k and greedy, teacher under feedback."""
-    from vpd_mlx.train import Trainer
-
     folder = Path(target)
     is_run = (folder / MARK).is_file()
     if is_run:
@@ -221,6 +220,8 @@ def evaluate(
         local = Path(target).expanduser()
         if local.is_dir():
             cfg = cfg.model_copy(update={"model": str(local.resolve())})
+    from vpd_mlx.train import Trainer
+
     with make_view(target, quiet=as_json) as view:
         trainer = Trainer.build(cfg, view)
         if is_run:

@@ -16,7 +16,7 @@ from vpd_mlx.policy import Policy, phase_seed
 from vpd_mlx.progress import Progress
 from vpd_mlx.prompts import Prompter
 from vpd_mlx.rollout import Sampling, generate
-from vpd_mlx.tasks import Task
+from vpd_mlx.tasks import Task, examine
 from vpd_mlx.types import Problem, Rollout
 
 __all__ = ["evaluate", "evaluation_sampling"]
@@ -63,7 +63,7 @@ def evaluate(
         batch = collect(
             policy,
             prompter,
-            task.verify,
+            lambda problem, completion: examine(task, problem, completion),
             problems,
             samples,
             evaluation_sampling(recipe, greedy=greedy),
@@ -121,7 +121,7 @@ def _teacher(
     if chosen:
         how = evaluation_sampling(recipe, greedy=False)
         for p, _, rollout in generate(policy, [prompt for _, prompt, _ in chosen], 1, how, seed):
-            verdict = task.verify(chosen[p][0], rollout.text)
+            verdict = examine(task, chosen[p][0], rollout.text)
             if verdict.error is None:
                 scores[p] = verdict.score
             progress.phase("evaluation, teacher", len(scores), len(chosen))

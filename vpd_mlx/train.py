@@ -29,7 +29,7 @@ from vpd_mlx.progress import Progress, Silent
 from vpd_mlx.prompts import Prompter
 from vpd_mlx.rollout import Sampling, generate
 from vpd_mlx.runlog import RunLog, write_atomic
-from vpd_mlx.tasks import Task, build_task, prove
+from vpd_mlx.tasks import Task, build_task, notices, prove
 from vpd_mlx.types import Group, Problem, Rollout
 
 __all__ = ["Stop", "Trainer", "problems_of_step", "train"]
@@ -261,7 +261,7 @@ def train(
     progress = progress or Silent()
     started = time.perf_counter()
     trainer = Trainer.build(recipe, progress, stop)
-    for note in trainer.policy.notes:
+    for note in (*trainer.policy.notes, *notices(trainer.task)):
         progress.note(note)
     log = RunLog.reopen(out) if resume else RunLog.create(out, dump(recipe), overwrite=overwrite)
     try:
