@@ -139,8 +139,15 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("algorithm", "overrides"), CASES, ids=str)
-@pytest.mark.parametrize("moment", [(3, None), (1, "rollout"), (2, "update")], ids=str)
+MOMENTS = [(3, None), (1, "rollout"), (2, "update")]
+# Every algorithm is stopped once, at one moment or another, and VPD at each.
+STOPS = [
+    *((*case, MOMENTS[i % len(MOMENTS)]) for i, case in enumerate(CASES)),
+    *(("vpd", {}, moment) for moment in MOMENTS[1:]),
+]
+
+
+@pytest.mark.parametrize(("algorithm", "overrides", "moment"), STOPS, ids=str)
 def test_a_stopped_run_goes_on_to_the_same_adapter(undisturbed, tmp_path: Path, algorithm, overrides, moment):
     whole, recipe = undisturbed(algorithm, overrides)
     stop = Stop()
