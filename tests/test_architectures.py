@@ -18,7 +18,7 @@ from mlx_lm.utils import quantize_model
 from vpd_mlx import losses
 from vpd_mlx.config import Lora
 from vpd_mlx.policy import Policy
-from vpd_mlx.rollout import Sampling, generate
+from vpd_mlx.rollout import Sampling, generate, probe_batches
 from vpd_mlx.types import Row
 from vpd_mlx.updates.learner import accumulate
 
@@ -73,6 +73,8 @@ def test_scores_and_gradients_are_those_of_the_plain_model(tmp_path: Path, kind,
     policy.set_adapter({k: v + 0.05 for k, v in policy.adapter.items()})
     assert not [n for n in policy.notes if "cannot be run apart" in n] if splits else policy.notes
     assert policy.shares_prompts == shares
+    probe_batches(policy)
+    assert policy.widest == (None if shares else 1)
     rollouts = [r for _, _, r in generate(policy, [(5, 6, 7, 8, 9, 10, 11), (12, 13)], 3, Sampling(1.0, 1.0, 9), 0)]
     prompts = [(5, 6, 7, 8, 9, 10, 11)] * 3 + [(12, 13)] * 3
     rows = [Row(p, (20 + i, 30, 31, 32)[: 2 + i % 3]) for i, p in enumerate(prompts)]

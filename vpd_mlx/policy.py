@@ -58,6 +58,7 @@ class Policy:
         path: what it was loaded from.
         head: hidden states (m, D) -> float32-able logits (m, V).
         shares_prompts: whether one pass over a prompt serves all its completions in updates.
+        widest: most rows that may be decoded side by side; None has no bound.
         notes: what a user should know of how this model is handled, e.g. a fallback.
     """
 
@@ -66,6 +67,7 @@ class Policy:
         self.tokenizer = tokenizer
         self.path = path
         self.notes: list[str] = []
+        self.widest: int | None = None
         self._lora_config: dict[str, Any] = {}
         self._micro_batch_tokens = micro_batch_tokens
         self._head_chunk: int | None = None
@@ -129,12 +131,13 @@ class Policy:
         self.shares_prompts = self._can_share()
         if not self.shares_prompts:
             self.notes.append(
-                f"{self._architecture}: a prompt's keys cannot be shared among its completions, so updates read it once for "
+                f"{self.architecture}: a prompt's keys cannot be shared among its completions, so updates read it once for "
                 "each (slower, the same numbers)"
             )
 
     @property
-    def _architecture(self) -> str:
+    def architecture(self) -> str:
+        """mlx-lm's name of the model's kind."""
         return type(self.model).__module__.rsplit(".", 1)[-1]
 
     def _split(self) -> tuple[Any, Head]:
@@ -168,7 +171,7 @@ class Policy:
             if logits.shape == full.shape and float(mx.abs(logits - full).max()) <= tolerance:
                 return inner, head
         self.notes.append(
-            f"{self._architecture}: body and head cannot be run apart, so losses hold whole "
+            f"{self.architecture}: body and head cannot be run apart, so losses hold whole "
             "logits (more memory, the same numbers)"
         )
         return self.model, lambda logits: logits

@@ -20,7 +20,7 @@ from vpd_mlx.policy import Policy
 from vpd_mlx.prompts import Prompter
 from vpd_mlx.types import FinishReason, Group, Problem, Rollout
 
-__all__ = ["Sampling", "as_groups", "generate", "roll_out", "student_prompts"]
+__all__ = ["Sampling", "as_groups", "generate", "probe_batches", "roll_out", "student_prompts"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def generate(
     """
     mx.random.seed(seed)
     total = len(prompts) * samples
-    width = min(total, how.rows or total)
+    width = min(total, how.rows or total, policy.widest or total)
     generator = BatchGenerator(
         policy.model,
         stop_tokens=[[int(t)] for t in sorted(policy.tokenizer.eos_token_ids)],
@@ -104,6 +104,20 @@ def _rollout(
     stopped = ids[-1] in stops
     text = tokenizer.decode(ids[:-1] if stopped else ids)
     return Rollout(tokens=tuple(ids), logps=logps, text=text, finish="stop" if stopped else reason)
+
+
+def probe_batches(policy: Policy) -> None:
+    """Find out whether mlx-lm can decode this architecture in batches; where it cannot, rows are decoded one by one."""
+    policy.widest = None
+    try:
+        for _ in generate(policy, [(1, 2, 3), (4, 5)], 2, Sampling(1.0, 1.0, 3), 0):
+            pass
+    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        policy.widest = 1
+        policy.notes.append(
+            f"{policy.architecture}: mlx-lm cannot decode it in batches ({str(error).splitlines()[0]}), so completions are "
+            "sampled one by one: the same results, several times slower"
+        )
 
 
 def student_prompts(prompter: Prompter, problems: Sequence[Problem]) -> list[tuple[int, ...]]:

@@ -27,7 +27,7 @@ from vpd_mlx.metrics import Clock, overlap
 from vpd_mlx.policy import Policy, phase_seed
 from vpd_mlx.progress import Progress, Silent
 from vpd_mlx.prompts import Prompter
-from vpd_mlx.rollout import Sampling, generate
+from vpd_mlx.rollout import Sampling, generate, probe_batches
 from vpd_mlx.runlog import RunLog, write_atomic
 from vpd_mlx.tasks import Task, build_task, notices, prove
 from vpd_mlx.types import Group, Problem, Rollout
@@ -219,7 +219,7 @@ def load_policy(recipe: Recipe) -> Policy:
         mx.set_memory_limit(int(memory.limit_gb * 2**30))
     if memory.cache_limit_gb is not None:
         mx.set_cache_limit(int(memory.cache_limit_gb * 2**30))
-    return Policy.load(
+    policy = Policy.load(
         recipe.model,
         recipe.lora,
         seed=recipe.seed,
@@ -228,6 +228,8 @@ def load_policy(recipe: Recipe) -> Policy:
         head_chunk=memory.head_chunk,
         gradient_checkpointing=memory.gradient_checkpointing,
     )
+    probe_batches(policy)
+    return policy
 
 
 def build_prompter(recipe: Recipe, policy: Policy) -> Prompter:
