@@ -14,11 +14,14 @@ from vpd_mlx import losses
 from vpd_mlx.algos import ALGORITHMS, Step
 from vpd_mlx.batching import micro_batches, pad
 from vpd_mlx.config import Grpo, MStep
+from vpd_mlx.feedback import add_context
+from vpd_mlx.feedback.sibling import sibling
+from vpd_mlx.feedback.verifier import verifier
 from vpd_mlx.metrics import Clock
 from vpd_mlx.policy import Policy
 from vpd_mlx.teacher import Teacher
 from vpd_mlx.train import Trainer
-from vpd_mlx.types import Context, Row
+from vpd_mlx.types import Context, Rollout, Row
 from vpd_mlx.updates import (
     Distillation,
     Learner,
@@ -31,6 +34,7 @@ from vpd_mlx.updates import (
     minibatches,
     policy_gradient_update,
 )
+from vpd_mlx.updates.crossed import crossed
 
 
 class Recorder(Learner):
@@ -306,6 +310,7 @@ OPTIONS = [
     ("vpd", {"e_step.delta": "ema", "e_step.delta_rate": 0.9}),
     ("vpd", {"e_step.length_normalise": True}),
     ("vpd", {"e_step.minibatch_prompts": 2}),
+    ("vpd", {"e_step.contexts": "crossed"}),
     ("vpd", {"e_step.learning_rate_ratio": 0.1}),
     *(("vpd", {"teacher.weights": w}) for w in ("ema", "trust_region", "adapter")),
     ("vpd", {"m_step.alpha": 0.2}),
@@ -363,7 +368,11 @@ def after_two_steps(world):
 
     from vpd_mlx.config import load_recipe
 
-    _, groups = world
+    trainer, groups = world
+    # The checker's words first: then failures and successes of one group have contexts of different kinds.
+    words_first = add_context(
+        {"verifier": verifier, "sibling": sibling}, groups, trainer.prompter, trainer.recipe.feedback
+    )
     known: dict[str, dict[str, np.ndarray]] = {}
 
     def run(algorithm: str, overrides: dict) -> dict[str, np.ndarray]:
@@ -374,7 +383,11 @@ def after_two_steps(world):
             policy = Policy.load(recipe.model, recipe.lora, seed=recipe.seed)
             algo = ALGORITHMS[algorithm](recipe, policy)
             for number in (1, 2, 3, 4) if "e_step.delta" in overrides else (1, 2):
-                algo(policy, groups, Step(number, recipe.seed, Clock()))
+                algo(
+                    policy,
+                    words_first if "e_step.contexts" in overrides else groups,
+                    Step(number, recipe.seed, Clock()),
+                )
             known[key] = {k: np.array(v) for k, v in policy.adapter.items()}
         return known[key]
 
@@ -395,6 +408,8 @@ def base_of(overrides: dict) -> dict:
         return {"grpo.epochs": 3, "grpo.clip_low": 0.9}
     if last == "grpo.weighting":
         return {}
+    if overrides == {"e_step.contexts": "crossed"}:
+        return {"e_step.contexts": "own"}
     if overrides == {"e_step.delta": "ema"}:
         return {"e_step.delta": "fresh"}
     return companions.get(last, {}) if last else {}
@@ -499,3 +514,34 @@ def test_micro_batches_keep_to_the_budget_and_prompts_together():
                     cost = len(prompts) * max(map(len, prompts)) + len(b) * max(len(r.completion) for r in part)
                 assert cost <= budget or len(b) == 1
     assert len(micro_batches(rows, 60, shared=True)) < len(micro_batches(rows, 60))
+
+
+def test_crossed_contexts_pair_a_failures_words_with_a_right_answer():
+    def sample(
+        group: int, tokens: tuple[int, ...], right: bool, kind: str | None, prompt: tuple[int, ...] = (9,)
+    ) -> Sample:
+        rollout = Rollout(
+            tokens=tokens,
+            logps=(0.0,) * len(tokens),
+            text="",
+            finish="stop",
+            success=right,
+            context=None if kind is None else Context(kind, "words"),
+            teacher_prompt=None if kind is None else prompt,
+        )
+        return Sample(group, Row((1,), tokens), None if kind is None else Row(prompt, tokens), rollout)
+
+    samples = [
+        sample(0, (5,), False, "verifier", (9, 1)),
+        sample(0, (6, 7), True, "sibling"),
+        sample(0, (8,), True, None),
+        sample(0, (5, 5), False, "sibling", (9, 2)),
+        sample(1, (5,), False, "verifier", (9, 3)),
+    ]
+    out = crossed(samples)
+    assert out[:5] == samples
+    (extra,) = out[5:]  # not for the sibling's context, not in the group without a success
+    assert extra.teacher == Row((9, 1), (6, 7))
+    assert extra.student == samples[1].student
+    assert extra.rollout.success
+    assert extra.rollout.context == samples[0].rollout.context

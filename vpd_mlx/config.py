@@ -261,6 +261,11 @@ class EStep(_Section):
     )
     delta_rate: float = Field(0.1, gt=0, le=1, description="Weight of this E-step's midpoint when `delta: ema`.")
     length_normalise: bool = Field(False, description="Divide each implicit reward by its completion's length.")
+    contexts: Literal["own", "crossed"] = Field(
+        "own",
+        description="`own`: each completion under its own context, as published. `crossed`: a failure's context is also "
+        "paired with a correct sibling's completion, so that the kind of context does not give the label away.",
+    )
     minibatch_prompts: Positive | None = Field(None, description="Problems per update; null takes the whole batch.")
     learning_rate_ratio: float = Field(1.0, gt=0, description="The E-step's rate over `optimizer.learning_rate`.")
 

@@ -15,6 +15,7 @@ from vpd_mlx.heads import Head
 from vpd_mlx.metrics import auc, correlation, mean
 from vpd_mlx.policy import Policy, phase_seed
 from vpd_mlx.teacher import Teacher
+from vpd_mlx.updates.crossed import crossed
 from vpd_mlx.updates.learner import (
     Floats,
     Learner,
@@ -56,6 +57,8 @@ def bco_update(
     Two passes: implicit rewards and delta of the whole batch without gradient, then a backward pass weighted by the
     analytic gradient, exact in any split. A batch that lacks a class is left alone.
     """
+    if cfg.contexts == "crossed":
+        samples = crossed(samples)
     chosen = [i for i, s in enumerate(samples) if s.teacher is not None]
     labels = np.array([samples[i].rollout.success for i in chosen], bool)
     counts: Metrics = {"n_right": int(labels.sum()), "n_wrong": int((~labels).sum())}
