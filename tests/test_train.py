@@ -288,6 +288,12 @@ def test_updates_that_are_never_finite_stop_the_run_with_a_checkpoint(small, tmp
         train(recipe, tmp_path / "run")
     found, _ = find_checkpoint(tmp_path / "run" / "checkpoints")
     assert found is not None
+    # what was sampled before an update that came to nothing is kept for whoever looks for the reason
+    dumped = sorted((tmp_path / "run" / "nonfinite").iterdir())
+    assert next(p.name for p in dumped) == "step-000002.jsonl"
+    assert len(dumped[0].read_text().splitlines()) == 16
+    steps = [r["step"] for r in read_rows(tmp_path / "run" / "metrics.jsonl")]
+    assert found.step == steps[-1]
 
 
 def test_a_base_model_without_chat_template_trains(small, tmp_path: Path):
@@ -311,3 +317,60 @@ def test_the_adapter_off_is_the_initial_model(small):
     with policy.adapter_off():
         np.testing.assert_array_equal(np.array(policy.model(ids)), np.array(start(ids)))
     assert float(mx.abs(policy.model(ids) - start(ids)).max()) > 0.1
+
+
+def test_one_gradient_that_is_not_finite_is_left_out_and_the_run_goes_on(small, tmp_path: Path, monkeypatch):
+    from vpd_mlx.updates import learner
+
+    real, calls = learner.accumulate, []
+
+    def poisoned(*args, **kwargs):
+        done = real(*args, **kwargs)
+        calls.append(1)
+        if len(calls) == 2:
+            done.gradients = learner.tree_map(lambda g: g * float("inf"), done.gradients)
+        return done
+
+    monkeypatch.setattr("vpd_mlx.updates.divergence.accumulate", poisoned)
+    summary = train(small(steps=4, algorithm="sdpo"), tmp_path / "run")
+    assert summary["nonfinite_updates"] == 1
+    weights = mx.load(str(tmp_path / "run" / "adapters" / "adapters.safetensors"))
+    assert all(bool(mx.isfinite(w).all()) for w in weights.values())
+    assert [p.name for p in (tmp_path / "run" / "nonfinite").iterdir()] == ["step-000002.jsonl"]
+
+
+class Scripted:
+    """Evaluations with given student accuracies, each otherwise as it was."""
+
+    def __init__(self, monkeypatch, values: list[float]) -> None:
+        real = Trainer.evaluate
+
+        def evaluate(trainer, step):
+            return {**real(trainer, step), "student": values[step]}
+
+        monkeypatch.setattr(Trainer, "evaluate", evaluate)
+
+
+def test_patience_stops_early_and_the_best_adapter_is_kept(small, tmp_path: Path, monkeypatch):
+    Scripted(monkeypatch, [0.1, 0.5, 0.4, 0.3, 0.9, 0.0])
+    recipe = small(steps=5, evaluation__every=1, evaluation__patience=2, evaluation__keep_best=True)
+    summary = train(recipe, tmp_path / "run")
+    assert summary["steps"] == 3
+    assert summary["adapter_of_step"] == 1
+    assert summary["after"]["student"] == 0.5
+    one = small(steps=1, evaluation__every=1)
+    train(one, tmp_path / "one")
+    assert adapter(tmp_path / "run") == adapter(tmp_path / "one")
+    last = small(steps=5, evaluation__every=1, evaluation__patience=2)
+    assert train(last, tmp_path / "last")["adapter_of_step"] == 3
+    assert adapter(tmp_path / "last") != adapter(tmp_path / "run")
+
+
+def test_the_best_survives_a_resume(small, tmp_path: Path, monkeypatch):
+    Scripted(monkeypatch, [0.1, 0.5, 0.4, 0.3, 0.2])
+    recipe = small(steps=4, evaluation__every=1, evaluation__keep_best=True, checkpoint__every=1)
+    whole = train(recipe, tmp_path / "whole")
+    stop = Stop()
+    train(recipe, tmp_path / "run", progress=StopAfter(stop, 3), stop=stop)
+    assert train(recipe, tmp_path / "run", resume=True)["adapter_of_step"] == whole["adapter_of_step"] == 1
+    assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")

@@ -350,6 +350,10 @@ class Evaluation(_Section):
     """Held-out problems, before, after and on the way."""
 
     every: Positive | None = Field(None, description="Evaluate every n steps; null only before and after.")
+    patience: Positive | None = Field(
+        None, description="Stop after so many evaluations without a better student; needs `every`. null never stops."
+    )
+    keep_best: bool = Field(False, description="End with the adapter of the best evaluation instead of the last one.")
     problems: Positive = Field(200, description="Most held-out problems.")
     samples: Positive = Field(4, description="k of avg@k: sampled completions per problem.")
     temperature: float = Field(0.6, gt=0, description="Sampling temperature.")
@@ -647,6 +651,8 @@ def _contradictions(r: Recipe) -> Iterator[Fault]:
                 f"{size} is more than rollout.prompts {r.rollout.prompts}",
                 "lower it, or set it to null for the whole batch",
             )
+    if r.evaluation.patience is not None and r.evaluation.every is None:
+        yield Fault("evaluation.patience", "needs evaluations on the way", "set evaluation.every, too")
     if r.algorithm == "joint" and r.hybrid.distill == 0 and r.hybrid.reward == 0:
         yield Fault("hybrid.distill", "0, and hybrid.reward is 0: nothing would be learned", "raise one of them")
     if r.teacher.weights == "adapter" and r.algorithm != "vpd":

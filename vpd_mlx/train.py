@@ -28,9 +28,10 @@ from vpd_mlx.policy import Policy, phase_seed
 from vpd_mlx.progress import Progress, Silent
 from vpd_mlx.prompts import Prompter
 from vpd_mlx.rollout import Sampling, generate, probe_batches
-from vpd_mlx.runlog import RunLog, write_atomic
+from vpd_mlx.runlog import RunLog, read_rows, write_atomic
 from vpd_mlx.tasks import Task, build_task, notices, prove
 from vpd_mlx.types import Group, Problem, Rollout
+from vpd_mlx.watch import Warnings
 
 __all__ = ["Stop", "Trainer", "problems_of_step", "train"]
 
@@ -287,7 +288,10 @@ def _run(trainer: Trainer, log: RunLog, resume: bool, started: float) -> dict[st
             run.evaluate_if_due()
             if run.done % recipe.checkpoint.every == 0 or run.done == recipe.steps:
                 run.checkpoint()
-        result = run.evaluations[-1]
+            if run.patience_is_out():
+                break
+        run.finish()
+        result = run.result
     except _Interrupted:
         run.checkpoint()
         trainer.policy.save_adapter(log.path / "adapters")
@@ -301,7 +305,8 @@ def _run(trainer: Trainer, log: RunLog, resume: bool, started: float) -> dict[st
         "name": recipe.name,
         "algorithm": recipe.algorithm,
         "seed": recipe.seed,
-        "steps": recipe.steps,
+        "steps": run.done,
+        "adapter_of_step": result["step"],
         "before": _three(run.evaluations[0]),
         "after": _three(result),
         "problems": result["problems"],
@@ -335,6 +340,10 @@ class _Run:
         self.wall = 0.0
         self.tokens = 0
         self.nonfinite = 0
+        self.result: dict[str, Any] = {}
+        self._warnings = Warnings()
+        self._rows = read_rows(log.path / "metrics.jsonl")
+        self._best: tuple[int, dict[str, mx.array]] | None = None
         self._snapshot: Checkpoint | None = None
         self._saved: Checkpoint | None = None
         self._began = time.perf_counter()
@@ -372,16 +381,52 @@ class _Run:
         per_step = sum(self.seconds.get(k, 0.0) for k in self.seconds if k != "evaluation") / self.done
         left = per_step * (recipe.steps - self.done) + float(self.evaluations[-1]["seconds"])
         trainer.progress.step(self.done, recipe.steps, row, left)
+        self._rows = [*self._rows, row]
+        for text in self._warnings.new(self._rows, self.evaluations):
+            trainer.progress.note(f"step {self.done}: {text}")
+        if any(v for k, v in row.items() if k.endswith("/nonfinite")):
+            self._dump(rollouts)
         self._snapshot = self._state()
 
-    def evaluate_if_due(self) -> None:
+    def _dump(self, rollouts: list[dict[str, Any]]) -> None:
+        """Keep the rollouts behind an update that was not finite, for whoever looks for the reason."""
+        folder = self.log.path / "nonfinite"
+        folder.mkdir(exist_ok=True)
+        lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rollouts)
+        write_atomic(folder / f"step-{self.done:06d}.jsonl", lines)
+
+    def patience_is_out(self) -> bool:
+        """Whether the recipe's number of evaluations has passed without a better student."""
+        patience = self.trainer.recipe.evaluation.patience
+        values = [e["student"] or 0.0 for e in self.evaluations]
+        if patience is None or len(values) - 1 - values.index(max(values)) < patience:
+            return False
+        self.trainer.progress.note(
+            f"stopping early after step {self.done}: no better student in {patience} evaluations (evaluation.patience)"
+        )
+        return True
+
+    def finish(self) -> None:
+        """The evaluation that the run ends with: the last, or with `keep_best` the best, whose adapter is put back."""
+        self.evaluate_if_due(last=True)
+        self.checkpoint()
+        self.result = self.evaluations[-1]
+        if self.trainer.recipe.evaluation.keep_best and self._best is not None:
+            step, adapter = self._best
+            self.result = next(e for e in self.evaluations if e["step"] == step)
+            self.trainer.policy.set_adapter(adapter)
+
+    def evaluate_if_due(self, *, last: bool = False) -> None:
         """Evaluate where the run stands, if that is due and not done: before the first step, on the way, at the end."""
         recipe, every = self.trainer.recipe, self.trainer.recipe.evaluation.every
-        due = self.done in (0, recipe.steps) or (every is not None and self.done % every == 0)
+        due = last or self.done in (0, recipe.steps) or (every is not None and self.done % every == 0)
         if not due or self.last_evaluated == self.done:
             return
         result = self.trainer.evaluate(self.done)
         self.evaluations.append(result)
+        best = max(e["student"] or 0.0 for e in self.evaluations[:-1]) if self.evaluations[:-1] else -1.0
+        if (result["student"] or 0.0) > best:
+            self._best = (self.done, self.trainer.policy.adapter)
         self.seconds["evaluation"] = self.seconds.get("evaluation", 0.0) + result["seconds"]
         self.log.append("evals.jsonl", [result])
         self.trainer.progress.evaluation(result["step"], result)
@@ -395,8 +440,10 @@ class _Run:
             {
                 **{f"adapter.{k}": v for k, v in self.trainer.policy.adapter.items()},
                 **{f"algorithm.{k}": v for k, v in state.arrays.items()},
+                **({} if self._best is None else {f"best.{k}": v for k, v in self._best[1].items()}),
             },
             {
+                "best": None if self._best is None else self._best[0],
                 "algorithm": state.scalars,
                 "offsets": self.log.offsets(),
                 "evaluations": list(self.evaluations),
@@ -423,6 +470,7 @@ class _Run:
         self.trainer.policy.set_adapter(part("adapter"))
         self.trainer.algorithm.restore(State(part("algorithm"), found.state["algorithm"]))
         self.trainer.nonfinite_in_a_row = found.state["nonfinite_in_a_row"]
+        self._best = None if found.state["best"] is None else (found.state["best"], part("best"))
         self.done = found.step
         self._snapshot = self._saved = found
         self.evaluations = found.state["evaluations"]
@@ -431,6 +479,7 @@ class _Run:
         self.tokens = found.state["tokens"]
         self.nonfinite = found.state["nonfinite"]
         self.log.cut_back(found.state["offsets"])
+        self._rows = read_rows(self.log.path / "metrics.jsonl")
 
 
 def _three(result: dict[str, Any]) -> dict[str, float | None]:
