@@ -101,11 +101,11 @@ def test_right_padding_and_chunks_change_nothing(world):
 
 
 @pytest.mark.parametrize("budget", [64, 10**6])
-@pytest.mark.parametrize("length_normalise", [False, True])
-def test_e_step_is_the_autograd_of_the_bco_loss(world, budget, length_normalise):
+@pytest.mark.parametrize(("length_normalise", "anchor"), [(False, 0.0), (True, 0.0), (False, 0.7)])
+def test_e_step_is_the_autograd_of_the_bco_loss(world, budget, length_normalise, anchor):
     trainer, groups = world
     policy, samples = trainer.policy, gather(groups)
-    cfg = trainer.recipe.e_step.model_copy(update={"length_normalise": length_normalise})
+    cfg = trainer.recipe.e_step.model_copy(update={"length_normalise": length_normalise, "anchor": anchor})
     learner = Recorder()
     teacher = Teacher(trainer.recipe.teacher, "live", policy)
     policy._micro_batch_tokens, before = budget, policy._micro_batch_tokens
@@ -119,12 +119,15 @@ def test_e_step_is_the_autograd_of_the_bco_loss(world, budget, length_normalise)
     old = mx.stack([x.sum() for x in plain_logps(policy, [s.student for s in chosen])])
 
     def loss() -> mx.array:
-        new = mx.stack([x.sum() for x in plain_logps(policy, [s.teacher for s in chosen])])
-        return losses.bco_loss(new / lengths, old / lengths, labels, beta=cfg.beta)[0]
+        tokens = plain_logps(policy, [s.teacher for s in chosen])
+        new = mx.stack([x.sum() for x in tokens])
+        held = mx.stack([x.mean() for x, s in zip(tokens, chosen, strict=True) if s.rollout.success]).mean()
+        return losses.bco_loss(new / lengths, old / lengths, labels, beta=cfg.beta)[0] - anchor * held
 
     value, gradient = nn.value_and_grad(policy.model, loss)()
     assert_close(learner.gradients[0], dict(tree_flatten(gradient)))
-    assert result.metrics["loss"] == pytest.approx(value.item(), abs=1e-5)
+    if not anchor:
+        assert result.metrics["loss"] == pytest.approx(value.item(), abs=1e-5)
     assert result.metrics["n_right"] + result.metrics["n_wrong"] == len(chosen) < len(samples)
 
 
@@ -311,6 +314,7 @@ OPTIONS = [
     ("vpd", {"e_step.length_normalise": True}),
     ("vpd", {"e_step.minibatch_prompts": 2}),
     ("vpd", {"e_step.contexts": "crossed"}),
+    ("vpd", {"e_step.anchor": 0.5}),
     ("vpd", {"e_step.learning_rate_ratio": 0.1}),
     *(("vpd", {"teacher.weights": w}) for w in ("ema", "trust_region", "adapter")),
     ("vpd", {"m_step.alpha": 0.2}),

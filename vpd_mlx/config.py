@@ -266,6 +266,12 @@ class EStep(_Section):
         description="`own`: each completion under its own context, as published. `crossed`: a failure's context is also "
         "paired with a correct sibling's completion, so that the kind of context does not give the label away.",
     )
+    anchor: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of -log q per token of successes, added to the loss: it holds up what BCO would let sink. "
+        "0 as published.",
+    )
     minibatch_prompts: Positive | None = Field(None, description="Problems per update; null takes the whole batch.")
     learning_rate_ratio: float = Field(1.0, gt=0, description="The E-step's rate over `optimizer.learning_rate`.")
 

@@ -101,9 +101,11 @@ def bco_update(
                 mx.array(r), mx.array(right), delta, beta=cfg.beta, n_pos=int(right.sum()), n_neg=int((~right).sum())
             )
             scale = lengths[indices] if cfg.length_normalise else np.ones(len(indices), np.float32)
+            # The anchor: -log q per token of each success, a mean over successes.
+            pull = np.where(right, -cfg.anchor / (lengths[indices] * max(1, int(right.sum()))), 0.0)
             weights = [
-                np.full(int(lengths[i]), slope / n, np.float32)
-                for i, slope, n in zip(indices, np.array(slopes), scale, strict=True)
+                np.full(int(lengths[i]), slope / n + hold, np.float32)
+                for i, slope, n, hold in zip(indices, np.array(slopes), scale, pull, strict=True)
             ]
             rows = [teacher_rows[i] for i in indices]
             done = accumulate(
