@@ -14,8 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from vpd_mlx import __version__
+from vpd_mlx.commands.compare import compare
 from vpd_mlx.commands.doctor import doctor
 from vpd_mlx.commands.lab import lab
+from vpd_mlx.commands.report import report
+from vpd_mlx.commands.show import show
 from vpd_mlx.config import Recipe, builtin_recipes, load_recipe, parse_set, resolve_recipe_path
 from vpd_mlx.errors import ConfigError, Fault, VpdError
 from vpd_mlx.runlog import MARK, free_run_folder
@@ -186,6 +189,9 @@ def _quoted(text: str) -> str:
 
 app.command()(doctor)
 app.command()(lab)
+app.command()(report)
+app.command()(show)
+app.command()(compare)
 
 
 @app.command()

@@ -1,0 +1,63 @@
+"""`vpd-mlx compare RUN...`: runs side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vpd_mlx.errors import ConfigError, Fault
+from vpd_mlx.report.runs import Run, figures, labels, load_run, paired, points
+
+__all__ = ["compare"]
+
+
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders; the first is the one compared with.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Write a page with curves to this file, too.")] = None,
+) -> None:
+    """Lay runs side by side: held-out accuracy with 95 % intervals, differences paired problem by problem."""
+    if len(runs) < 2:
+        raise ConfigError(
+            [Fault("RUN...", f"got {len(runs)} run, {runs[0]}", "name two or more; for one there is `vpd-mlx report`")],
+            "command line",
+        )
+    if len({r.resolve() for r in runs}) < len(runs):
+        raise ConfigError([Fault("RUN...", "names a run twice", "name each once")], "command line")
+    found = dict(zip(labels(runs), map(load_run, runs), strict=True))
+    console = Console(highlight=False)
+    console.print(_table(found))
+    console.print(
+        "Newest evaluation of each run. Difference: greedy, on the problems that both runs were evaluated on. "
+        "Second lines are 95 % intervals over problems."
+    )
+    if out is not None:
+        from vpd_mlx.report.page import comparison_page, save
+
+        save(out, comparison_page(found))
+        typer.echo(f"written: {out} ({out.stat().st_size / 1000:,.0f} kB)")
+
+
+def _table(runs: dict[str, Run]) -> Table:
+    base = next(iter(runs.values()))
+    table = Table(pad_edge=False, show_lines=True)
+    table.add_column("run", overflow="fold")
+    for head in ("student", "greedy", "teacher", "difference"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for name, run in runs.items():
+        row = run.evals[-1] if run.evals else {}
+        cells = [Text("\n".join(figures(row, key))) for key in ("student", "student_greedy", "teacher")]
+        p = None if run is base else paired(base.greedy(), run.greedy())
+        if p is not None:
+            difference = f"{points(p.difference)} {p.verdict}\n{points(p.low)} to {points(p.high)}"
+        else:
+            difference = "-" if run is base else "no problem\nin common"
+        steps = f"{run.done} steps" if run.planned in (None, run.done) else f"{run.done} of {run.planned} steps"
+        table.add_row(Text(f"{name}\n{run.algorithm}, {steps}"), *cells, Text(difference))
+    return table
