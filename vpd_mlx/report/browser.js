@@ -1,7 +1,8 @@
 "use strict";
 (function () {
   const all = JSON.parse(document.getElementById("rollouts").textContent);
-  const PAGE = 12, FULL = 4; // cards at a time; nats at which a colour is at its strongest
+  all.sort(function (a, b) { return b.step - a.step; }); // stable: a step's own order stays
+  const PAGE = 12, FULL = 4, SHORT = 240; // cards at a time; nats of the strongest colour; prompts shown unfolded
   const by = function (id) { return document.getElementById(id); };
   const list = by("list"), more = by("more"), count = by("count");
   let matching = [], shown = 0;
@@ -62,6 +63,7 @@
     if (r.verdict) part(box, "verdict", make("div", "text", r.verdict));
     if (r.teacher) {
       const details = make("details");
+      details.open = r.teacher.length < SHORT;
       details.append(make("summary", "", "what the teacher read, " + r.kind + (r.cut ? ", cut to the limit" : "")), make("div", "text", r.teacher));
       part(box, "teacher prompt", details);
     } else {

@@ -99,7 +99,7 @@ def run_page(run: Run, most: int) -> str:
 
 
 def _subtitle(run: Run) -> str:
-    model = str(run.config.get("model") or "").rstrip("/").rsplit("/", 1)[-1]
+    model = "/".join(str(run.config.get("model") or "").rstrip("/").split("/")[-2:])
     parts = [f"{run.algorithm}", f"model {model}" if model else "", _progress(run)]
     if number(run.config.get("seed")) is not None:
         parts.append(f"seed {run.config['seed']}")
@@ -141,8 +141,8 @@ def headline(run: Run) -> str:
     change = run.change()
     if change is not None:
         how = {"better": "a real gain", "worse": "a real loss", "within noise": "within noise"}[change.verdict]
-        text += f" Greedy, it is {points(change.difference)} points on the same problems "
-        text += f"(95 % interval {_bounds(change)}): {how}."
+        text += f" Its greedy accuracy changed by {points(change.difference)} points "
+        text += f"(95 % interval {_bounds(change)}, paired by problem): {how}."
     return text
 
 
@@ -175,7 +175,7 @@ def _before_after(run: Run) -> str:
         if key == "student_greedy" and change is not None:
             moved += f'<br><span class="soft">{_bounds(change)}</span>'
         lines.append(
-            f'<tr><th>{name}<br><span class="soft" style="font-weight:400">{note}</span></th>{_cell(run.before, key)}'
+            f'<tr><th>{name}<br><span class="soft note">{note}</span></th>{_cell(run.before, key)}'
             f'{_cell(run.after, key)}<td class="n">{moved}</td></tr>'
         )
     for key, name in (("length", "Length, tokens"), ("truncated", "Cut off at the limit")):
@@ -202,7 +202,8 @@ def _figures(plots: Sequence[Plot], title: str, nothing: str) -> str:
         f'<figure class="card" id="plot-{p.name}"><h3>{escape(p.title)}</h3><p>{escape(p.sentence)}</p>{p.svg}</figure>'
         for p in plots
     )
-    return f'<h2>{title}</h2><div class="grid">{cards}</div>'
+    note = "Where a curve jumps about, the thin line is each step and the thick one the running mean."
+    return f'<h2>{title}</h2><p class="soft">{note}</p><div class="grid">{cards}</div>'
 
 
 # --- rollouts
@@ -275,7 +276,7 @@ def _browser(run: Run, rows: Sequence[Mapping[str, Any]]) -> str:
             "Training moves the student that way.</p>"
         )
     return (
-        f'<h2 id="browse">Rollouts</h2><p class="soft">What the student wrote in training. {here}</p>{key}'
+        f'<h2 id="browse">Rollouts</h2><p class="soft">What the student wrote in training, newest first. {here}</p>{key}'
         '<div class="controls">'
         '<label>outcome<select id="outcome"><option value="">right and wrong</option><option>right</option>'
         "<option>wrong</option></select></label>"
@@ -383,7 +384,7 @@ def _results(runs: Mapping[str, Run], base: Run) -> str:
         memory = "-" if run.peak_memory_mb is None else f"{run.peak_memory_mb:,.0f}"
         lines.append(
             f'<tr><th><span class="dot" style="background:var(--{color})"></span>{_clean(name)}<br>'
-            f'<span class="soft" style="font-weight:400">{_clean(run.algorithm)}, {_clean(_progress(run))}</span></th>'
+            f'<span class="soft small">{_clean(run.algorithm)}, {_clean(_progress(run))}</span></th>'
             f'<td class="n">{share(run.before.get("student"))}</td>'
             f"{''.join(_cell(row, key) for key, _, _ in RATES)}{difference}"
             f'<td class="n">{_duration(sum(run.seconds.values()))}</td><td class="n">{memory}</td></tr>'

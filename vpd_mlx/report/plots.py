@@ -74,10 +74,10 @@ class Plot:
 Draw = Callable[[Figure], bool]
 
 
-def _plot(name: str, title: str, sentence: str, draw: Draw, height: float = 2.7) -> Plot | None:
+def _plot(name: str, title: str, sentence: str, draw: Draw, height: float = 2.5) -> Plot | None:
     """Draw, or None where `draw` says that there is nothing to see."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(4.9, height), layout="constrained")
+        figure = Figure(figsize=(4.4, height), layout="constrained")
         if not draw(figure):
             return None
         return Plot(name, title, sentence, _svg(figure, name, title))
@@ -111,16 +111,22 @@ def _thin(steps: Sequence[int], values: Sequence[float]) -> tuple[list[float], l
     return [float(x[p].mean()) for p in parts], [float(y[p].mean()) for p in parts]
 
 
-def _line(axis: Axes, data: tuple[Sequence[int], Sequence[float]], color: str, label: str, style: str = "-") -> bool:
-    """A line, faint where it jumps about, with its running mean."""
+def _line(
+    axis: Axes,
+    data: tuple[Sequence[int], Sequence[float]],
+    color: str,
+    label: str,
+    style: str = "-",
+    few: int = FEW_POINTS,
+) -> bool:
+    """A line with marks where there are few points; of more, their running mean, and thinly the points themselves."""
     x, y = _thin(*data)
     if not x:
         return False
-    marker = "o" if len(x) <= FEW_POINTS else ""
-    if len(x) <= FEW_POINTS:
-        axis.plot(x, y, color=color, label=label, marker=marker, ms=3, lw=1.6, ls=style)
+    if len(x) <= few:
+        axis.plot(x, y, color=color, label=label, marker="o", ms=3, lw=1.6, ls=style)
         return True
-    width = max(3, len(x) // 12)
+    width = min(len(x), max(3, len(x) // 12))
     padded = np.pad(np.asarray(y), (width // 2, width - 1 - width // 2), mode="edge")
     axis.plot(x, y, color=color, lw=0.8, alpha=0.35)
     axis.plot(x, np.convolve(padded, np.ones(width) / width, "valid"), color=color, label=label, lw=1.8, ls=style)
@@ -240,7 +246,7 @@ def run_plots(run: Run) -> list[Plot]:
         ]
         _finish(top, y="tokens", x="")
         _finish(bottom, y="cut off, %", legend=False)
-        bottom.set_ylim(bottom=-1, top=max(5.0, bottom.get_ylim()[1]))
+        bottom.set_ylim(bottom=-0.2, top=max(5.0, bottom.get_ylim()[1]))
         return any(drawn)
 
     def margin(figure: Figure) -> bool:
@@ -322,7 +328,7 @@ def run_plots(run: Run) -> list[Plot]:
         _plot(
             "gap",
             "Teacher's gap",
-            "How many points better the network is with feedback than without, on the same problems; at 0 there is nothing to distil.",
+            "How many points better the network is with feedback than without it; at 0 there is nothing to distil.",
             gap,
         ),
         _plot(
@@ -342,7 +348,14 @@ def run_plots(run: Run) -> list[Plot]:
             "E-step: does the teacher tell right from wrong?" if e_step else "Does the teacher tell right from wrong?",
             margin_text,
             margin,
-            3.3,
+            3.0,
+        ),
+        _plot(
+            "length",
+            "Length of completions",
+            "Tokens per completion, and the share cut off at the limit; sudden jumps or many cut off mean trouble.",
+            length,
+            3.0,
         ),
         _plot(
             "divergence",
@@ -357,13 +370,6 @@ def run_plots(run: Run) -> list[Plot]:
             entropy,
         ),
         _plot(
-            "length",
-            "Length of completions",
-            "Tokens per completion, and the share cut off at the limit; sudden jumps or many cut off mean trouble.",
-            length,
-            3.3,
-        ),
-        _plot(
             "contexts",
             "Where the feedback came from",
             "Share of completions by what was shown to the teacher about them; without feedback (none) a completion "
@@ -374,9 +380,9 @@ def run_plots(run: Run) -> list[Plot]:
         _plot(
             "memory",
             "Memory and speed",
-            "Peak memory of each step, and sampled tokens per second; both should stay level.",
+            "Peak memory of each step, and tokens per second while sampling; memory that keeps rising will run out.",
             memory,
-            3.3,
+            3.0,
         ),
     ]
     return [p for p in drawn if p is not None]
@@ -421,7 +427,10 @@ def comparison_plots(runs: Mapping[str, Run]) -> list[Plot]:
     def metric(*keys: str, y: str) -> Draw:
         def draw(figure: Figure) -> bool:
             axis = figure.subplots()
-            drawn = [_line(axis, run.series(*keys), *look) for run, look in zip(runs.values(), looks, strict=True)]
+            lines = [run.series(*keys) for run in runs.values()]
+            # All alike, marked or smoothed; a single point can only be marked.
+            few = FEW_POINTS if max(len(x) for x, _ in lines) <= FEW_POINTS else 2
+            drawn = [_line(axis, line, *look, few) for line, look in zip(lines, looks, strict=True)]
             _finish(axis, y=y, legend=False)
             return any(drawn)
 

@@ -1,0 +1,312 @@
+"""The report and the comparison in a real browser: every plot drawn, filters work, nothing leaves the page, no error.
+
+    python tests/browser/check.py [--shots FOLDER] [RUN...]
+
+Without RUN it trains small runs of its own. It needs Chromium (`apt-get install chromium`, or `CHROMIUM=path`), and fails
+without. It talks to the browser over its debugging pipe, so it needs no other package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import os
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+NAMES = (
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "chrome",
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+)
+HOSTILE = '</script><img src=x onerror="window.hacked=1"><b>bold</b>&amp;\u2028\u202eabc\x1b[31m'
+VIEWS = [(width, scheme) for width in (1280, 390) for scheme in ("light", "dark")]
+
+
+class Browser:
+    """A headless Chromium, spoken to in the Chrome DevTools protocol over two pipes."""
+
+    def __init__(self) -> None:
+        found = os.environ.get("CHROMIUM") or next((p for n in NAMES if (p := shutil.which(n))), None)
+        if found is None:
+            raise SystemExit("no Chromium here: apt-get install chromium, or set CHROMIUM to its path")
+        self._profile = tempfile.mkdtemp()
+        to_read, self._write = os.pipe()
+        self._read, to_write = os.pipe()
+        flags = f"--headless --no-sandbox --disable-gpu --hide-scrollbars --remote-debugging-pipe --user-data-dir={self._profile}"
+        # The browser reads commands on 3 and answers on 4; the pipes' own numbers may be those, hence the detour.
+        script = f'exec 8<&{to_read} 9>&{to_write}; exec 3<&8 4>&9; exec "$0" {flags} about:blank'
+        self._process = subprocess.Popen(
+            ["bash", "-c", script, found],
+            pass_fds=(to_read, to_write),
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+        os.close(to_read)
+        os.close(to_write)
+        self._buffer, self._number, self.events = b"", 0, []
+        self._session: str | None = None
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        self._number += 1
+        message = {"id": self._number, "method": method, "params": params}
+        if self._session:
+            message["sessionId"] = self._session
+        os.write(self._write, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._receive()
+            if answer.get("id") == self._number:
+                if "error" in answer:
+                    raise SystemExit(f"{method}: {answer['error']}")
+                return answer["result"]
+
+    def _receive(self, seconds: float = 60) -> dict[str, Any]:
+        end = time.monotonic() + seconds
+        while b"\0" not in self._buffer:
+            ready, _, _ = select.select([self._read], [], [], max(0, end - time.monotonic()))
+            chunk = os.read(self._read, 1 << 20) if ready else b""
+            if not chunk:
+                raise SystemExit("Chromium went silent")
+            self._buffer += chunk
+        line, self._buffer = self._buffer.split(b"\0", 1)
+        message = json.loads(line)
+        if "method" in message:
+            self.events.append(message)
+        return message
+
+    def open(self, path: Path, width: int, scheme: str) -> None:
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600
+        )
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.events.clear()
+        self.call("Page.navigate", url=path.resolve().as_uri())
+        while not any(e["method"] == "Page.loadEventFired" for e in self.events):
+            self._receive()
+
+    def eval(self, script: str) -> Any:
+        result = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        if "exceptionDetails" in result:
+            raise SystemExit(f"{script}: {result['exceptionDetails']}")
+        return result["result"].get("value")
+
+    def screenshot(self, path: Path, clip: dict[str, float] | None = None) -> None:
+        extra = {"clip": {**clip, "scale": 1}} if clip else {}
+        data = self.call("Page.captureScreenshot", captureBeyondViewport=clip is not None, **extra)["data"]
+        path.write_bytes(base64.b64decode(data))
+
+    def errors(self) -> list[str]:
+        """Exceptions, console errors, log entries, and requests other than the file itself."""
+        out = []
+        for e in self.events:
+            p = e["params"]
+            if e["method"] == "Runtime.exceptionThrown":
+                out.append(f"exception: {p['exceptionDetails']}")
+            elif e["method"] == "Runtime.consoleAPICalled" and p["type"] in ("error", "warning", "assert"):
+                out.append(f"console: {p['args']}")
+            elif e["method"] == "Log.entryAdded" and p["entry"]["level"] in ("error", "warning"):
+                out.append(f"log: {p['entry']}")
+            elif e["method"] == "Network.requestWillBeSent" and p.get("type") != "Document":
+                out.append(f"request: {p['request']['url'][:200]}")
+        return out
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait(20)
+        shutil.rmtree(self._profile, ignore_errors=True)
+
+
+PLOTS = """[...document.querySelectorAll('figure')].map(f => {
+  const svg = f.querySelector('svg'), box = svg.getBoundingClientRect();
+  const seen = m => { const b = m.getBoundingClientRect(); return b.width + b.height > 0; };
+  const marks = [...svg.querySelectorAll('path, use')].filter(seen);
+  const ground = getComputedStyle(f).backgroundColor;
+  const faint = [...svg.querySelectorAll('text')].filter(t => getComputedStyle(t).fill === ground);
+  const out = [...svg.querySelectorAll('text')].filter(t => { const b = t.getBoundingClientRect();
+    return b.left < box.left - 3 || b.right > box.right + 3 || b.top < box.top - 3 || b.bottom > box.bottom + 3; });
+  return {id: f.id, sentence: f.querySelector('p').textContent, wide: box.width, high: box.height, marks: marks.length,
+          labels: svg.querySelectorAll('text').length, faint: faint.length, out: out.map(t => t.textContent)};
+})"""
+
+
+class Check:
+    def __init__(self, browser: Browser) -> None:
+        self.browser = browser
+        self.done = 0
+
+    def that(self, truth: Any, what: str) -> None:
+        if not truth:
+            self.browser.close()
+            raise SystemExit(f"FAILED: {what}")
+        self.done += 1
+
+    def page(self, name: str, path: Path, width: int, scheme: str, plots: set[str]) -> None:
+        where = f"{name}, {width} px, {scheme}"
+        self.browser.open(path, width, scheme)
+        seen = self.browser.eval(PLOTS)
+        missing = {f"plot-{p}" for p in plots} - {p["id"] for p in seen}
+        self.that(not missing, f"{where}: plots missing: {missing}")
+        for plot in seen:
+            at = f"{where}: {plot['id']}"
+            self.that(plot["wide"] > 250 and plot["high"] > 100, f"{at} is {plot['wide']} x {plot['high']}")
+            self.that(plot["marks"] > 5 and plot["labels"] > 3, f"{at} is all but empty: {plot}")
+            self.that(not plot["faint"], f"{at}: {plot['faint']} labels in the colour of the ground")
+            self.that(not plot["out"], f"{at}: labels cut off: {plot['out']}")
+            self.that(len(plot["sentence"]) > 30, f"{at} is not explained")
+        wide = self.browser.eval("document.documentElement.scrollWidth")
+        self.that(wide <= width, f"{where}: the page is {wide} px wide")
+        dark = self.browser.eval("getComputedStyle(document.body).backgroundColor")
+        light = sum(int(c) for c in dark[4:-1].split(",")) > 380
+        self.that(light == (scheme == "light"), f"{where}: ground is {dark}")
+        self.that(not self.browser.errors(), f"{where}: {self.browser.errors()[:3]}")
+
+    def filters(self, name: str) -> None:
+        rows = self.browser.eval("JSON.parse(document.getElementById('rollouts').textContent)")
+        rows.sort(key=lambda r: -r["step"])
+        self.that(rows, f"{name}: rollouts are there")
+        kinds, steps = sorted({r["kind"] for r in rows}), sorted({r["step"] for r in rows})
+        told = self.browser.eval("[...document.querySelectorAll('#kind option')].map(o => o.value)")
+        self.that(told == ["", *kinds], f"{name}: kinds {told}, not {kinds}")
+        told = self.browser.eval("[...document.querySelectorAll('#step option')].map(o => o.value)")
+        self.that(told == ["", *map(str, steps)], f"{name}: steps {told}, not {steps}")
+        cases = [
+            *(({"outcome": v}, lambda r, v=v: r["right"] == (v == "right")) for v in ("right", "wrong")),
+            *(({"kind": k}, lambda r, k=k: r["kind"] == k) for k in kinds),
+            *(({"step": str(s)}, lambda r, s=s: r["step"] == s) for s in (steps[0], steps[-1])),
+            ({"outcome": "wrong", "kind": kinds[0]}, lambda r: not r["right"] and r["kind"] == kinds[0]),
+            (
+                {"word": rows[0]["prompt"][:5]},
+                lambda r: rows[0]["prompt"][:5].lower() in json.dumps(r, ensure_ascii=False).lower(),
+            ),
+            ({"word": "no such words anywhere"}, lambda r: False),
+            ({}, lambda r: True),
+        ]
+        for values, keep in cases:
+            whole = {**dict.fromkeys(("outcome", "kind", "step", "word"), ""), **values}
+            # As a person would: change the control, then press `show more` to the end.
+            cards = self.browser.eval(
+                f"""(() => {{ const v = {json.dumps(whole)};
+                for (const k in v) {{ const e = document.getElementById(k); e.value = v[k];
+                  e.dispatchEvent(new Event(k === 'word' ? 'input' : 'change', {{bubbles: true}})); }}
+                const more = document.getElementById('more');
+                for (let i = 0; i < 1000 && !more.hidden; i++) more.click();
+                return [...document.querySelectorAll('#list article')].map(a => a.classList.contains('right')); }})()"""
+            )
+            wanted = [r["right"] for r in rows if keep(r)]
+            if "word" in values and wanted:
+                self.that(cards, f"{name}: the text filter finds nothing")
+            else:
+                self.that(cards == wanted, f"{name}: {values} shows {len(cards)} rollouts, not {len(wanted)}")
+        if any(r["shift"] for r in rows):
+            tinted = "[...document.querySelectorAll('.token')].filter(t => t.style.background).length"
+            self.that(self.browser.eval(tinted) > 0, f"{name}: no token is coloured")
+            size = "document.querySelector('.token small').getBoundingClientRect().width"
+            self.that(self.browser.eval(size) == 0, f"{name}: numbers hidden at first")
+            self.browser.eval("document.getElementById('numbers').click()")
+            self.that(self.browser.eval(size) > 0, f"{name}: numbers shown on demand")
+            self.browser.eval("document.getElementById('numbers').click()")
+
+    def hostile(self, name: str) -> None:
+        self.browser.eval("document.querySelectorAll('details').forEach(d => d.open = true)")
+        self.that(self.browser.eval("window.hacked === undefined"), f"{name}: a completion ran as a script")
+        self.that(self.browser.eval("document.images.length === 0"), f"{name}: a completion became an image")
+        text = self.browser.eval("document.getElementById('list').textContent")
+        self.that(
+            '<img src=x onerror="window.hacked=1"><b>bold</b>&amp;' in text,
+            f"{name}: the hostile text is shown as text",
+        )
+
+
+def small_runs(folder: Path) -> dict[str, Path]:
+    """A finished VPD run with hostile texts among its rollouts, an SDPO run of one step, and an unfinished GRPO run."""
+    from conftest import QUICKSTART, SMALL
+
+    from vpd_mlx.config import load_recipe
+    from vpd_mlx.train import train
+
+    runs = {"vpd": {"steps": 4, "e_step.every": 1}, "sdpo": {"steps": 1}, "grpo": {"steps": 3}}
+    for name, changes in runs.items():
+        recipe = load_recipe(QUICKSTART, list({**SMALL, "evaluation.every": 2, "algorithm": name, **changes}.items()))
+        train(recipe, folder / name)
+    path = folder / "vpd" / "rollouts.jsonl"
+    row = json.loads(path.read_text().splitlines()[0])
+    context = {"kind": HOSTILE, "text": HOSTILE, "cut": False}
+    texts = dict.fromkeys(("problem", "prompt", "completion", "verdict", "teacher_prompt"), HOSTILE)
+    hostile = {**row, **texts, "context": context, "pieces": [HOSTILE, "<b>"], "shift": ["nan", -9.0], "tokens": 2}
+    with path.open("a", encoding="utf-8") as f:
+        f.write(json.dumps(hostile) + "\n")
+    (folder / "grpo" / "summary.json").unlink()
+    with (folder / "grpo" / "metrics.jsonl").open("a") as f:
+        f.write('{"step": 4, "rew')
+    return {name: folder / name for name in runs}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", type=Path)
+    parser.add_argument("--shots", type=Path, help="folder for screenshots")
+    arguments = parser.parse_args()
+    browser = Browser()
+    check = Check(browser)
+    from vpd_mlx.report.page import comparison_page, run_page, save
+    from vpd_mlx.report.runs import labels, load_run
+
+    with tempfile.TemporaryDirectory() as folder:
+        own = not arguments.runs
+        paths = small_runs(Path(folder)) if own else dict(zip(labels(arguments.runs), arguments.runs, strict=True))
+        runs = {name: load_run(path) for name, path in paths.items()}
+        pages = {}
+        for number, (name, run) in enumerate(runs.items()):
+            pages[name] = Path(folder) / f"report-{number}.html"
+            save(pages[name], run_page(run, 400))
+        if len(runs) > 1:
+            pages["comparison"] = Path(folder) / "comparison.html"
+            save(pages["comparison"], comparison_page(runs))
+        shared = {"reward", "length"}
+        for number, (name, path) in enumerate(pages.items()):
+            plots = shared | {"student", "greedy", "teacher", "entropy"}
+            if name != "comparison":
+                plots = shared | {"accuracy", "gap", "groups", "entropy", "contexts", "seconds", "memory"}
+                if runs[name].algorithm != "grpo":
+                    plots.add("divergence")
+                    # A batch all of one outcome has no margin.
+                    if any(m.get(f"{u}_step/margin") is not None for m in runs[name].metrics for u in "em"):
+                        plots.add("margin")
+            for width, scheme in VIEWS:
+                check.page(name, path, width, scheme, plots)
+                if name != "comparison":
+                    check.filters(f"{name}, {width} px, {scheme}")
+                    if own and name == "vpd":
+                        check.hostile(name)
+                    # Opened anew, the page is as its reader finds it.
+                    browser.open(path, width, scheme)
+                check.that(not browser.errors(), f"{name}: {browser.errors()[:3]}")
+                if arguments.shots is not None:
+                    arguments.shots.mkdir(parents=True, exist_ok=True)
+                    size = browser.eval("[document.documentElement.scrollWidth, document.documentElement.scrollHeight]")
+                    clip = {"x": 0, "y": 0, "width": size[0], "height": min(size[1], 9000)}
+                    browser.screenshot(
+                        arguments.shots / f"{number}-{name.replace('/', '-')}-{width}-{scheme}.png", clip
+                    )
+    browser.close()
+    print(f"{check.done} checks hold on {len(pages)} pages")
+
+
+if __name__ == "__main__":
+    main()
