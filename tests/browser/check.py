@@ -282,9 +282,9 @@ def main() -> None:
         for number, (name, path) in enumerate(pages.items()):
             plots = shared | {"student", "greedy", "teacher", "entropy"}
             if name != "comparison":
-                plots = shared | {"accuracy", "gap", "groups", "entropy", "contexts", "seconds", "memory"}
+                plots = shared | {"accuracy", "gap", "groups", "entropy", "seconds", "memory"}
                 if runs[name].algorithm != "grpo":
-                    plots.add("divergence")
+                    plots |= {"divergence", "contexts"}
                     # A batch all of one outcome has no margin.
                     if any(m.get(f"{u}_step/margin") is not None for m in runs[name].metrics for u in "em"):
                         plots.add("margin")

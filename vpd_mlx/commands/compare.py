@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vpd_mlx.errors import ConfigError, Fault
-from vpd_mlx.report.runs import Run, figures, labels, load_run, paired, points
+from vpd_mlx.report.runs import Run, figures, labels, load_run, paired, points, steps
 
 __all__ = ["compare"]
 
@@ -58,6 +58,6 @@ def _table(runs: dict[str, Run]) -> Table:
             difference = f"{points(p.difference)} {p.verdict}\n{points(p.low)} to {points(p.high)}"
         else:
             difference = "-" if run is base else "no problem\nin common"
-        steps = f"{run.done} steps" if run.planned in (None, run.done) else f"{run.done} of {run.planned} steps"
-        table.add_row(Text(f"{name}\n{run.algorithm}, {steps}"), *cells, Text(difference))
+        done = steps(run.done) if run.planned in (None, run.done) else f"{run.done} of {run.planned} steps"
+        table.add_row(Text(f"{name}\n{run.algorithm}, {done}"), *cells, Text(difference))
     return table

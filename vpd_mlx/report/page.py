@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from errno import EISDIR
 from html import escape
 from importlib.resources import files
 from itertools import groupby
@@ -19,7 +20,7 @@ import numpy as np
 
 from vpd_mlx.errors import ConfigError, Fault
 from vpd_mlx.report.plots import Plot, comparison_plots, legend_colors, run_plots
-from vpd_mlx.report.runs import NO_CONTEXT, Entry, Paired, Run, figures, flat, number, paired, points, share
+from vpd_mlx.report.runs import NO_CONTEXT, Entry, Paired, Run, figures, flat, number, paired, points, share, steps
 from vpd_mlx.report.warnings import findings
 from vpd_mlx.runlog import write_atomic
 
@@ -40,6 +41,8 @@ def save(path: Path, page: str) -> None:
         ConfigError: the file cannot be written.
     """
     try:
+        if path.is_dir():
+            raise IsADirectoryError(EISDIR, "it is a folder")
         write_atomic(path, page)
     except OSError as error:
         raise ConfigError(
@@ -136,11 +139,11 @@ def headline(run: Run) -> str:
         return (
             f"Before training the student answers {share(before.get('student'))}{among} right. No later evaluation yet."
         )
-    text = f"After {after.get('step')} steps the student answers {share(after.get('student'))}{among} right"
+    text = f"After {steps(int(number(after.get('step')) or 0))} the student answers {share(after.get('student'))}{among} right"
     text += f", before training {share(before.get('student'))}." if before else "."
     change = run.change()
     if change is not None:
-        how = {"better": "a real gain", "worse": "a real loss", "within noise": "within noise"}[change.verdict]
+        how = {"better": "a gain", "worse": "a loss", "within noise": "within noise"}[change.verdict]
         text += f" Its greedy accuracy changed by {points(change.difference)} points "
         text += f"(95 % interval {_bounds(change)}, paired by problem): {how}."
     return text
@@ -195,11 +198,11 @@ def _before_after(run: Run) -> str:
     )
 
 
-def _figures(plots: Sequence[Plot], title: str, nothing: str) -> str:
+def _figures(plots: Sequence[Plot], title: str, nothing: str, legend: str = "") -> str:
     if not plots:
         return f'<h2>{title}</h2><p class="soft">{nothing}</p>'
     cards = "".join(
-        f'<figure class="card" id="plot-{p.name}"><h3>{escape(p.title)}</h3><p>{escape(p.sentence)}</p>{p.svg}</figure>'
+        f'<figure class="card" id="plot-{p.name}"><h3>{escape(p.title)}</h3><p>{escape(p.sentence)}</p>{legend}{p.svg}</figure>'
         for p in plots
     )
     note = "Where a curve jumps about, the thin line is each step and the thick one the running mean."
@@ -282,7 +285,7 @@ def _browser(run: Run, rows: Sequence[Mapping[str, Any]]) -> str:
         "<option>wrong</option></select></label>"
         '<label>step<select id="step"><option value="">all steps</option></select></label>'
         '<label>feedback<select id="kind"><option value="">all kinds</option></select></label>'
-        '<label>holds the text<input id="word" type="search" size="16"></label>'
+        '<label>search<input id="word" type="search" size="16"></label>'
         '<label class="check"><input id="numbers" type="checkbox"> show numbers</label></div>'
         '<p id="count" class="soft" aria-live="polite"></p><div id="list"></div>'
         '<button id="more" type="button" hidden>show more</button>'
@@ -330,7 +333,7 @@ def comparison_page(runs: Mapping[str, Run]) -> str:
         '<p class="soft">Newest evaluation of each run, held-out problems answered right, with 95 % intervals. The difference is '
         f"greedy, paired problem by problem with <b>{_clean(base_name)}</b>.</p>",
         _results(runs, base),
-        _figures(plots, "Curves", "None of these runs has logged a step yet."),
+        _figures(plots, "Curves", "None of these runs has logged a step yet.", _legend(runs)),
         "<h2>What differs in the recipes</h2>",
         _differences(runs),
     ]
@@ -363,8 +366,16 @@ def unlike(runs: Mapping[str, Run]) -> list[str]:
                 "compares them."
             )
         if base.done != run.done:
-            out.append(f"{name} has done {run.done} steps, {base_name} {base.done}.")
+            out.append(f"{name} has done {steps(run.done)}, {base_name} {base.done}.")
     return out
+
+
+def _legend(runs: Mapping[str, Run]) -> str:
+    names = zip(runs, legend_colors(len(runs)), strict=True)
+    dots = " ".join(
+        f'<span><span class="dot" style="background:var(--{c})"></span>{_clean(n)}</span>' for n, c in names
+    )
+    return f'<div class="legend">{dots}</div>'
 
 
 def _results(runs: Mapping[str, Run], base: Run) -> str:
@@ -405,4 +416,5 @@ def _differences(runs: Mapping[str, Run]) -> str:
     ]
     if not rows:
         return '<p class="soft">Nothing: the recipes are the same.</p>'
-    return f'<div id="differences">{_keys(rows, list(runs))}</div>'
+    note = '<p class="soft">A dash: that recipe does not have the key.</p>'
+    return f'{note}<div id="differences">{_keys(rows, list(runs))}</div>'

@@ -152,6 +152,9 @@ def _band(axis: Axes, run: Run, key: str, color: str, label: str, style: str = "
 def _finish(axis: Axes, *, y: str, x: str = "step", legend: bool = True) -> None:
     axis.set_xlabel(x)
     axis.set_ylabel(y)
+    left, right = axis.get_xlim()
+    if right - left < 1:  # one step alone: whole numbers beside it, not hundredths of a step
+        axis.set_xlim((left + right) / 2 - 1, (left + right) / 2 + 1)
     axis.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
     axis.yaxis.set_major_locator(MaxNLocator(nbins=6))
     if legend and axis.get_legend_handles_labels()[1]:
@@ -224,7 +227,7 @@ def run_plots(run: Run) -> list[Plot]:
     def contexts(figure: Figure) -> bool:
         rows = [m for m in run.metrics if isinstance(m.get("contexts"), dict) and number(m.get("step")) is not None]
         kinds = sorted({str(k) for m in rows for k in m["contexts"]})
-        if not kinds:
+        if not kinds or run.algorithm == "grpo":  # which learns from scores alone
             return False
         steps = [int(m["step"]) for m in rows]
         counts = [[number(m["contexts"].get(k)) or 0.0 for m in rows] for k in kinds]
@@ -406,8 +409,6 @@ def _stack(axis: Axes, parts: Sequence[tuple[str, str, Sequence[int], Sequence[f
         base = base + h
     _finish(axis, y=y)
     axis.set_ylim(0, 100)
-    if few and len(parts[0][2]) == 1:
-        axis.set_xlim(parts[0][2][0] - 2, parts[0][2][0] + 2)
     return True
 
 

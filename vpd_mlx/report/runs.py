@@ -31,6 +31,7 @@ __all__ = [
     "points",
     "share",
     "spread",
+    "steps",
 ]
 
 NO_CONTEXT = "none"
@@ -299,6 +300,11 @@ def share(value: Any) -> str:
     """A share in 0..1 as per cent."""
     v = number(value)
     return "-" if v is None else f"{100 * v:.1f} %"
+
+
+def steps(count: int) -> str:
+    """`1 step`, `2 steps`."""
+    return f"{count} step" if count == 1 else f"{count} steps"
 
 
 def spread(low: float, high: float) -> str:

@@ -1,0 +1,396 @@
+"""Report, show and compare: true to the run folder, whatever stage it is in and whatever the model wrote."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import QUICKSTART, SMALL
+from typer.testing import CliRunner
+
+from vpd_mlx.cli import app
+from vpd_mlx.config import load_recipe
+from vpd_mlx.errors import ConfigError, DataError, VpdError
+from vpd_mlx.report.page import choose, comparison_page, json_for_html, run_page
+from vpd_mlx.report.plots import run_plots
+from vpd_mlx.report.runs import Entry, labels, load_run, paired
+from vpd_mlx.report.warnings import findings
+from vpd_mlx.runlog import read_rows
+from vpd_mlx.train import train
+
+ALWAYS = {"accuracy", "gap", "reward", "groups", "length", "entropy", "seconds", "memory"}
+HOSTILE = '</script><img src=x onerror="hacked()">&amp;\u2028\x1b[31m\u202eabc'
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A VPD run with an E-step at every step, and a GRPO run of one step."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, changes in {"vpd": {"e_step.every": 1, "rollout.prompts": 8}, "grpo": {"steps": 1}}.items():
+        train(load_recipe(QUICKSTART, list({**SMALL, "algorithm": name, **changes}.items())), folder / name)
+    return {name: folder / name for name in ("vpd", "grpo")}
+
+
+@pytest.fixture
+def run(runs: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of the VPD run to do with as one likes."""
+    shutil.copytree(runs["vpd"], tmp_path / "run")
+    return tmp_path / "run"
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+class Parsed(HTMLParser):
+    """Elements and texts of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.rollouts: list[dict[str, Any]] = []
+        self._in_data = False
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._in_data = ("id", "rollouts") in attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in_data = False
+
+    def handle_data(self, data: str) -> None:
+        if self._in_data:
+            self.rollouts = json.loads(data)
+        else:
+            self.text += data
+
+    def ids(self, tag: str) -> set[str]:
+        return {str(a["id"]) for t, a in self.tags if t == tag and "id" in a}
+
+
+def report(path: Path, most: int = 400) -> Parsed:
+    return Parsed(run_page(load_run(path), most))
+
+
+def test_the_page_has_it_all_and_reads_nothing_from_anywhere(runs):
+    text = run_page(load_run(runs["vpd"]), 400)
+    page = Parsed(text)
+    plots = page.ids("figure")
+    assert {f"plot-{p}" for p in ALWAYS | {"divergence", "contexts"}} <= plots
+    assert len(re.findall(r"<svg ", text)) == len(plots)
+    assert not [a for t, a in page.tags if t in ("img", "link", "iframe", "object") or "src" in a]
+    # Names of things within the page, and of XML's vocabularies, are no addresses that a browser reads.
+    assert set(re.findall(r"https?://[^\"' ]*", text)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert "prefers-color-scheme: dark" in text
+    assert "#0102" not in text, "a stand-in for a colour is left"
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    for used in re.findall(r'(?:url\(#|href="#)([^)"]+)', text):
+        assert used in ids
+    for name in ("mlx-lm", "python", "optimizer.learning_rate", "feedback.sources"):
+        assert name in page.text
+    for figure in re.findall(r"<figure.*?</figure>", text, re.DOTALL):
+        assert re.search(r"<p>[^<]{30,}[.]</p>", figure), "a plot without its sentence"
+
+
+def test_figures_are_those_of_the_run(runs):
+    evals = read_rows(runs["vpd"] / "evals.jsonl")
+    page = report(runs["vpd"])
+    for value in (evals[0]["student"], evals[-1]["student"], evals[-1]["teacher"]):
+        assert f"{100 * value:.1f} %" in page.text
+    low, high = evals[-1]["student_interval"]
+    assert f"{100 * low:.1f} to {100 * high:.1f}" in page.text
+    logged = read_rows(runs["vpd"] / "rollouts.jsonl")
+    assert [(r["step"], r["prompt"], r["completion"], r["right"], r["teacher"]) for r in page.rollouts] == [
+        (r["step"], r["prompt"], r["completion"], r["success"], r["teacher_prompt"] or "") for r in logged
+    ]
+    with_teacher = [r for r in page.rollouts if r["shift"]]
+    assert with_teacher
+    assert all(len(r["shift"]) == len(r["pieces"]) for r in with_teacher)
+
+
+def test_grpo_with_one_step(runs):
+    plots = report(runs["grpo"]).ids("figure")
+    assert {f"plot-{p}" for p in ALWAYS} == plots
+
+
+def test_what_a_model_wrote_stays_text(run, capsys):
+    rows = read_rows(run / "rollouts.jsonl")
+    texts = dict.fromkeys(("problem", "prompt", "completion", "verdict", "teacher_prompt"), HOSTILE)
+    context = {"kind": HOSTILE, "text": HOSTILE, "cut": True}
+    write(
+        run / "rollouts.jsonl",
+        [{**rows[0], **texts, "context": context, "pieces": [HOSTILE], "shift": [-9.0], "step": 9}],
+    )
+    (run / "config.yaml").write_text(f"name: {json.dumps(HOSTILE)}\nalgorithm: {json.dumps(HOSTILE)}\nsteps: 2\n")
+    page = run_page(load_run(run), 400)
+    assert page.count("</script>") == 2
+    assert "<img" not in page
+    assert Parsed(page).rollouts[0]["completion"] == HOSTILE
+    assert "<img" not in comparison_page({HOSTILE: load_run(run), "b": load_run(run)})
+    shown = CliRunner().invoke(app, ["show", str(run)])
+    assert "\x1b" not in shown.output
+    assert "\u202e" not in shown.output
+    assert "\\x1b[31m" in shown.output
+
+
+def test_half_a_surrogate_can_be_written(tmp_path):
+    assert json_for_html({"a": "\ud800"}).encode() == b'{"a": "?"}'
+    assert "<" not in json_for_html("</script><!--")
+
+
+@pytest.mark.parametrize(
+    "missing", [["summary.json"], ["evals.jsonl"], ["metrics.jsonl"], ["rollouts.jsonl"], "all"], ids=str
+)
+def test_files_may_be_missing(run, missing):
+    names = ["summary.json", "evals.jsonl", "metrics.jsonl", "rollouts.jsonl"] if missing == "all" else missing
+    for name in names:
+        (run / name).unlink()
+    report(run)
+    assert CliRunner().invoke(app, ["show", str(run)]).exit_code == 0
+    comparison_page({"a": load_run(run), "b": load_run(run)})
+
+
+def test_keys_may_be_missing_and_numbers_broken(run):
+    faulty: dict[str, list[dict[str, Any]]] = {}
+    for name in ("metrics.jsonl", "evals.jsonl", "rollouts.jsonl"):
+        first, *rows = read_rows(run / name)
+        faulty[name] = [
+            {"step": first["step"]},
+            dict.fromkeys(first, None),
+            {k: "nan" if isinstance(v, float) else v for k, v in first.items()},
+            {k: v if k == "step" else "text" for k, v in first.items()},
+        ]
+        write(run / name, [*faulty[name], *rows])
+    assert len(report(run).rollouts) > 4
+    for i in range(4):
+        for name, rows in faulty.items():
+            write(run / name, [rows[i]])
+        findings(load_run(run))
+        assert len(report(run).rollouts) == 1
+
+
+def test_a_run_that_goes_on(run):
+    (run / "summary.json").unlink()
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("steps: 2", "steps: 50"))
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        with (run / name).open("a") as f:
+            f.write('{"step": 3, "reward": 0.')
+    page = report(run)
+    assert "2 of 50 steps so far" in page.text
+    assert not any(r["step"] == 3 for r in page.rollouts)
+
+
+def test_long_runs_stay_small(run):
+    rows = read_rows(run / "metrics.jsonl")
+    write(run / "metrics.jsonl", [{**rows[i % 2], "step": i + 1} for i in range(4000)])
+    for plot in run_plots(load_run(run)):
+        assert len(plot.svg) < 150_000, plot.name
+
+
+def test_what_is_left_out_is_said(runs):
+    page = report(runs["vpd"], most=10)
+    total = len(read_rows(runs["vpd"] / "rollouts.jsonl"))
+    assert len(page.rollouts) <= 10
+    assert f"{len(page.rollouts)} of {total} rollouts are here" in page.text
+    assert f"{total - len(page.rollouts)} are left out" in page.text
+
+
+@pytest.mark.parametrize("most", [1, 3, 4, 10, 100, 399])
+def test_whole_groups_from_the_first_step_to_the_last(most):
+    entries = [Entry(0, step, f"p{p}", False, "none") for step in range(1, 11) for p in range(10) for _ in range(4)]
+    chosen = choose(entries, most)
+    assert 0 < len(chosen) <= most
+    if most >= 8:
+        assert {1, 10} <= {e.step for e in chosen}
+        assert len(chosen) % 4 == 0
+        assert len(chosen) > most - 8
+
+
+def changed(run: Path, **values: Any) -> list[str]:
+    """Findings once every row of the metrics has these."""
+    rows = read_rows(run / "metrics.jsonl")
+    write(
+        run / "metrics.jsonl",
+        [{**rows[0], **{k.replace("__", "/"): v for k, v in values.items()}, "step": s} for s in (1, 2)],
+    )
+    return findings(load_run(run))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"groups_all_wrong": 1.0}, "All completions are wrong in 100.0 %"),
+        ({"groups_all_right": 0.95}, "All completions are right in 95.0 %"),
+        ({"e_step__margin": -0.4}, "The margin is negative (-0.40"),
+        ({"truncated": 0.5}, "50.0 % of the last completions were cut off"),
+        ({"m_step__nonfinite": 2}, "4 update(s) were left out"),
+        ({"verifier_failures": 3}, "The verifier failed on 6"),
+        ({"e_step__skipped": 1}, "2 of 2 E-steps were left out"),
+        ({"contexts_cut": 1000}, "was cut to feedback.max_tokens"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_warnings(run, values, words):
+    assert not any(words in f for f in findings(load_run(run)))
+    found = changed(run, **values)
+    assert any(words in f for f in found), found
+
+
+def test_collapse_is_told_from_success(run):
+    rows = read_rows(run / "metrics.jsonl")
+    falling = [
+        {**rows[0], "step": i + 1, "m_step/student_entropy": e, "length": n, "success": 0.1}
+        for i, (e, n) in enumerate([(0.6, 40), (0.5, 38), (0.2, 20), (0.05, 10), (0.01, 4)])
+    ]
+    write(run / "metrics.jsonl", falling)
+    found = " ".join(findings(load_run(run)))
+    assert "entropy fell from 0.600 to 0.010" in found
+    assert "went from 40 to 4 tokens" in found
+    write(run / "metrics.jsonl", [{**r, "success": 0.95} for r in falling])
+    assert "entropy fell" not in " ".join(findings(load_run(run)))
+
+
+def test_a_gap_that_is_gone_and_a_student_that_got_worse(run):
+    rows = read_rows(run / "evals.jsonl")
+    problems = [f"p{i}" for i in range(40)]
+    first = {**rows[0], "greedy_by_problem": dict.fromkeys(problems, 1.0), "student_greedy": 1.0}
+    last = {
+        **rows[-1],
+        "greedy_by_problem": dict.fromkeys(problems, 0.0),
+        "student_greedy": 0.0,
+        "gap": 0.001,
+        "student": 0.3,
+    }
+    write(run / "evals.jsonl", [first, last])
+    found = " ".join(findings(load_run(run)))
+    assert "The student got worse: greedy 100.0 % before, 0.0 % after" in found
+    assert "gap is gone" in found
+
+
+def test_paired_differences_by_hand():
+    base = {"a": 0.0, "b": 1.0, "c": 0.0, "d": 0.0, "only here": 1.0}
+    other = {"a": 1.0, "b": 1.0, "c": 1.0, "d": 0.0, "only there": 0.0}
+    p = paired(base, other)
+    assert p is not None
+    assert (p.difference, p.problems, p.better, p.worse) == (0.5, 4, 2, 0)
+    assert p.low <= 0.5 <= p.high
+    assert paired({"a": 1.0}, {"b": 1.0}) is None
+    assert paired(dict.fromkeys("abc", 0.0), dict.fromkeys("abc", 1.0)).verdict == "better"
+    assert paired(dict.fromkeys("abc", 1.0), dict.fromkeys("abc", 0.0)).verdict == "worse"
+    assert paired(dict.fromkeys("abc", 1.0), dict.fromkeys("abc", 1.0)).verdict == "within noise"
+
+
+def test_short_names_tell_runs_apart():
+    assert labels([Path("/x/a"), Path("/x/b")]) == ["a", "b"]
+    assert labels([Path("/x/one/seed0"), Path("/x/two/seed0")]) == ["one/seed0", "two/seed0"]
+
+
+# --- commands
+
+
+def test_report_command(run, tmp_path):
+    done = CliRunner().invoke(app, ["report", str(run)])
+    assert done.exit_code == 0
+    assert (run / "report.html").exists()
+    assert "report.html" in done.output
+    CliRunner().invoke(app, ["report", str(run), "--out", str(tmp_path / "page.html"), "--rollouts", "0"])
+    assert Parsed((tmp_path / "page.html").read_text()).rollouts == []
+
+
+def test_show_command(runs):
+    def shown(*options: str) -> str:
+        done = CliRunner().invoke(app, ["show", str(runs["vpd"]), *options], env={"COLUMNS": "80", "NO_COLOR": "1"})
+        assert done.exit_code == 0, done.output
+        assert "\x1b" not in done.output
+        assert max(map(len, done.output.splitlines())) <= 80
+        return done.output
+
+    logged = read_rows(runs["vpd"] / "rollouts.jsonl")
+    everything = shown("--limit", "1000")
+    assert everything.count("feedback:") == len(logged)
+    assert shown().count("step 2") == 5  # newest first
+    assert "WRONG" not in shown("--right", "--limit", "1000")
+    wrong = shown("--wrong", "--step", "1", "--limit", "1000")
+    assert wrong.count("WRONG") == sum(r["step"] == 1 and not r["success"] for r in logged)
+    kind = next(r["context"]["kind"] for r in logged if r["context"])
+    some = shown("--kind", kind, "--limit", "1000")
+    assert some.count(f"feedback: {kind}") == sum(bool(r["context"]) and r["context"]["kind"] == kind for r in logged)
+    assert "teacher−student" in some
+
+
+def test_compare_command(runs, tmp_path):
+    both = [str(runs["vpd"]), str(runs["grpo"])]
+    done = CliRunner().invoke(app, ["compare", *both, "--out", str(tmp_path / "c.html")], env={"COLUMNS": "80"})
+    assert done.exit_code == 0, done.output
+    assert max(map(len, done.output.splitlines()[:-1])) <= 80
+    page = Parsed((tmp_path / "c.html").read_text())
+    assert {"plot-student", "plot-greedy", "plot-teacher", "plot-reward", "plot-entropy", "plot-length"} == page.ids(
+        "figure"
+    )
+    assert "algorithm" in page.text
+    p = paired(load_run(runs["vpd"]).greedy(), load_run(runs["grpo"]).greedy())
+    assert f"better on {p.better}, worse on {p.worse} of {p.problems}" in page.text
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["report", "nowhere"], "nowhere does not exist, so holds no run"),
+        (["show", "."], "holds no run (config.yaml is missing)"),
+        (["compare", "RUN"], "got 1 run"),
+        (["compare", "RUN", "RUN"], "names a run twice"),
+        (["show", "RUN", "--right", "--wrong"], "leave one out"),
+        (["show", "RUN", "--step", "99"], "got 99"),
+        (["show", "RUN", "--kind", "gossip"], "got 'gossip'"),
+        (["report", "RUN", "--out", "no/such/folder/page.html"], "cannot be written"),
+        (["report", "RUN", "--out", "."], "cannot be written"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_errors_are_one_line(runs, tmp_path, monkeypatch, command, words):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, [str(runs["vpd"]) if c == "RUN" else c for c in command])
+    assert isinstance(done.exception, ConfigError)
+    assert done.exception.exit_code == 2
+    assert words in str(done.exception)
+    assert "\n" not in str(done.exception)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("metrics.jsonl", '{"step": 1}\n{"step":\n', "metrics.jsonl:2: broken JSON"),
+        ("evals.jsonl", "[1]\n", "evals.jsonl:1: got list"),
+        ("rollouts.jsonl", b"\xff\xfe\n", "rollouts.jsonl:1: broken JSON"),
+        ("summary.json", "{", "summary.json: broken JSON"),
+        ("config.yaml", "a: [\n", "not valid YAML"),
+    ],
+)
+def test_broken_files_are_named(run, name, text, words):
+    (run / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(DataError) as caught:
+        load_run(run)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert isinstance(caught.value, VpdError)
+
+
+def test_reading_a_run_loads_no_mlx(runs):
+    script = (
+        "import sys; from pathlib import Path; from vpd_mlx.report.page import run_page; "
+        "from vpd_mlx.report.runs import load_run; "
+        "run_page(load_run(Path(sys.argv[1])), 5); sys.exit(any(m.split('.')[0] in ('mlx', 'mlx_lm') for m in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", script, str(runs["vpd"])], check=False).returncode == 0
