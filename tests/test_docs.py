@@ -1,0 +1,55 @@
+"""The documentation says what the program does."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from vpd_mlx.cli import app
+from vpd_mlx.config import Recipe, model_fields
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").glob("*/*.md")]
+)
+
+
+def test_the_recipe_reference_is_generated_from_the_config():
+    script = ROOT / "docs" / "make_reference.py"
+    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_within_the_repository_lead_somewhere(page: Path):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_command_and_key_that_is_named_exists(page: Path):
+    text = page.read_text()
+    commands = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
+    commands |= {g.name for g in app.registered_groups}
+    for name in re.findall(r"vpd-mlx ([a-z]+)\b", "\n".join(re.findall(r"```.*?```|`[^`]+`", text, re.DOTALL))):
+        assert name in commands, f"{page.name}: vpd-mlx {name}"
+    sections = {path.split(".")[0] for path, _, _ in model_fields(Recipe) if "." in path}
+    known = {path for path, _, _ in model_fields(Recipe)}
+    for key in re.findall(r"`([a-z_]+\.[a-z_]+)(?::[^`]*)?`", text):
+        if key.split(".")[0] in sections and key.split(".")[0] != "task" and not key.endswith((".py", ".yaml")):
+            assert key in known, f"{page.name}: {key}"
+
+
+def test_every_command_explains_itself():
+    runner = CliRunner()
+    for command in app.registered_commands:
+        name = command.name or command.callback.__name__  # type: ignore[union-attr]
+        result = runner.invoke(app, [name, "--help"])
+        assert result.exit_code == 0
+        assert len(result.output) > 200, name
