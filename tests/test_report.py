@@ -45,6 +45,12 @@ def run(runs: dict[str, Path], tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures take most of a page's second."""
+    monkeypatch.setattr("vpd_mlx.report.page.run_plots", lambda run: [])
+
+
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
 
@@ -102,7 +108,7 @@ def test_the_page_has_it_all_and_reads_nothing_from_anywhere(runs):
         assert re.search(r"<p>[^<]{30,}[.]</p>", figure), "a plot without its sentence"
 
 
-def test_figures_are_those_of_the_run(runs):
+def test_figures_are_those_of_the_run(runs, no_plots):
     evals = read_rows(runs["vpd"] / "evals.jsonl")
     page = report(runs["vpd"])
     for value in (evals[0]["student"], evals[-1]["student"], evals[-1]["teacher"]):
@@ -123,7 +129,7 @@ def test_grpo_with_one_step(runs):
     assert {f"plot-{p}" for p in ALWAYS} == plots
 
 
-def test_what_a_model_wrote_stays_text(run, capsys):
+def test_what_a_model_wrote_stays_text(run):
     rows = read_rows(run / "rollouts.jsonl")
     texts = dict.fromkeys(("problem", "prompt", "completion", "verdict", "teacher_prompt"), HOSTILE)
     context = {"kind": HOSTILE, "text": HOSTILE, "cut": True}
@@ -157,7 +163,8 @@ def test_files_may_be_missing(run, missing):
         (run / name).unlink()
     report(run)
     assert CliRunner().invoke(app, ["show", str(run)]).exit_code == 0
-    comparison_page({"a": load_run(run), "b": load_run(run)})
+    if missing == "all":
+        comparison_page({"a": load_run(run), "b": load_run(run)})
 
 
 def test_keys_may_be_missing_and_numbers_broken(run):
@@ -176,10 +183,10 @@ def test_keys_may_be_missing_and_numbers_broken(run):
         for name, rows in faulty.items():
             write(run / name, [rows[i]])
         findings(load_run(run))
-        assert len(report(run).rollouts) == 1
+        assert len(run_page(load_run(run), 5)) > 10_000
 
 
-def test_a_run_that_goes_on(run):
+def test_a_run_that_goes_on(run, no_plots):
     (run / "summary.json").unlink()
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(config.replace("steps: 2", "steps: 50"))
@@ -198,7 +205,7 @@ def test_long_runs_stay_small(run):
         assert len(plot.svg) < 150_000, plot.name
 
 
-def test_what_is_left_out_is_said(runs):
+def test_what_is_left_out_is_said(runs, no_plots):
     page = report(runs["vpd"], most=10)
     total = len(read_rows(runs["vpd"] / "rollouts.jsonl"))
     assert len(page.rollouts) <= 10
@@ -299,7 +306,7 @@ def test_short_names_tell_runs_apart():
 # --- commands
 
 
-def test_report_command(run, tmp_path):
+def test_report_command(run, tmp_path, no_plots):
     done = CliRunner().invoke(app, ["report", str(run)])
     assert done.exit_code == 0
     assert (run / "report.html").exists()

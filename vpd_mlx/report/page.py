@@ -116,9 +116,11 @@ def _subtitle(run: Run) -> str:
 
 def _progress(run: Run) -> str:
     if run.finished:
-        return f"{run.done} steps"
+        return steps(run.done)
     return (
-        f"{run.done} steps so far" if run.planned is None else f"{run.done} of {run.planned} steps so far: not finished"
+        f"{steps(run.done)} so far"
+        if run.planned is None
+        else f"{run.done} of {run.planned} steps so far: not finished"
     )
 
 
