@@ -17,6 +17,7 @@ from vpd_mlx import __version__
 from vpd_mlx.commands.compare import compare
 from vpd_mlx.commands.doctor import doctor
 from vpd_mlx.commands.lab import lab
+from vpd_mlx.commands.plan import plan
 from vpd_mlx.commands.report import report
 from vpd_mlx.commands.show import show
 from vpd_mlx.config import Recipe, builtin_recipes, load_recipe, parse_set, resolve_recipe_path
@@ -189,6 +190,7 @@ def _quoted(text: str) -> str:
 
 app.command()(doctor)
 app.command()(lab)
+app.command()(plan)
 app.command()(report)
 app.command()(show)
 app.command()(compare)

@@ -24,6 +24,7 @@ from vpd_mlx.errors import DataError, RunError, SourceError
 from vpd_mlx.evaluate import evaluate
 from vpd_mlx.feedback import Source, add_context, build_sources
 from vpd_mlx.metrics import Clock, overlap
+from vpd_mlx.plan import check_fits, memory_limit, plan
 from vpd_mlx.policy import Policy, phase_seed
 from vpd_mlx.progress import Progress, Silent
 from vpd_mlx.prompts import Prompter
@@ -213,6 +214,19 @@ class Trainer:
             )
 
 
+def refuse_what_cannot_fit(recipe: Recipe) -> None:
+    """Plan the run's memory before anything is loaded; a local model of which fifty copies would fit is let through.
+
+    Raises:
+        ConfigError: a phase needs more memory than there is, with the key to lower.
+    """
+    limit, folder = memory_limit(recipe), Path(recipe.model)
+    size = sum(p.stat().st_size for p in folder.glob("*.safetensors")) if folder.is_dir() else None
+    if size is None or (size and size * 50 < limit):
+        return  # a hub model is planned for by `vpd-mlx plan`; here it is not fetched twice
+    check_fits(recipe, plan(recipe), limit)
+
+
 def load_policy(recipe: Recipe) -> Policy:
     """The recipe's model with a fresh adapter."""
     memory = recipe.memory
@@ -263,6 +277,7 @@ def train(
     """
     progress = progress or Silent()
     started = time.perf_counter()
+    refuse_what_cannot_fit(recipe)
     trainer = Trainer.build(recipe, progress, stop)
     for note in (*trainer.policy.notes, *notices(trainer.task)):
         progress.note(note)

@@ -1,0 +1,120 @@
+"""Predicted memory against measured memory, on the shapes at which a run is at its longest."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from conftest import QUICKSTART
+from test_architectures import make
+from typer.testing import CliRunner
+
+from vpd_mlx.algos import Step
+from vpd_mlx.cli import app
+from vpd_mlx.config import load_recipe
+from vpd_mlx.errors import ConfigError, ModelError
+from vpd_mlx.metrics import Clock
+from vpd_mlx.plan import plan
+from vpd_mlx.train import Trainer, train
+from vpd_mlx.types import Context, Group, Verdict
+
+SHAPES = [
+    ("llama", {"num_hidden_layers": 5}),
+    ("qwen3", {"head_dim": 16, "num_hidden_layers": 3, "vocab_size": 4000, "tie_word_embeddings": True}),
+    ("qwen2", {"num_hidden_layers": 4, "hidden_size": 96, "intermediate_size": 256, "vocab_size": 1000}),
+]
+
+
+def longest(groups: list[Group]) -> list[Group]:
+    """The batch with both classes and a teacher's prompt of its own for each rollout."""
+    return [
+        replace(
+            g,
+            rollouts=tuple(
+                replace(
+                    r,
+                    success=n % 2 == 0,
+                    verdict=Verdict(float(n % 2 == 0)),
+                    context=Context("verifier", "x"),
+                    teacher_prompt=(
+                        *(r.teacher_prompt or g.prompt)[:5],
+                        20 + n + 16 * at,
+                        *(r.teacher_prompt or g.prompt)[6:],
+                    ),
+                )
+                for n, r in enumerate(g.rollouts)
+            ),
+        )
+        for at, g in enumerate(groups)
+    ]
+
+
+@pytest.mark.parametrize(("kind", "settings"), SHAPES, ids=lambda x: str(x)[:20])
+@pytest.mark.parametrize(("prompts", "size", "length", "budget"), [(2, 4, 12, 4096), (3, 4, 24, 400)])
+def test_the_plan_is_within_a_fifth_of_what_is_measured(tmp_path: Path, kind, settings, prompts, size, length, budget):
+    overrides = {
+        "model": str(make(tmp_path / "m", kind, settings, 4)),
+        "teacher.weights": "live",
+        "e_step.every": 1,
+        "rollout.prompts": prompts,
+        "rollout.group_size": size,
+        "rollout.max_completion_tokens": length,
+        "rollout.max_prompt_tokens": 128,
+        "memory.micro_batch_tokens": budget,
+        "feedback.sources": ["verifier"],
+        "templates.student": "x" * 40 + "{prompt}",
+        "templates.verifier": "x" * 40 + "{prompt} {context}",
+    }
+    recipe = load_recipe(QUICKSTART, list(overrides.items()))
+    trainer = Trainer.build(recipe)
+    trainer.policy.tokenizer._eos_token_ids = {
+        351
+    }  # random models hardly ever sample it: completions are at their longest
+    mx.clear_cache()
+    foreign = mx.get_active_memory() - sum(v.nbytes for v in trainer.policy.adapter.values())
+    weights = plan(recipe).weights
+    foreign = max(0, foreign - weights)
+    mx.reset_peak_memory()
+    _, groups = trainer.roll_out(1, Clock())
+    rollout = mx.get_peak_memory() - foreign
+    groups = longest(groups)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    trainer.algorithm(trainer.policy, groups, Step(1, 0, Clock()))
+    update = mx.get_peak_memory() - foreign
+    prompt = max(len(g.prompt) for g in groups)
+    teacher = max(len(r.teacher_prompt or ()) for g in groups for r in g.rollouts)
+    del trainer, groups
+    mx.clear_cache()
+    planned = plan(recipe, prompt=prompt, context=teacher - prompt)
+    assert planned.phases["rollout"] == pytest.approx(rollout, rel=0.2)
+    assert planned.phases["update"] == pytest.approx(update, rel=0.2)
+
+
+def test_what_cannot_fit_is_refused_with_the_key_to_lower(small, tmp_path: Path):
+    update = plan(small()).phases["update"] / 2**30
+    for limit, words in (
+        (0.00005, "its weights take"),
+        (0.9 * update, r"memory\.micro_batch_tokens: 8192: the update"),
+    ):
+        with pytest.raises(ConfigError, match=words) as caught:
+            train(small(memory__limit_gb=limit), tmp_path / "run")
+        assert caught.value.exit_code == 2
+        assert not (tmp_path / "run").exists()
+
+
+def test_the_command(tmp_path: Path):
+    result = CliRunner().invoke(app, ["plan", "--time", "--set", "rollout.prompts=2"])
+    assert result.exit_code == 0, result.output
+    for word in ("weights", "rollout", "update", "limit", "time"):
+        assert word in result.output
+
+
+def test_no_config_no_plan(small, tmp_path: Path):
+    with pytest.raises(ModelError, match="no config.json"):
+        plan(small(model=str(tmp_path)))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ModelError, match="cannot be planned for"):
+        plan(small(model=str(tmp_path)))

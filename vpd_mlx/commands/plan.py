@@ -1,0 +1,69 @@
+"""`vpd-mlx plan`: memory before the run, and time if asked."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from vpd_mlx.config import load_recipe, parse_set, resolve_recipe_path
+from vpd_mlx.view import duration
+
+__all__ = ["plan"]
+
+
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A built-in recipe's name or a .yaml file.")] = "quickstart",
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key of the recipe.")
+    ] = None,
+    probe_time: Annotated[bool, typer.Option("--time", help="Load the model and time two steps as well.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Predict peak memory per phase from the model's config, without loading its weights; with --time, the run's duration.
+
+    The figures hold for prompts and completions as long as the recipe lets them be. Exit code 2 when it cannot fit.
+    """
+    from vpd_mlx.plan import check_fits, memory_limit
+    from vpd_mlx.plan import plan as make
+
+    cfg = load_recipe(resolve_recipe_path(recipe), parse_set(sets or []))
+    planned, limit = make(cfg), memory_limit(cfg)
+    out = {
+        "weights_bytes": planned.weights,
+        "adapter_bytes": planned.adapter,
+        "peak_bytes": planned.phases,
+        "limit_bytes": limit,
+        "blocks": planned.blocks,
+        "rows": planned.rows,
+        "tokens": {
+            "prompt": planned.prompt,
+            "teacher_prompt": planned.teacher_prompt,
+            "completion": planned.completion,
+        },
+    }
+    if probe_time:
+        from vpd_mlx.train import Trainer
+
+        trainer = Trainer.build(cfg)
+        seconds = [trainer.step(n)[0]["seconds"]["total"] for n in (1, 2)]
+        out |= {"seconds_per_step": seconds[-1], "seconds": seconds[-1] * cfg.steps}
+    if as_json:
+        typer.echo(json.dumps(out, indent=2))
+    else:
+        typer.echo(
+            f"{planned.rows} sequences a step, prompts to {planned.prompt} tokens (teacher's to {planned.teacher_prompt}), "
+            f"completions to {planned.completion}"
+        )
+        typer.echo(f"weights  {_size(planned.weights)}   adapter  {_size(planned.adapter)}")
+        for phase, size in planned.phases.items():
+            typer.echo(f"{phase:8} {_size(size)} at most")
+        typer.echo(f"limit    {_size(limit)}")
+        if probe_time:
+            typer.echo(f"time     {duration(float(seconds[-1]) * cfg.steps)} for {cfg.steps} steps, evaluations aside")
+    check_fits(cfg, planned, limit)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GB" if count >= 2**30 else f"{count / 2**20:.1f} MB"
