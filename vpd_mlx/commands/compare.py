@@ -35,7 +35,7 @@ def compare(
     console.print(_table(found))
     console.print(
         "Newest evaluation of each run. Difference: greedy, on the problems that both runs were evaluated on. "
-        "Second lines are 95 % intervals over problems."
+        "Second lines are 95 % intervals over problems; another seed of the same recipe may differ by more."
     )
     if out is not None:
         from vpd_mlx.report.page import comparison_page, save

@@ -278,7 +278,7 @@ def _browser(run: Run, rows: Sequence[Mapping[str, Any]]) -> str:
             '<p class="key soft">Colours say how the teacher, who has read the feedback, sees each token: '
             '<span style="background:rgba(var(--more),0.5)">likelier</span> or '
             '<span style="background:rgba(var(--less),0.5)">less likely</span> than the student does. '
-            "Training moves the student that way.</p>"
+            "Training moves the student that way. Numbers are nats, teacher less student.</p>"
         )
     return (
         f'<h2 id="browse">Rollouts</h2><p class="soft">What the student wrote in training, newest first. {here}</p>{key}'
@@ -333,7 +333,8 @@ def comparison_page(runs: Mapping[str, Run]) -> str:
         _warnings([f"{name}: {w}" for name, run in runs.items() for w in findings(run)] + unlike(runs)),
         "<h2>Results</h2>",
         '<p class="soft">Newest evaluation of each run, held-out problems answered right, with 95 % intervals. The difference is '
-        f"greedy, paired problem by problem with <b>{_clean(base_name)}</b>.</p>",
+        f"greedy, paired problem by problem with <b>{_clean(base_name)}</b>. Intervals are over problems alone: the same recipe with "
+        "another seed may differ by more.</p>",
         _results(runs, base),
         _figures(plots, "Curves", "None of these runs has logged a step yet.", _legend(runs)),
         "<h2>What differs in the recipes</h2>",
@@ -352,7 +353,7 @@ def verdict(runs: Mapping[str, Run]) -> str:
             said.append(f"{name} has no held-out problem in common with it")
         else:
             said.append(f"{name} is {p.verdict} ({points(p.difference)} points, {_bounds(p)})")
-    return f"Against {base_name}: {'; '.join(said)}."
+    return f"Greedy accuracy against {base_name}: {'; '.join(said)}."
 
 
 def unlike(runs: Mapping[str, Run]) -> list[str]:
