@@ -113,7 +113,7 @@ def test_the_command(tmp_path: Path):
 
 
 def test_no_config_no_plan(small, tmp_path: Path):
-    with pytest.raises(ModelError, match="no config.json"):
+    with pytest.raises(ModelError, match=r"no config\.json"):
         plan(small(model=str(tmp_path)))
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ModelError, match="cannot be planned for"):
