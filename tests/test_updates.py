@@ -549,3 +549,37 @@ def test_crossed_contexts_pair_a_failures_words_with_a_right_answer():
     assert extra.student == samples[1].student
     assert extra.rollout.success
     assert extra.rollout.context == samples[0].rollout.context
+
+
+def test_when_memory_runs_out_micro_batches_are_halved_to_the_same_result(world, monkeypatch):
+    trainer, groups = world
+    policy, samples = trainer.policy, gather(groups)
+    teacher = Teacher(trainer.recipe.teacher, "live", policy)
+    whole, halved = Recorder(), Recorder()
+    divergence_update(policy, samples, whole, MStep(), teacher, seed=0)
+    real, before, notes = policy.hidden, policy._micro_batch_tokens, list(policy.notes)
+    widest: list[int] = []
+
+    def scarce(rows):
+        if len(rows) > 12:
+            raise RuntimeError("[malloc] Unable to allocate 4096 bytes.")
+        widest.append(len(rows))
+        return real(rows)
+
+    monkeypatch.setattr(policy, "hidden", scarce)
+    try:
+        divergence_update(policy, samples, halved, MStep(), teacher, seed=0)
+        assert policy._micro_batch_tokens < before
+        assert "memory ran out" in policy.notes[-1]
+        assert max(widest) <= 12
+        assert_close(halved.gradients[0], whole.gradients[0])
+        monkeypatch.setattr(policy, "hidden", lambda rows: (_ for _ in ()).throw(RuntimeError("another fault")))
+        with pytest.raises(RuntimeError, match="another fault"):
+            policy.logps([samples[0].student])
+        monkeypatch.setattr(
+            policy, "hidden", lambda rows: (_ for _ in ()).throw(RuntimeError("[malloc] Unable to allocate"))
+        )
+        with pytest.raises(RuntimeError, match="Unable to allocate"):  # nothing left to halve: no endless loop
+            policy.logps([samples[0].student])
+    finally:
+        policy._micro_batch_tokens, policy.notes = before, notes

@@ -12,9 +12,9 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -40,6 +40,10 @@ __all__ = ["Adapter", "Policy", "phase_seed"]
 Adapter = dict[str, mx.array]
 """Name -> tensor of every LoRA matrix, float32."""
 
+T = TypeVar("T")
+# How mlx says that memory ran out: when allocating, or from a failed command buffer on Metal.
+OUT_OF_MEMORY = ("Unable to allocate", "Insufficient Memory", "OutOfMemory", "greater than the maximum allowed buffer")
+LEAST_TOKENS = 64  # micro-batches are not halved below this: they hold single sequences by then
 GPU_MULTIPLE = 32  # lengths on the GPU are padded to this, so that kernels see few shapes
 PROBE = tuple(range(1, 9))
 
@@ -211,6 +215,28 @@ class Policy:
         """Indices of rows per micro-batch."""
         return micro_batches(rows, self._micro_batch_tokens, shared=self.shares_prompts)
 
+    def within_memory(self, run: Callable[[], T]) -> T:
+        """What `run` returns. Where memory runs out, micro-batches are halved for good and `run` starts over.
+
+        Raises:
+            RuntimeError: anything else, or there is nothing left to halve.
+        """
+        while True:
+            try:
+                return run()
+            except RuntimeError as error:
+                if (
+                    not any(words in str(error) for words in OUT_OF_MEMORY)
+                    or self._micro_batch_tokens < 2 * LEAST_TOKENS
+                ):
+                    raise
+                self._micro_batch_tokens //= 2
+                self.notes.append(
+                    f"memory ran out: memory.micro_batch_tokens is {self._micro_batch_tokens} from here on, and the update "
+                    "starts over; lower it in the recipe to save the detour"
+                )
+                mx.clear_cache()
+
     def hidden(self, rows: Sequence[Row]) -> tuple[mx.array, mx.array]:
         """States that predict each completion token, and these tokens: (M, D) and (M,), rows in order."""
         shared = share(rows, self._multiple) if self.shares_prompts else None
@@ -236,26 +262,34 @@ class Policy:
         ) -> tuple[mx.array, dict[str, mx.array]]:
             return losses.token_logps(logits, fixed["targets"]), {}
 
-        out: list[npt.NDArray[np.float32] | None] = [None] * len(rows)
-        for indices in self.split(rows):
-            part = [rows[i] for i in indices]
+        def score(part: list[Row]) -> Any:
             states, targets = self.hidden(part)
-            values = np.array(map_tokens(self.head, token_logps, states, {"targets": targets}, self.head_chunk)["loss"])
-            for i, piece in zip(indices, _per_row(values, part), strict=True):
-                out[i] = piece
-        return [o for o in out if o is not None]
+            return np.array(map_tokens(self.head, token_logps, states, {"targets": targets}, self.head_chunk)["loss"])
+
+        return self._map_rows(rows, score)
+
+    def _map_rows(self, rows: Sequence[Row], values_of: Callable[[list[Row]], Any]) -> list[Any]:
+        """Values of all completion tokens, micro-batch by micro-batch, cut up by row again."""
+
+        def run() -> list[Any]:
+            out: list[Any] = [None] * len(rows)
+            for indices in self.split(rows):
+                part = [rows[i] for i in indices]
+                for i, piece in zip(indices, _per_row(values_of(part), part), strict=True):
+                    out[i] = piece
+            return out
+
+        return self.within_memory(run)
 
     def states(self, rows: Sequence[Row]) -> list[mx.array]:
         """Hidden states of the completion positions, without gradient: per row (T_i, D)."""
-        out: list[mx.array | None] = [None] * len(rows)
-        for indices in self.split(rows):
-            part = [rows[i] for i in indices]
-            states, _ = self.hidden(part)
-            pieces = _per_row(mx.stop_gradient(states), part)
-            mx.eval(pieces)
-            for i, piece in zip(indices, pieces, strict=True):
-                out[i] = piece
-        return [o for o in out if o is not None]
+
+        def pieces(part: list[Row]) -> Any:
+            states = mx.stop_gradient(self.hidden(part)[0])
+            mx.eval(states)
+            return states
+
+        return self._map_rows(rows, pieces)
 
     # --- adapters
 

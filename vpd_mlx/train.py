@@ -82,6 +82,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.failures_in_a_row = 0
         self.nonfinite_in_a_row = 0
+        self._said = len(self.policy.notes)
 
     @classmethod
     def build(cls, recipe: Recipe, progress: Progress | None = None, stop: Stop | None = None) -> Trainer:
@@ -173,7 +174,13 @@ class Trainer:
         row["seconds"] = {k: round(v, 4) for k, v in clock.seconds.items()}
         row["seconds"]["total"] = round(time.perf_counter() - start, 4)
         self._count_nonfinite(metrics)
+        self._say_new_notes()
         return row, rows
+
+    def _say_new_notes(self) -> None:
+        for note in self.policy.notes[self._said :]:
+            self.progress.note(note)
+        self._said = len(self.policy.notes)
 
     def evaluate(self, step: int) -> dict[str, Any]:
         """Accuracy on held-out problems."""

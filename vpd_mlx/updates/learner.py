@@ -154,7 +154,22 @@ def accumulate(
     seed: int,
     into: Pass | None = None,
 ) -> Pass:
-    """Sum of weighted token losses over rows and its gradient, micro-batch by micro-batch, on top of `into`."""
+    """Sum of weighted token losses over rows and its gradient, micro-batch by micro-batch, on top of `into`.
+
+    Where memory runs out it starts over with smaller micro-batches, to the same sum.
+    """
+    return policy.within_memory(lambda: _accumulate(policy, rows, weights, constants, token_loss, seed, into))
+
+
+def _accumulate(
+    policy: Policy,
+    rows: Sequence[Row],
+    weights: Sequence[Floats],
+    constants: Sequence[Mapping[str, mx.array]],
+    token_loss: TokenLoss,
+    seed: int,
+    into: Pass | None,
+) -> Pass:
     total = into.loss if into else 0.0
     gradients = into.gradients if into else None
     columns: list[dict[str, Floats]] = [{} for _ in rows]
