@@ -155,7 +155,7 @@ def test_half_a_surrogate_can_be_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "missing", [["summary.json"], ["evals.jsonl"], ["metrics.jsonl"], ["rollouts.jsonl"], "all"], ids=str
+    "missing", [["summary.json", "rollouts.jsonl"], ["evals.jsonl"], ["metrics.jsonl"], "all"], ids=str
 )
 def test_files_may_be_missing(run, missing):
     names = ["summary.json", "evals.jsonl", "metrics.jsonl", "rollouts.jsonl"] if missing == "all" else missing
@@ -210,7 +210,15 @@ def test_what_is_left_out_is_said(runs, no_plots):
     total = len(read_rows(runs["vpd"] / "rollouts.jsonl"))
     assert len(page.rollouts) <= 10
     assert f"{len(page.rollouts)} of {total} rollouts are here" in page.text
+    assert "{" not in page.text.split("What the student wrote")[1].split("Recipe")[0]
     assert f"{total - len(page.rollouts)} are left out" in page.text
+
+
+def test_long_completions_do_not_swell_the_page(runs, no_plots, monkeypatch):
+    whole = len(json.dumps(report(runs["vpd"]).rollouts))
+    monkeypatch.setattr("vpd_mlx.report.page.MOST_BYTES", whole // 3)
+    kept = report(runs["vpd"]).rollouts
+    assert whole // 6 < len(json.dumps(kept)) <= whole // 3
 
 
 @pytest.mark.parametrize("most", [1, 3, 4, 10, 100, 399])

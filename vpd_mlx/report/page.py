@@ -85,11 +85,11 @@ def run_page(run: Run, most: int) -> str:
         _before_after(run),
         _figures(run_plots(run), "Curves", "No step has been logged yet: pictures appear with the first one."),
     ]
-    chosen = choose(run.rollouts, most)
-    rows = [_embedded(row) for row in run.read(chosen)]
-    while len(rows) > 1 and sum(len(json.dumps(r)) for r in rows) > MOST_BYTES:
-        chosen = choose(run.rollouts, len(rows) // 2)
-        rows = [_embedded(row) for row in run.read(chosen)]
+    rows = [_embedded(row) for row in run.read(choose(run.rollouts, most))]
+    while len(rows) > 1 and (size := sum(len(json.dumps(r)) for r in rows)) > MOST_BYTES:
+        rows = [
+            _embedded(row) for row in run.read(choose(run.rollouts, min(len(rows) - 1, len(rows) * MOST_BYTES // size)))
+        ]
     parts.append(_browser(run, rows))
     parts += [_recipe(run), _versions(run)]
     scripts = ""
@@ -270,7 +270,7 @@ def _browser(run: Run, rows: Sequence[Mapping[str, Any]]) -> str:
         f"All {total:,} rollouts of the run are here."
         if not left
         else f"{len(rows):,} of {total:,} rollouts are here, whole groups spread evenly over the run; {left:,} are left out "
-        "(<code>--rollouts</code> sets how many; <code>vpd-mlx show</code> has them all)."
+        f"(<code>--rollouts</code> sets how many, up to {MOST_BYTES >> 20} MB of them; <code>vpd-mlx show</code> has them all)."
     )
     key = ""
     if any(r["shift"] for r in rows):
@@ -333,8 +333,8 @@ def comparison_page(runs: Mapping[str, Run]) -> str:
         _warnings([f"{name}: {w}" for name, run in runs.items() for w in findings(run)] + unlike(runs)),
         "<h2>Results</h2>",
         '<p class="soft">Newest evaluation of each run, held-out problems answered right, with 95 % intervals. The difference is '
-        f"greedy, paired problem by problem with <b>{_clean(base_name)}</b>. Intervals are over problems alone: the same recipe with "
-        "another seed may differ by more.</p>",
+        f"greedy, paired problem by problem with <b>{_clean(base_name)}</b>. Intervals are over problems alone: "
+        "the same recipe with another seed may differ by more.</p>",
         _results(runs, base),
         _figures(plots, "Curves", "None of these runs has logged a step yet.", _legend(runs)),
         "<h2>What differs in the recipes</h2>",
