@@ -374,3 +374,10 @@ def test_the_best_survives_a_resume(small, tmp_path: Path, monkeypatch):
     train(recipe, tmp_path / "run", progress=StopAfter(stop, 3), stop=stop)
     assert train(recipe, tmp_path / "run", resume=True)["adapter_of_step"] == whole["adapter_of_step"] == 1
     assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "joint", "reshape", "reweight"])
+def test_every_policy_gradient_logs_its_entropy(undisturbed, algorithm):
+    whole, _ = undisturbed(algorithm, {})
+    for row in read_rows(whole / "metrics.jsonl"):
+        assert row["policy_gradient/student_entropy"] > 0

@@ -8,13 +8,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["ConfigError", "DataError", "Fault", "ModelError", "RunError", "SourceError", "VpdError"]
+__all__ = ["ConfigError", "DataError", "Fault", "ModelError", "RunError", "SourceError", "VpdError", "one_line"]
+
+
+def one_line(text: str) -> str:
+    """The text with what would break a line, or move a terminal's cursor, written as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 class VpdError(Exception):
-    """Base of all errors that are the user's to mend."""
+    """Base of all errors that are the user's to mend. What a file or a server said may stand in it: it stays one line."""
 
     exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,7 @@ class Fault:
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.problem}; {self.remedy}"
+        return one_line(f"{self.path}: {self.problem}; {self.remedy}")
 
 
 class ConfigError(VpdError):
@@ -35,12 +43,12 @@ class ConfigError(VpdError):
     def __init__(self, faults: list[Fault], where: str = "recipe") -> None:
         self.faults = faults
         self.where = where
-        lines = [str(f) for f in faults]
+        where, lines = one_line(where), [str(f) for f in faults]
         if len(lines) == 1:
             text = f"{where}: {lines[0]}"
         else:
             text = f"{where}: {len(lines)} faults\n" + "\n".join(f"  {line}" for line in lines)
-        super().__init__(text)
+        Exception.__init__(self, text)  # several faults stand on lines of their own
 
 
 class DataError(VpdError):

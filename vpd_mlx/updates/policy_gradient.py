@@ -170,7 +170,8 @@ def policy_gradient_update(
     }
     if teacher is not None:
         distilled = {i: c for i, c in seen.items() if "divergence" in c}
-        metrics |= divergence_metrics(samples, {i: {**c, "loss": c["divergence"]} for i, c in distilled.items()})
+        figures = divergence_metrics(samples, {i: {**c, "loss": c["divergence"]} for i, c in distilled.items()})
+        metrics |= {k: v for k, v in figures.items() if v is not None}
     return metrics, seen
 
 
