@@ -17,7 +17,7 @@ LAYERS = {
     2: ["tasks", "feedback", "runlog", "sandbox", "_sandbox_child", "_sandbox_values"],
     3: ["policy", "rollout", "checkpoint"],
     4: ["teacher", "updates", "algos", "collect"],
-    5: ["train", "evaluate", "report", "lab", "doctor", "selftest", "plan"],
+    5: ["train", "evaluate", "report", "lab", "doctor", "selftest", "plan", "export"],
     6: ["cli", "view", "commands", "__main__"],
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}

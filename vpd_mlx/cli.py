@@ -16,6 +16,7 @@ from rich.table import Table
 from vpd_mlx import __version__
 from vpd_mlx.commands.compare import compare
 from vpd_mlx.commands.doctor import doctor
+from vpd_mlx.commands.export import export
 from vpd_mlx.commands.lab import lab
 from vpd_mlx.commands.plan import plan
 from vpd_mlx.commands.report import report
@@ -189,6 +190,7 @@ def _quoted(text: str) -> str:
 
 
 app.command()(doctor)
+app.command()(export)
 app.command()(lab)
 app.command()(plan)
 app.command()(report)

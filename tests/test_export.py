@@ -1,0 +1,116 @@
+"""Exports are loaded back by the tools they are for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from vpd_mlx import export
+from vpd_mlx.cli import app
+from vpd_mlx.errors import ModelError, RunError
+from vpd_mlx.train import train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    from conftest import QUICKSTART, SMALL
+
+    from vpd_mlx.config import load_recipe
+
+    recipe = load_recipe(
+        QUICKSTART, [*SMALL.items(), ("steps", 3), ("optimizer.learning_rate", 1e-2), ("optimizer.warmup_steps", 0)]
+    )
+    folder = tmp_path_factory.mktemp("export") / "run"
+    train(recipe, folder)
+    return folder
+
+
+def test_adapters_with_a_card(run: Path, tmp_path: Path):
+    done = export.export_adapters(export.open_run(run), tmp_path / "out")
+    assert done.difference < 1e-4
+    card = (tmp_path / "out" / "README.md").read_text()
+    for words in ("base_model:", "student_greedy", "algorithm: vpd", "licence"):
+        assert words in card
+    assert any("mlx_lm server" in c for c in done.commands)
+
+
+def test_fused_and_dequantised_is_the_trained_model(run: Path, tmp_path: Path):
+    source = export.open_run(run)
+    done = export.export_fused(source, tmp_path / "out")
+    assert done.kl < 1e-5
+    assert not done.warning
+    model, tokenizer = mlx_lm.load(str(tmp_path / "out"))
+    assert "quantization" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    ids = mx.array([source.prompts[0]])
+    np.testing.assert_allclose(np.array(model(ids)[0]), np.array(source.trained[0]), atol=1e-3)
+    assert tokenizer.chat_template is not None
+
+
+def test_quantising_again_is_measured_and_warned_of(run: Path, tmp_path: Path):
+    done = export.export_fused(export.open_run(run), tmp_path / "out", bits=2, group_size=32)
+    assert done.kl > 0.01
+    assert "part of what was learned is lost" in done.warning
+
+
+def test_peft_matrices_make_the_same_update(run: Path, tmp_path: Path):
+    source = export.open_run(run)
+    assert export.export_peft(source, tmp_path / "out").difference < 1e-6
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["lora_alpha"] / config["r"] == source.recipe.lora.scale
+    tensors = mx.load(str(tmp_path / "out" / "adapter_model.safetensors"))
+    a = tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"]
+    b = tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"]
+    assert (a.shape, b.shape) == ((4, 64), (64, 4))
+
+
+def test_an_unfaithful_export_is_refused(run: Path, tmp_path: Path, monkeypatch):
+    source = export.open_run(run)
+    monkeypatch.setattr(
+        export, "_logits", lambda model, prompts: [x + 1.0 + mx.arange(x.shape[-1]) for x in source.trained]
+    )
+    with pytest.raises(RunError, match="not a faithful export"):
+        export.export_adapters(source, tmp_path / "out")
+
+
+class FakeHub:
+    def __init__(self, fail: bool = False) -> None:
+        self.fail, self.calls = fail, []
+
+    def create_repo(self, repo, **kw):
+        if self.fail:
+            raise OSError("403 Forbidden")
+        self.calls.append(("create", repo, kw))
+
+    def upload_folder(self, **kw):
+        self.calls.append(("upload", kw["repo_id"], sorted(p.name for p in Path(kw["folder_path"]).iterdir())))
+
+
+def test_upload(run: Path, tmp_path: Path):
+    export.export_adapters(export.open_run(run), tmp_path / "out")
+    hub = FakeHub()
+    assert export.upload(tmp_path / "out", "me/mine", private=True, api=hub) == "https://huggingface.co/me/mine"
+    assert hub.calls[0] == ("create", "me/mine", {"private": True, "exist_ok": True})
+    assert hub.calls[1][2] == ["README.md", "adapter_config.json", "adapters.safetensors"]
+    with pytest.raises(ModelError, match="'me/mine' cannot be written"):
+        export.upload(tmp_path / "out", "me/mine", private=True, api=FakeHub(fail=True))
+
+
+def test_the_command(run: Path, tmp_path: Path):
+    out = tmp_path / "peft"
+    result = CliRunner().invoke(app, ["export", str(run), "--to", "peft", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert "written:" in result.output
+    taken = CliRunner().invoke(app, ["export", str(run), "--to", "peft", "--out", str(out)])
+    assert isinstance(taken.exception, RunError)
+    assert "give another --out" in str(taken.exception)
+    for arguments, words in ((["--to", "hub"], "--repo"), (["--to", "peft", "--bits", "4"], "--bits")):
+        refused = CliRunner().invoke(app, ["export", str(run), *arguments])
+        assert words in str(refused.exception)
+    nothing = CliRunner().invoke(app, ["export", str(tmp_path), "--to", "peft"])
+    assert "no run here" in str(nothing.exception)
