@@ -258,7 +258,7 @@ def card(run: Run, what: str) -> str:
         "---",
         f"# {recipe.name}: {what}",
         "",
-        f"Trained by vpd-mlx {__version__} with `{recipe.algorithm}` for {summary.get('steps', '?')} steps (seed {recipe.seed}) on "
+        f"Trained by vpd-mlx {__version__} with `{recipe.algorithm}`, {summary.get('steps', '?')} steps, seed {recipe.seed}, on "
         f"the base `{recipe.model}`; task `{recipe.task.kind}`, feedback from {', '.join(recipe.feedback.sources)}. The base's "
         "licence applies.",
         "",
