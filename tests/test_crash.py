@@ -64,6 +64,17 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path: Path, limit
     assert kill.figures(folder) == kill.figures(whole)
 
 
+def test_resuming_on_a_full_disk_is_one_line_too(tmp_path: Path):
+    folder = tmp_path / "run"
+    assert run(folder).returncode == 0
+    before = kill.figures(folder)
+    full = run(folder, 500)
+    assert full.returncode == 3, full.stderr
+    assert len(full.stderr.strip().splitlines()) == 1, full.stderr
+    assert run(folder).returncode == 0
+    assert kill.figures(folder) == before
+
+
 def test_a_place_that_cannot_be_written(tmp_path: Path):
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")

@@ -31,13 +31,24 @@ def free_run_folder(parent: Path, name: str) -> Path:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a file so that a reader or a crash sees the old one or the new one, never half of it."""
+    """Write a file so that a reader or a crash sees the old one or the new one, never half of it.
+
+    Raises:
+        RunError: it cannot be written; the old one is untouched then.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(partial, path)
+    with _file_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("w", encoding="utf-8") as f:
+                f.write(text)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(partial, path)
+        except OSError:
+            with contextlib.suppress(OSError):  # the disk is what is at fault: the first error is the one to tell
+                partial.unlink(missing_ok=True)
+            raise
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

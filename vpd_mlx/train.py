@@ -412,10 +412,8 @@ class _Run:
 
     def _dump(self, rollouts: list[dict[str, Any]]) -> None:
         """Keep the rollouts behind an update that was not finite, for whoever looks for the reason."""
-        folder = self.log.path / "nonfinite"
-        folder.mkdir(exist_ok=True)
         lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rollouts)
-        write_atomic(folder / f"step-{self.done:06d}.jsonl", lines)
+        write_atomic(self.log.path / "nonfinite" / f"step-{self.done:06d}.jsonl", lines)
 
     def patience_is_out(self) -> bool:
         """Whether the recipe's number of evaluations has passed without a better student."""
