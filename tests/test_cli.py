@@ -119,3 +119,23 @@ def test_train_eval_and_an_old_run_is_safe(tmp_path: Path):
 def test_version_and_recipes(tmp_path: Path):
     assert vpd("--version", cwd=tmp_path).stdout.startswith("vpd-mlx 0.")
     assert "quickstart" in vpd("recipes", cwd=tmp_path).stdout
+
+
+def test_resume_refuses_another_recipe_and_lists_the_keys(tmp_path: Path):
+    assert vpd("train", *TINY, "--quiet", cwd=tmp_path).returncode == 0
+    run = tmp_path / "runs" / "quickstart"
+    before = (run / "metrics.jsonl").read_bytes()
+    changed = vpd("train", "--resume", str(run), "--set", "lora.rank=8", "--seed", "5", cwd=tmp_path)
+    assert changed.returncode == 2
+    for words in ("2 faults", "lora.rank: differs from the run's recipe", "seed: differs", "only steps, evaluation"):
+        assert words in changed.stderr
+    assert (run / "metrics.jsonl").read_bytes() == before
+    for arguments in (["quickstart2"], ["--out", "x"], ["--overwrite"]):
+        mixed = vpd("train", *arguments, "--resume", str(run), cwd=tmp_path)
+        assert mixed.returncode == 2
+        assert "leave RECIPE, --out and --overwrite out" in mixed.stderr
+    assert vpd("train", "--resume", str(tmp_path), cwd=tmp_path).returncode == 2
+    longer = vpd("train", "--resume", str(run), "--steps", "2", "--json", cwd=tmp_path)
+    assert longer.returncode == 0, longer.stderr
+    assert json.loads(longer.stdout)["steps"] == 2
+    assert (run / "metrics.jsonl").read_bytes().startswith(before)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -82,3 +84,38 @@ def test_a_place_that_cannot_be_written(tmp_path: Path):
     assert result.returncode == 3
     assert len(result.stderr.strip().splitlines()) == 1
     assert str(blocked) in result.stderr
+
+
+def until_a_step_is_logged(folder: Path) -> None:
+    for _ in range(600):
+        if (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size:
+            return
+        time.sleep(0.05)
+    raise AssertionError("no step was logged within 30 s")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_run_with_checkpoint_and_adapters(tmp_path: Path, number: int, code: int):
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    assert run(whole).returncode == 0
+    process = kill.start("vpd", folder)
+    until_a_step_is_logged(folder)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == code
+    assert (folder / "adapters" / "adapters.safetensors").exists()
+    assert not (folder / "summary.json").exists()
+    assert run(folder).returncode == 0
+    assert kill.figures(folder) == kill.figures(whole)
+
+
+def test_a_second_signal_leaves_at_once_with_the_last_checkpoint_intact(tmp_path: Path):
+    folder = tmp_path / "run"
+    process = kill.start("vpd", folder)
+    until_a_step_is_logged(folder)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert run(folder).returncode == 0

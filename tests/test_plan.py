@@ -118,3 +118,15 @@ def test_no_config_no_plan(small, tmp_path: Path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ModelError, match="cannot be planned for"):
         plan(small(model=str(tmp_path)))
+
+
+def test_limits_are_set(small):
+    from vpd_mlx.train import load_policy
+
+    load_policy(small(memory__cache_limit_gb=0.25, memory__limit_gb=3.0))
+    try:
+        assert mx.set_cache_limit(1 << 30) == 1 << 28
+        assert mx.set_memory_limit(1 << 34) == 3 << 30
+    finally:
+        mx.set_cache_limit(1 << 34)
+        mx.set_memory_limit(1 << 34)

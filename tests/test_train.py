@@ -381,3 +381,23 @@ def test_every_policy_gradient_logs_its_entropy(undisturbed, algorithm):
     whole, _ = undisturbed(algorithm, {})
     for row in read_rows(whole / "metrics.jsonl"):
         assert row["policy_gradient/student_entropy"] > 0
+
+
+def test_logits_that_are_not_numbers_cost_one_update(small, tmp_path: Path, monkeypatch):
+    real = Trainer.step
+
+    def poisoned(self, number):
+        head = self.policy.head
+        if number == 2:
+            self.policy.head = lambda h: head(h) * float("nan")
+        try:
+            return real(self, number)
+        finally:
+            self.policy.head = head
+
+    monkeypatch.setattr(Trainer, "step", poisoned)
+    summary = train(small(steps=4, algorithm="sdpo"), tmp_path / "run")
+    assert summary["nonfinite_updates"] == 1
+    weights = mx.load(str(tmp_path / "run" / "adapters" / "adapters.safetensors"))
+    assert all(bool(mx.isfinite(w).all()) for w in weights.values())
+    assert (tmp_path / "run" / "nonfinite" / "step-000002.jsonl").exists()
