@@ -4,7 +4,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test install clean
+.PHONY: train test install crash-test browser-test clean
 
 train: $(VENV)/.installed
 	$(BIN)/vpd-mlx train quickstart
@@ -14,6 +14,13 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n auto
+
+# What takes minutes, or a browser: not part of `make test`, part of a release.
+crash-test: $(VENV)/.installed-dev
+	$(BIN)/python tests/crash/kill.py --kills 50
+
+browser-test: $(VENV)/.installed-dev
+	$(BIN)/python tests/browser/check.py
 
 install: $(VENV)/.installed
 
