@@ -21,6 +21,7 @@ from vpd_mlx.commands.lab import lab
 from vpd_mlx.commands.plan import plan
 from vpd_mlx.commands.report import report
 from vpd_mlx.commands.show import show
+from vpd_mlx.commands.task import data, new, verify
 from vpd_mlx.config import Recipe, builtin_recipes, load_recipe, parse_set, resolve_recipe_path
 from vpd_mlx.errors import ConfigError, Fault, VpdError
 from vpd_mlx.runlog import MARK, free_run_folder
@@ -192,6 +193,9 @@ def _quoted(text: str) -> str:
 app.command()(doctor)
 app.command()(export)
 app.command()(lab)
+app.command()(new)
+app.command()(verify)
+app.add_typer(data, name="data")
 app.command()(plan)
 app.command()(report)
 app.command()(show)
