@@ -4,7 +4,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test install crash-test browser-test clean
+.PHONY: train test long-test install crash-test browser-test clean
 
 train: $(VENV)/.installed
 	$(BIN)/vpd-mlx train quickstart
@@ -13,7 +13,10 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto -m "not long"
+
+long-test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n auto -m long
 
 # What takes minutes, or a browser: not part of `make test`, part of a release.
 crash-test: $(VENV)/.installed-dev

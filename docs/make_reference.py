@@ -35,8 +35,11 @@ def section(model: type[BaseModel], prefix: str, title: str) -> list[str]:
     """One table."""
     head = ["| key | default | what it does |", "|---|---|---|"]
     lines = [f"## {title}", "", (model.__doc__ or "").strip(), "", *head]
+    nested = []
     for name, info in model.model_fields.items():
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            if prefix:
+                nested += section(info.annotation, f"{prefix}{name}.", f"{prefix}{name}")
             continue
         text = (info.description or "").replace("|", "\\|")
         if prefix.startswith("task") and name == "kind":
@@ -45,7 +48,7 @@ def section(model: type[BaseModel], prefix: str, title: str) -> list[str]:
         else:
             default = default_of(info)
         lines.append(f"| `{prefix}{name}` | {default} | {text} |")
-    return [*lines, ""]
+    return [*lines, "", *nested]
 
 
 def reference() -> str:

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT / "tests" / "crash"))
 import kill  # noqa: E402
 
 
+@pytest.mark.long
 def test_a_dozen_kills_end_as_undisturbed():
     done = subprocess.run(
         [
@@ -117,5 +118,6 @@ def test_a_second_signal_leaves_at_once_with_the_last_checkpoint_intact(tmp_path
     time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=10)
-    assert process.returncode == 130
+    # The second one may meet a process that is leaving already, and whose handlers are gone.
+    assert process.returncode in (130, -signal.SIGINT)
     assert run(folder).returncode == 0

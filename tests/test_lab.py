@@ -82,6 +82,7 @@ def test_measures_by_hand():
     assert math.isnan(result("sdpo", 0, 0.4, margins=[1.0]).measure("margin_change"))
 
 
+@pytest.mark.long
 def test_a_grid_runs_goes_on_and_repeats(tmp_path: Path):
     path = grid_file(tmp_path)
     grid, recipe, out = load_grid(path), builtin_recipes()["quickstart"], tmp_path / "out"

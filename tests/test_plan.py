@@ -51,6 +51,7 @@ def longest(groups: list[Group]) -> list[Group]:
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "settings"), SHAPES, ids=lambda x: str(x)[:20])
 @pytest.mark.parametrize(("prompts", "size", "length", "budget"), [(2, 4, 12, 4096), (3, 4, 24, 400)])
 def test_the_plan_is_within_a_fifth_of_what_is_measured(tmp_path: Path, kind, settings, prompts, size, length, budget):

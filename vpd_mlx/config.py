@@ -7,6 +7,7 @@ is generated from here.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -36,7 +37,7 @@ HUB = "hf://"  # what data on the Hugging Face hub begins with
 Positive = Annotated[int, Field(ge=1)]
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 Algorithm = Literal["vpd", "sdpo", "opsd", "grpo", "joint", "reshape", "reweight"]
-SourceName = Literal["sibling", "verifier", "critique", "reference"]
+SourceName = Literal["sibling", "verifier", "critique", "reference", "command", "server", "human", "replay"]
 
 
 class _Section(BaseModel):
@@ -190,6 +191,37 @@ Task = Annotated[
 ]
 
 
+class Server(_Section):
+    """A model behind an OpenAI-compatible endpoint, asked for feedback: mlx_lm.server, LM Studio, Ollama, llama.cpp …"""
+
+    url: str | None = Field(
+        None,
+        pattern=r"^https?://[^/\s]+(/\S*)?$",
+        description="Where it listens, e.g. `http://127.0.0.1:8080/v1`. Source `server` needs it.",
+    )
+    model: str = Field(
+        "default_model", description="Name of the model in requests; mlx_lm.server knows `default_model`."
+    )
+    api_key_env: str | None = Field(
+        None,
+        description="Name of the environment variable that holds the key; the key itself never stands in a recipe.",
+    )
+    concurrency: Positive = Field(4, description="Requests under way at once.")
+    timeout: float = Field(60.0, gt=0, description="Seconds for one answer.")
+    retries: int = Field(
+        3, ge=0, description="Further attempts after a timeout, a lost connection, status 429 or 5xx, each later."
+    )
+    budget_requests: Positive | None = Field(
+        None,
+        description="Most requests of a run, retries among them; then it has nothing more to say. null has no bound.",
+    )
+    cache_dir: str | None = Field(
+        None, description="Folder of answers by request, to be shared by runs; null keeps them in the run folder."
+    )
+    temperature: float = Field(0.0, ge=0, description="Sampling temperature of the answers.")
+    max_tokens: Positive = Field(256, description="Longest answer in tokens.")
+
+
 class Feedback(_Section):
     """Where the teacher's context C comes from."""
 
@@ -206,6 +238,28 @@ class Feedback(_Section):
     )
     max_tokens: Positive = Field(1024, description="Longest context in tokens; more is cut from its middle.")
     critique_tokens: Positive = Field(160, description="Longest critique the model writes for itself, in tokens.")
+    on_success: bool = Field(
+        False,
+        description="Ask command, server, human and replay about successes, too, so that having feedback does not give "
+        "the failure away.",
+    )
+    max_failures: Positive = Field(
+        20, description="Failures of command or server in a row, without one answer between, that stop the run."
+    )
+    command: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="Source `command`: the program and its arguments, files relative to the recipe. It reads and writes "
+        "JSON lines, see docs/feedback-command.md.",
+    )
+    command_timeout: float = Field(30.0, gt=0, description="Seconds for one answer of the program, its start included.")
+    command_workers: Positive = Field(1, description="Copies of the program that work side by side.")
+    replay: str | None = Field(
+        None,
+        description="Source `replay`: a run folder, or a .jsonl file with `problem`, `feedback` and, where it is about one "
+        "completion, `completion`.",
+    )
+    server: Server = Server()
 
 
 class Templates(_Section):
@@ -217,9 +271,15 @@ class Templates(_Section):
     critique: str | None = Field(None, description="The teacher's user message with a critique.")
     reference: str | None = Field(None, description="The teacher's user message with the reference solution.")
     both: str | None = Field(None, description="The teacher's user message with `{solution}` and `{context}`.")
+    review: str | None = Field(
+        None, description="The teacher's user message with feedback from command, server, human or replay."
+    )
     attempt: str | None = Field(None, description="Text before the feedback when `include_attempt`, with `{attempt}`.")
     critic: str | None = Field(
         None, description="What the critic is asked, with `{prompt}`, `{attempt}`, `{answer}` and `{feedback}`."
+    )
+    critic_right: str | None = Field(
+        None, description="The same of a right attempt: what a server is asked when `feedback.on_success`."
     )
 
 
@@ -643,6 +703,7 @@ def _contradictions(r: Recipe) -> Iterator[Fault]:
         )
     if r.feedback.with_solution and not {"sibling", "verifier"} <= set(sources):
         yield Fault("feedback.with_solution", "needs both sibling and verifier", "name both in feedback.sources")
+    yield from _unset_sources(r.feedback)
     if r.feedback.max_tokens >= r.rollout.max_prompt_tokens:
         yield Fault(
             "feedback.max_tokens",
@@ -683,6 +744,24 @@ def _contradictions(r: Recipe) -> Iterator[Fault]:
             yield Fault(f"templates.{key}", f"lacks {' and '.join(missing)}", "put it where the text belongs")
 
 
+def _unset_sources(f: Feedback) -> Iterator[Fault]:
+    """A source that is named needs to know where to ask."""
+    settings = {
+        "command": ("command", f.command, "give the program as a list, e.g. [python3, critic.py]"),
+        "server": ("server.url", f.server.url, "give its address, e.g. http://127.0.0.1:8080/v1"),
+        "replay": ("replay", f.replay, "give a run folder or a .jsonl file"),
+    }
+    for name, (key, value, remedy) in settings.items():
+        if name in f.sources and value is None:
+            yield Fault(f"feedback.{key}", f"is not set, and `feedback.sources` names {name}", remedy)
+    if f.on_success and not {"command", "server", "human", "replay"} & set(f.sources):
+        yield Fault(
+            "feedback.on_success",
+            f"means nothing for {f.sources}",
+            "name command, server, human or replay in feedback.sources, or take it out",
+        )
+
+
 def _unpinned(r: Recipe) -> Iterator[Fault]:
     """Data sets on the hub change; a run that is to be repeated names a revision."""
     if not isinstance(r.task, DatasetTask):
@@ -702,7 +781,7 @@ def _unpinned(r: Recipe) -> Iterator[Fault]:
         yield Fault("task.data_revision", "no hf:// file takes its revision from here", "remove it")
 
 
-_CONTEXT_TEMPLATES = ("sibling", "verifier", "critique", "reference", "both")
+_CONTEXT_TEMPLATES = ("sibling", "verifier", "critique", "reference", "both", "review")
 
 
 def _absolute_paths(r: Recipe, folder: Path) -> Recipe:
@@ -718,7 +797,26 @@ def _absolute_paths(r: Recipe, folder: Path) -> Recipe:
             task[key] = str((folder / Path(value).expanduser()).resolve())
     if task:
         changes["task"] = r.task.model_copy(update=task)
+    changes["feedback"] = _absolute_feedback(r.feedback, folder)
     return r.model_copy(update=changes)
+
+
+def _absolute_feedback(f: Feedback, folder: Path) -> Feedback:
+    def absolute(path: str | None) -> str | None:
+        return None if path is None else str((folder / Path(path).expanduser()).resolve())
+
+    # Of a command's words, those that name a file beside the recipe; a program that is looked for in PATH stays a name.
+    # (os.path.isfile says no where a word is too long to be a name.)
+    words = [
+        absolute(w) if os.path.isfile(folder / w) or w.startswith(("./", "../", "~/")) else w for w in f.command or []
+    ]
+    return f.model_copy(
+        update={
+            "command": words or None,
+            "replay": absolute(f.replay),
+            "server": f.server.model_copy(update={"cache_dir": absolute(f.server.cache_dir)}),
+        }
+    )
 
 
 def dump(recipe: Recipe) -> str:

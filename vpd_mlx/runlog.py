@@ -39,7 +39,6 @@ def write_atomic(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     with _file_errors(path):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("w", encoding="utf-8") as f:
                 f.write(text)
                 f.flush()
@@ -131,6 +130,13 @@ class RunLog:
             for name, f in self._files.items():
                 f.truncate(offsets.get(name, 0))
                 os.fsync(f.fileno())
+
+    def keep(self, folder: str, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write rows as a file of their own in a folder of the run."""
+        with _file_errors(self.path):
+            (self.path / folder).mkdir(exist_ok=True)
+        lines = "".join(json.dumps(_plain(row), ensure_ascii=False) + "\n" for row in rows)
+        write_atomic(self.path / folder / name, lines)
 
     def sync(self) -> None:
         """See the logs to the disk."""

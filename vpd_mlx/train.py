@@ -407,13 +407,9 @@ class _Run:
         for text in self._warnings.new(self._rows, self.evaluations):
             trainer.progress.note(f"step {self.done}: {text}")
         if any(v for k, v in row.items() if k.endswith("/nonfinite")):
-            self._dump(rollouts)
+            # for whoever looks for the reason
+            self.log.keep("nonfinite", f"step-{self.done:06d}.jsonl", rollouts)
         self._snapshot = self._state()
-
-    def _dump(self, rollouts: list[dict[str, Any]]) -> None:
-        """Keep the rollouts behind an update that was not finite, for whoever looks for the reason."""
-        lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rollouts)
-        write_atomic(self.log.path / "nonfinite" / f"step-{self.done:06d}.jsonl", lines)
 
     def patience_is_out(self) -> bool:
         """Whether the recipe's number of evaluations has passed without a better student."""
