@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from errno import EISDIR
 from html import escape
 from importlib.resources import files
 from itertools import groupby
@@ -38,17 +37,18 @@ def save(path: Path, page: str) -> None:
     """Write a page.
 
     Raises:
-        ConfigError: the file cannot be written.
+        ConfigError: it is no place for a file.
+        RunError: the disk is full or read-only.
     """
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(EISDIR, "it is a folder")
-        write_atomic(path, page)
-    except OSError as error:
-        raise ConfigError(
-            [Fault("--out", f"{path} cannot be written ({error.strerror})", "give a file in a folder that exists")],
-            "command line",
-        ) from None
+    reason = ""
+    if path.is_dir():
+        reason = "it is a folder"
+    elif not path.parent.is_dir():
+        reason = "there is no such folder"
+    if reason:
+        fault = Fault("--out", f"{path} cannot be written ({reason})", "give a file in a folder that exists")
+        raise ConfigError([fault], "command line")
+    write_atomic(path, page)
 
 
 def _asset(name: str) -> str:
