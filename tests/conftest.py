@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +13,13 @@ from typing import Any
 import pytest
 
 from vpd_mlx.config import Recipe, builtin_recipes, load_recipe
+
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    # Workers side by side: each has a temporary folder of its own, so that none finds what another leaves there.
+    own = tempfile.mkdtemp(prefix=f"vpd-tests-{worker}-")
+    os.chmod(own, 0o711)  # sandboxed programs run under other user ids, and pass through it
+    os.environ["TMPDIR"] = tempfile.tempdir = own
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
 
 QUICKSTART = builtin_recipes()["quickstart"]
 SMALL = {
