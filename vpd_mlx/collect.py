@@ -41,16 +41,28 @@ def collect(
     threshold: float,
     seed: int,
     moved: Callable[[int, int], None] = lambda done, total: None,
+    heard: Callable[[Problem, Rollout], None] = lambda problem, rollout: None,
 ) -> Batch:
-    """Groups of completions for problems, graded. `moved` hears how many of how many are finished."""
+    """Groups of completions for problems, graded.
+
+    `moved` hears how many of how many are finished; `heard` each rollout once it has its verdict, in a worker thread.
+    """
     prompts = student_prompts(prompter, problems)
     total = len(problems) * group_size
-    waiting: dict[tuple[int, int], tuple[Rollout, Future[Verdict]]] = {}
+
+    def grade(problem: Problem, rollout: Rollout) -> Rollout:
+        verdict = verify(problem, rollout.text)
+        rollout = rollout.graded(verdict, threshold)
+        if verdict.error is None:
+            heard(problem, rollout)
+        return rollout
+
+    waiting: dict[tuple[int, int], Future[Rollout]] = {}
     with ThreadPoolExecutor(WORKERS) as pool:
         for p, n, rollout in generate(policy, prompts, group_size, how, seed):
-            waiting[p, n] = (rollout, pool.submit(verify, problems[p], rollout.text))
+            waiting[p, n] = pool.submit(grade, problems[p], rollout)
             moved(len(waiting), total)
-        graded = {at: rollout.graded(verdict.result(), threshold) for at, (rollout, verdict) in waiting.items()}
+        graded = {at: rollout.result() for at, rollout in waiting.items()}
     failures = [
         f"{problems[p].id}: {r.verdict.error}"
         for (p, _), r in sorted(graded.items(), key=lambda x: x[0])

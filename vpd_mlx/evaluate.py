@@ -132,6 +132,7 @@ def _teacher(
         "teacher": teacher,
         "teacher_interval": bootstrap_interval(values),
         "teacher_problems": len(values),
+        "contexts_failed": sum(bool(r.source_errors) for g in groups for r in g.rollouts),
         "student_there": there,
         "gap": None if teacher is None or there is None else teacher - there,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 __all__ = ["Progress", "Silent"]
@@ -23,6 +24,9 @@ class Progress(Protocol):
     def evaluation(self, step: int, result: Mapping[str, Any]) -> None:
         """An evaluation is complete."""
 
+    def paused(self) -> AbstractContextManager[None]:
+        """Within it the terminal is left to a dialogue with a person."""
+
 
 class Silent:
     """Says nothing."""
@@ -38,3 +42,7 @@ class Silent:
 
     def evaluation(self, step: int, result: Mapping[str, Any]) -> None:
         """Nothing."""
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Nothing to pause."""
+        return nullcontext()

@@ -39,12 +39,23 @@ DEFAULT_TEMPLATES: Mapping[str, str] = {
         "{prompt}\n\nA correct solution of this problem:\n\n{solution}\n\nAn earlier attempt failed. What the checker "
         "said of it:\n\n{context}\n\nNow solve the problem yourself, in the format it asks for."
     ),
+    "review": (
+        "{prompt}\n\nWhat a reviewer said of an earlier attempt at this problem:\n\n{context}\n\n"
+        "Solve the problem with this advice, in the format it asks for."
+    ),
     "attempt": "The earlier attempt:\n\n{attempt}\n\n",
     "critic": (
         "Problem:\n\n{prompt}\n\nA failed attempt:\n\n{attempt}\n\nThe right answer: {answer}\n\n{feedback}\n\n"
         "In two or three sentences, say what went wrong and what to do differently. Do not write out the solution."
     ),
+    "critic_right": (
+        "Problem:\n\n{prompt}\n\nAn attempt that is right:\n\n{attempt}\n\nThe right answer: {answer}\n\n{feedback}\n\n"
+        "In two or three sentences, say what it does well and what matters in this problem. Do not write out the solution."
+    ),
 }
+
+# Sources outside this process share one wording, which does not give away whether the attempt was right.
+_REVIEWS = ("command", "server", "human", "replay")
 
 CUT_MARK = "\n[...]\n"
 _THINKING = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
@@ -72,6 +83,7 @@ class Prompter:
 
     def template(self, kind: str) -> str:
         """The wording for `kind`: the recipe's, else the built-in one."""
+        kind = "review" if kind in _REVIEWS else kind
         own: str | None = getattr(self.templates, kind)
         return DEFAULT_TEMPLATES[kind] if own is None else own
 
@@ -102,13 +114,15 @@ class Prompter:
         """Prompt ids that ask the model for a critique of its own attempt."""
 
         def ids(shown: str) -> tuple[int, ...]:
-            answer = problem.answer or problem.reference or ""
-            body = _fill(
-                self.template("critic"), prompt=problem.prompt, attempt=shown, answer=answer, feedback=feedback
-            )
-            return self.encode([{"role": "user", "content": body}])
+            return self.encode([{"role": "user", "content": self.critic_message(problem, shown, feedback)}])
 
         return self._fit(ids, attempt)[0]
+
+    def critic_message(self, problem: Problem, attempt: str, feedback: str, *, right: bool = False) -> str:
+        """What a critic, this model or another, is asked of an attempt that failed or was right."""
+        answer = problem.answer or problem.reference or ""
+        template = self.template("critic_right" if right else "critic")
+        return _fill(template, prompt=problem.prompt, attempt=attempt, answer=answer, feedback=feedback)
 
     def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Chat messages as ids, ready for a completion. A model without a chat template gets the plain text."""

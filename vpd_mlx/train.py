@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import random
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from vpd_mlx.collect import Batch, collect
 from vpd_mlx.config import Recipe, dump
 from vpd_mlx.errors import DataError, RunError, SourceError
 from vpd_mlx.evaluate import evaluate
-from vpd_mlx.feedback import Source, add_context, build_sources
+from vpd_mlx.feedback import Host, Sources, add_context, build_sources
 from vpd_mlx.metrics import Clock, overlap
 from vpd_mlx.plan import check_fits, memory_limit, plan
 from vpd_mlx.policy import Policy, phase_seed
@@ -74,7 +75,7 @@ class Trainer:
     policy: Policy
     prompter: Prompter
     task: Task
-    sources: dict[str, Source]
+    sources: Sources
     algorithm: Algorithm
     progress: Progress = field(default_factory=Silent)
     stop: Stop = field(default_factory=Stop)
@@ -91,6 +92,7 @@ class Trainer:
         Raises:
             VpdError: data, model or recipe are not usable, with the place and the remedy.
         """
+        progress, stop = progress or Silent(), stop or Stop()
         task = build_task(recipe)
         if not task.train or not task.held_out:
             side = "train on" if not task.train else "evaluate on"
@@ -112,10 +114,12 @@ class Trainer:
             policy=policy,
             prompter=prompter,
             task=task,
-            sources=build_sources(recipe.feedback, prompter, ask),
+            sources=build_sources(
+                recipe.feedback, prompter, ask, _host(progress, stop), {p.id for p in (*task.train, *task.held_out)}
+            ),
             algorithm=ALGORITHMS[recipe.algorithm](recipe, policy),
-            progress=progress or Silent(),
-            stop=stop or Stop(),
+            progress=progress,
+            stop=stop,
         )
 
     # --- one step
@@ -140,12 +144,27 @@ class Trainer:
                 threshold=cfg.success_threshold,
                 seed=phase_seed(self.recipe.seed, step, "rollout"),
                 moved=moved,
+                heard=self.sources.early,
             )
         self._count_failures(batch)
         with clock("feedback"):
             self.progress.phase("feedback")
             groups = add_context(self.sources, batch.groups, self.prompter, self.recipe.feedback)
+        self._say_failures(groups)
         return batch, groups
+
+    def _say_failures(self, groups: Sequence[Group]) -> None:
+        for name in self.sources:
+            whys = [
+                f"{g.problem.id}: {r.source_errors[name]}"
+                for g in groups
+                for r in g.rollouts
+                if name in r.source_errors
+            ]
+            if whys:
+                self.progress.note(
+                    f"{name} failed on {len(whys)} completions, which get no context from it; first {whys[0]}"
+                )
 
     def step(self, number: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Step `number`, from prompts to an updated adapter: (metrics, a row for each rollout)."""
@@ -186,7 +205,13 @@ class Trainer:
         """Accuracy on held-out problems."""
         start = time.perf_counter()
         result = evaluate(
-            self.policy, self.prompter, self.task, self.sources, self.recipe, step=step, progress=self.progress
+            self.policy,
+            self.prompter,
+            self.task,
+            self.sources.for_evaluation(),
+            self.recipe,
+            step=step,
+            progress=self.progress,
         )
         mx.clear_cache()
         return {**result, "seconds": round(time.perf_counter() - start, 3)}
@@ -219,6 +244,20 @@ class Trainer:
                 f"{self.nonfinite_in_a_row} updates in a row were not finite; lower optimizer.learning_rate, then go on "
                 "with --resume from the last checkpoint"
             )
+
+
+def _host(progress: Progress, stop: Stop) -> Host:
+    """What sources outside this process may do to the run."""
+
+    def moved(done: int, total: int) -> None:
+        if stop.signal is not None:
+            raise _Interrupted
+        progress.phase("feedback", done, total)
+
+    def ask_to_stop() -> None:
+        stop.signal = signal.SIGINT
+
+    return Host(moved, progress.note, lambda: stop.signal is not None, ask_to_stop, progress.paused)
 
 
 def refuse_what_cannot_fit(recipe: Recipe) -> None:
@@ -288,12 +327,15 @@ def train(
     trainer = Trainer.build(recipe, progress, stop)
     for note in (*trainer.policy.notes, *notices(trainer.task)):
         progress.note(note)
+    trainer.sources.ready()
     log = RunLog.reopen(out) if resume else RunLog.create(out, dump(recipe), overwrite=overwrite)
     try:
         if resume:
             write_atomic(out / "config.yaml", dump(recipe))
+        trainer.sources.open(out)
         return _run(trainer, log, resume, started)
     finally:
+        trainer.sources.close()
         log.close()
 
 
@@ -468,6 +510,7 @@ class _Run:
                 "tokens": self.tokens,
                 "nonfinite": self.nonfinite,
                 "nonfinite_in_a_row": self.trainer.nonfinite_in_a_row,
+                "sources": self.trainer.sources.state(),
             },
         )
 
@@ -486,6 +529,7 @@ class _Run:
         self.trainer.policy.set_adapter(part("adapter"))
         self.trainer.algorithm.restore(State(part("algorithm"), found.state["algorithm"]))
         self.trainer.nonfinite_in_a_row = found.state["nonfinite_in_a_row"]
+        self.trainer.sources.restore(found.state.get("sources", {}))
         self._best = None if found.state["best"] is None else (found.state["best"], part("best"))
         self.done = found.step
         self._snapshot = self._saved = found
@@ -549,6 +593,7 @@ def _rollout_metrics(batch: Batch, groups: Sequence[Group]) -> dict[str, Any]:
         "contexts": kinds,
         "contexts_none": sum(r.context is None for r in rollouts),
         "contexts_cut": sum(r.context is not None and r.context.cut for r in rollouts),
+        "contexts_failed": sum(bool(r.source_errors) for r in rollouts),
         "overlap": float(np.mean(copied)) if copied else None,
         "verifier_failures": len(batch.failures),
     }
@@ -576,4 +621,5 @@ def _rollout_row(
         "finish": rollout.finish,
         "teacher_prompt": None if rollout.teacher_prompt is None else decode(list(rollout.teacher_prompt)),
         "pieces": [decode([t]) for t in rollout.tokens],
+        **({"source_errors": dict(rollout.source_errors)} if rollout.source_errors else {}),
     }

@@ -60,7 +60,7 @@ class Rollout:
 
     `tokens` are the completion's ids with the stop token where one came; `logps` the sampler's float32
     log-probabilities of these tokens; `text` the decoded completion without the stop token. `teacher_prompt` is set
-    with `context`.
+    with `context`. `source_errors` says which feedback sources failed on it, and why.
     """
 
     tokens: tuple[int, ...]
@@ -71,6 +71,7 @@ class Rollout:
     success: bool = False
     context: Context | None = None
     teacher_prompt: tuple[int, ...] | None = None
+    source_errors: Mapping[str, str] = field(default_factory=dict)
 
     def graded(self, verdict: Verdict, threshold: float) -> Rollout:
         """This rollout with its verdict; success is score >= threshold."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -101,6 +102,10 @@ class QuietView:
     def evaluation(self, step: int, result: Mapping[str, Any]) -> None:
         """Nothing."""
 
+    def paused(self) -> AbstractContextManager[None]:
+        """Nothing to pause: lines stay where they are."""
+        return nullcontext()
+
 
 class PlainView(QuietView):
     """Lines for pipes and logs: every evaluation, and a step now and then."""
@@ -173,6 +178,15 @@ class LiveView:
         self._console.print(Text(evaluation_line(step, result)))
         if result.get("gap") is not None:
             self._curves.setdefault("teacher gap", []).append(float(result["gap"]))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The table is taken away for a while."""
+        self._live.stop()
+        try:
+            yield
+        finally:
+            self._live.start(refresh=True)
 
     def _draw(self) -> RenderableType:
         width = self._console.width

@@ -1,84 +1,182 @@
 """Feedback: one file per source of the context C.
 
 A source is a function from graded groups to a text or nothing for each rollout. `add_context` asks them in the recipe's
-order of preference and builds the teacher's prompt from the first that has something to say.
+order of preference and builds the teacher's prompt from the first that has something to say. A source that fails on a
+rollout has nothing to say on it; why is kept on the rollout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 from vpd_mlx.config import Feedback
+from vpd_mlx.feedback.command import Command
 from vpd_mlx.feedback.critique import Generate, critique
+from vpd_mlx.feedback.human import Human
+from vpd_mlx.feedback.outside import Answer, Asking, Failed, Host, Outside
 from vpd_mlx.feedback.reference import reference
+from vpd_mlx.feedback.replay import Replay
+from vpd_mlx.feedback.server import Server
 from vpd_mlx.feedback.sibling import sibling
 from vpd_mlx.feedback.verifier import verifier
 from vpd_mlx.prompts import Prompter
-from vpd_mlx.types import Context, Group, Rollout
+from vpd_mlx.types import Context, Group, Problem, Rollout
 
-__all__ = ["Source", "add_context", "build_sources"]
+__all__ = ["Answer", "Choice", "Failed", "Host", "Source", "Sources", "add_context", "build_sources", "choose_contexts"]
 
-Source = Callable[[Sequence[Group], list[list[bool]]], list[list[str | None]]]
-"""(graded groups, which rollouts still want a context) -> a text or None for each rollout."""
+Source = Callable[[Sequence[Group], list[list[bool]]], Sequence[Sequence[Answer]]]
+"""(graded groups, which rollouts still want a context) -> a text, a failure or None for each rollout."""
+
+WHOLE_GROUPS = ("sibling", "critique")  # what they say is known only when all of a group is
 
 
-def build_sources(cfg: Feedback, prompter: Prompter, generate: Generate) -> dict[str, Source]:
-    """The recipe's sources by name, in its order of preference. `generate` samples the model's own critiques."""
-    every: Mapping[str, Source] = {
-        "sibling": sibling,
-        "verifier": verifier,
-        "reference": reference,
-        "critique": lambda groups, wanted: critique(groups, wanted, prompter, generate),
-    }
-    return {name: every[name] for name in cfg.sources}
+class Sources(dict[str, Source]):
+    """Sources by name, in order of preference. Those outside this process are opened, closed and kept here."""
+
+    def outside(self) -> dict[str, Outside]:
+        """Those that lie outside."""
+        return {name: source for name, source in self.items() if isinstance(source, Outside)}
+
+    def early(self, problem: Problem, rollout: Rollout) -> None:
+        """Ask about a graded rollout while others are decoded, if it is certain already who is to be asked."""
+        for name, source in self.items():
+            if name in WHOLE_GROUPS:
+                return
+            if isinstance(source, Outside):
+                source.early(problem, rollout)
+                return
+            if source([Group(problem, (), (rollout,))], [[True]])[0][0]:
+                return  # it has its context
+
+    def for_evaluation(self) -> Sources:
+        """The same, but sparing with requests: an evaluation needs one context a group, and none from a person."""
+        return Sources({name: s.sparing if isinstance(s, Outside) else s for name, s in self.items()})
+
+    def ready(self) -> None:
+        """A run is about to begin.
+
+        Raises:
+            ConfigError: a source cannot work here.
+        """
+        for source in self.outside().values():
+            source.ready()
+
+    def open(self, folder: Path) -> None:
+        """The run folder is there."""
+        for source in self.outside().values():
+            source.open(folder)
+
+    def close(self) -> None:
+        """The run is over."""
+        for source in self.outside().values():
+            source.close()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold of them."""
+        return {name: state for name, source in self.outside().items() if (state := source.state())}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take up the state of a checkpoint."""
+        for name, source in self.outside().items():
+            source.restore(state.get(name, {}))
+
+
+def build_sources(
+    cfg: Feedback,
+    prompter: Prompter,
+    generate: Generate,
+    host: Host | None = None,
+    problems: Collection[str] = (),
+) -> Sources:
+    """The recipe's sources. `generate` samples the model's own critiques; `problems` are the ids that may be replayed.
+
+    Raises:
+        ConfigError: a program or a key is missing.
+        DataError: what is to be replayed cannot be read.
+    """
+    host = host or Host()
+
+    def build(name: str) -> Source:
+        match name:
+            case "sibling":
+                return sibling
+            case "verifier":
+                return verifier
+            case "reference":
+                return reference
+            case "command":
+                program = Command(cfg.command or [], cfg.command_timeout, cfg.command_workers)
+                return Asking(name, program, cfg, cfg.command_workers, host)
+            case "server":
+                return Asking(name, Server(cfg.server, prompter, host.note), cfg, cfg.server.concurrency, host)
+            case "human":
+                return Human(cfg, host)
+            case "replay":
+                return Replay(Path(cfg.replay or ""), problems, cfg.on_success)
+        return lambda groups, wanted: critique(groups, wanted, prompter, generate)
+
+    return Sources({name: build(name) for name in cfg.sources})
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a rollout's context is made of: its kind and text, the sibling's solution, and who failed, with the reason."""
+
+    kind: str | None = None
+    text: str = ""
+    solution: str | None = None
+    errors: Mapping[str, str] = field(default_factory=dict)
+
+
+def choose_contexts(sources: Mapping[str, Source], groups: Sequence[Group], cfg: Feedback) -> list[list[Choice]]:
+    """Ask the sources in their order: the first that has something to say is heard."""
+    chosen = [[Choice()] * len(g.rollouts) for g in groups]
+    for name, source in sources.items():
+        # A failure that already has a sibling's solution may get the checker's words on top.
+        both = cfg.with_solution and name == "verifier"
+        wanted = [[both or c.kind is None for c in row] for row in chosen]
+        for row, answers in zip(chosen, source(groups, wanted), strict=True):
+            for i, answer in enumerate(answers):
+                row[i] = _heard(row[i], name, answer, both)
+    return chosen
+
+
+def _heard(choice: Choice, name: str, answer: Answer, both: bool) -> Choice:
+    if isinstance(answer, Failed):
+        return replace(choice, errors={**choice.errors, name: answer.why})
+    if answer is None or not answer.strip():
+        return choice
+    if name == "sibling":
+        choice = replace(choice, solution=answer)
+    if choice.kind is None:
+        return replace(choice, kind=name, text=answer)
+    return replace(choice, kind="both", text=answer) if both and choice.solution is not None else choice
 
 
 def add_context(
     sources: Mapping[str, Source], groups: Sequence[Group], prompter: Prompter, cfg: Feedback
 ) -> list[Group]:
     """The groups, each rollout with its context and teacher prompt where a source had something to say."""
-    wanted = [[True] * len(g.rollouts) for g in groups]
-    chosen: list[list[tuple[str, str] | None]] = [[None] * len(g.rollouts) for g in groups]
-    solutions: list[list[str | None]] = [[None] * len(g.rollouts) for g in groups]
-    for name, source in sources.items():
-        asked = wanted
-        if cfg.with_solution and name == "verifier":
-            # A failure that already has a sibling's solution may get the checker's words on top.
-            asked = [[True] * len(g.rollouts) for g in groups]
-        for g, texts in enumerate(source(groups, asked)):
-            for i, text in enumerate(texts):
-                if text is None or not text.strip():
-                    continue
-                if name == "sibling":
-                    solutions[g][i] = text
-                if wanted[g][i]:
-                    chosen[g][i], wanted[g][i] = (name, text), False
-                elif cfg.with_solution and name == "verifier" and solutions[g][i] is not None:
-                    chosen[g][i] = ("both", text)
+    chosen = choose_contexts(sources, groups, cfg)
     return [
         replace(
             group,
-            rollouts=tuple(
-                _with_context(prompter, cfg, group, r, chosen[g][i], solutions[g][i])
-                for i, r in enumerate(group.rollouts)
-            ),
+            rollouts=tuple(_with_context(prompter, cfg, group, r, c) for r, c in zip(group.rollouts, row, strict=True)),
         )
-        for g, group in enumerate(groups)
+        for group, row in zip(groups, chosen, strict=True)
     ]
 
 
-def _with_context(
-    prompter: Prompter,
-    cfg: Feedback,
-    group: Group,
-    rollout: Rollout,
-    chosen: tuple[str, str] | None,
-    solution: str | None,
-) -> Rollout:
-    if chosen is None:
+def _with_context(prompter: Prompter, cfg: Feedback, group: Group, rollout: Rollout, choice: Choice) -> Rollout:
+    if choice.errors:
+        rollout = replace(rollout, source_errors=choice.errors)
+    if choice.kind is None:
         return rollout
-    kind, text = chosen
     attempt = rollout.text if cfg.include_attempt and not rollout.success else None
-    prompt, cut = prompter.teacher(group.problem, kind, text, solution=solution or "", attempt=attempt)
-    return replace(rollout, context=Context(kind, text, cut), teacher_prompt=prompt)
+    prompt, cut = prompter.teacher(
+        group.problem, choice.kind, choice.text, solution=choice.solution or "", attempt=attempt
+    )
+    return replace(rollout, context=Context(choice.kind, choice.text, cut), teacher_prompt=prompt)

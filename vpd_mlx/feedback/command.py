@@ -1,0 +1,231 @@
+"""C = what a program of the user's says of a completion. docs/feedback-command.md is its protocol.
+
+JSON lines on standard input and output, one request at a time, the program kept alive between them. One that dies, answers
+too late or answers rubbish is ended and started again for the next request, each time after a longer pause.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import queue
+import selectors
+import shutil
+import signal
+import subprocess
+import threading
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vpd_mlx.errors import ConfigError, Fault, SourceError
+from vpd_mlx.types import Problem, Rollout
+
+__all__ = ["Command"]
+
+LONGEST = 1 << 20  # bytes of one answer
+PAUSES = (0.1, 5.0)  # seconds before the first restart, and at most
+KEPT = 4000  # bytes of standard error, for the message when it dies
+
+
+class Command:
+    """Copies of one program, each serving one request at a time."""
+
+    def __init__(self, argv: Sequence[str], timeout: float, workers: int) -> None:
+        """Checks that the program can be found; starts nothing yet.
+
+        Raises:
+            ConfigError: there is no such program.
+        """
+        if shutil.which(argv[0]) is None:
+            what = f"{argv[0]!r} is no program that can be run"
+            raise ConfigError(
+                [Fault("feedback.command", what, "give its path, relative to the recipe, or a name in PATH")]
+            )
+        self._closed = threading.Event()
+        self._programs = [_Program(argv, timeout, self._closed) for _ in range(workers)]
+        self._free: queue.SimpleQueue[_Program] = queue.SimpleQueue()
+        for program in self._programs:
+            self._free.put(program)
+        self._numbers = itertools.count(1)
+
+    def ask(self, problem: Problem, rollout: Rollout) -> str | None:
+        """The program's words.
+
+        Raises:
+            SourceError: it died, was too slow, or answered something else.
+        """
+        verdict = rollout.verdict
+        request = {
+            "id": str(next(self._numbers)),
+            "problem": problem.id,
+            "prompt": problem.prompt,
+            "completion": rollout.text,
+            "score": None if verdict is None else verdict.score,
+            "verdict": "" if verdict is None else verdict.text,
+            "answer": problem.answer,
+            "reference": problem.reference,
+        }
+        program = self._free.get()
+        try:
+            return program.ask(request)
+        finally:
+            self._free.put(program)
+
+    def open(self, folder: Path) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """End the programs; who waits for an answer gets none."""
+        self._closed.set()
+        for program in self._programs:
+            program.kill()
+
+    def state(self) -> dict[str, Any]:
+        """None: the protocol has no memory."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+
+class _Program:
+    def __init__(self, argv: Sequence[str], timeout: float, closed: threading.Event) -> None:
+        self._argv = list(argv)
+        self._timeout = timeout
+        self._closed = closed
+        self._failures = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._end: weakref.finalize[..., _Program] | None = None
+        self._rest = b""
+        self._said: list[bytes] = []  # the end of its standard error
+
+    def ask(self, request: Mapping[str, Any]) -> str | None:
+        if self._failures:
+            first, most = PAUSES
+            self._closed.wait(min(most, first * 2.0 ** (self._failures - 1)))
+        try:
+            process = self._running()
+            line = self._exchange(process, json.dumps(request).encode() + b"\n")
+            text = _feedback(line, request["id"])
+        except SourceError:
+            # Whatever happened, what it may still say belongs to this request: only a fresh one can be trusted with the next.
+            self.kill()
+            self._failures += 1
+            raise
+        self._failures = 0
+        return text
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._closed.is_set():
+            raise SourceError("the run is ending")
+        if self._process is not None:
+            return self._process
+        try:
+            # A session of its own: Ctrl-C in the terminal is for the run, and the whole group can be ended.
+            process = subprocess.Popen(
+                self._argv,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                bufsize=0,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise SourceError(f"{self._argv[0]} cannot be started ({error.strerror or error})") from None
+        assert process.stdin is not None
+        os.set_blocking(process.stdin.fileno(), False)
+        self._process, self._rest, self._said = process, b"", []
+        self._end = weakref.finalize(self, _end, process)  # at exit, too
+        threading.Thread(target=_listen, args=(process, self._said), daemon=True).start()
+        return process
+
+    def _exchange(self, process: subprocess.Popen[bytes], data: bytes) -> bytes:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        give, take = process.stdin.fileno(), process.stdout.fileno()
+        until, left, got = time.monotonic() + self._timeout, memoryview(data), self._rest
+        with selectors.DefaultSelector() as selector:
+            selector.register(take, selectors.EVENT_READ)
+            selector.register(give, selectors.EVENT_WRITE)
+            while b"\n" not in got:
+                seconds = until - time.monotonic()
+                if seconds <= 0:
+                    raise SourceError(f"no answer within {self._timeout:g} s (feedback.command_timeout)")
+                for key, _ in selector.select(seconds):
+                    if key.fd == take:
+                        chunk = os.read(take, 1 << 16)
+                        if not chunk:
+                            raise SourceError(self._obituary(process))
+                        got += chunk
+                        if len(got) > LONGEST:
+                            raise SourceError(f"answered more than {LONGEST >> 20} MB in one line")
+                    else:
+                        with contextlib.suppress(BlockingIOError):
+                            try:
+                                left = left[os.write(give, left[: 1 << 16]) :]
+                            except BrokenPipeError:  # it reads no more; whether it answers, the other end tells
+                                left = left[:0]
+                        if not left:
+                            selector.unregister(give)
+        line, _, self._rest = got.partition(b"\n")
+        return line
+
+    def _obituary(self, process: subprocess.Popen[bytes]) -> str:
+        try:
+            code = process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            return "closed its standard output"
+        time.sleep(0.05)  # for the last of its standard error
+        lines = b"".join(self._said).decode(errors="replace").strip().splitlines()
+        end = f"was killed by {_signal(-code)}" if code < 0 else f"exited with code {code}"
+        return f"the program {end}" + (f": {lines[-1][:200]}" if lines else "")
+
+    def kill(self) -> None:
+        """End it and all that it started."""
+        self._process = None
+        if self._end is not None:
+            self._end()  # only the first call does anything: a number that the system has given away again is left alone
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(5.0)
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _listen(process: subprocess.Popen[bytes], said: list[bytes]) -> None:
+    assert process.stderr is not None
+    with contextlib.suppress(OSError, ValueError):
+        while chunk := os.read(process.stderr.fileno(), 1 << 12):
+            said[:] = [b"".join((*said, chunk))[-KEPT:]]
+
+
+def _feedback(line: bytes, expected: str) -> str | None:
+    shown = line[:80].decode(errors="replace")
+    try:
+        answer = json.loads(line)
+    except (ValueError, RecursionError):
+        raise SourceError(
+            f"answered {shown!r}, which is not JSON; all but answers must go to its standard error"
+        ) from None
+    if not isinstance(answer, dict) or "feedback" not in answer or "id" not in answer:
+        raise SourceError(f'answered {shown!r}; an answer is {{"id": ..., "feedback": ...}}')
+    if answer["id"] != expected:
+        raise SourceError(f"answered request {answer['id']!r} when {expected!r} was asked; it must answer each once")
+    text = answer["feedback"]
+    if text is not None and not isinstance(text, str):
+        raise SourceError(f"answered {shown!r}; feedback must be text or null")
+    return text
