@@ -317,6 +317,15 @@ def test_gym_uses_the_librarys_scorer(gym: Task) -> None:
     assert gym.verify(problem, turned).error is None
 
 
+def test_gym_part_marks_can_be_left_aside(tmp_path: Path) -> None:
+    importlib.import_module("reasoning_gym")
+    task = {"kind": "reasoning_gym", "name": "countdown", "rows": 20, "held_out": 0.3, "partial_credit": False}
+    strict = build(tmp_path, task)
+    problem = strict.train[0]
+    assert strict.verify(problem, "<answer>1 + 1</answer>").score == 0.0
+    assert strict.verify(problem, f"<answer>{problem.answer}</answer>").score == 1.0
+
+
 @pytest.mark.parametrize(
     "answer",
     [

@@ -164,6 +164,7 @@ class ReasoningGymTask(_Section):
     rows: Positive = Field(1000, description="Problems to make.")
     seed: int = Field(0, ge=0, description="Seed of the problems.")
     held_out: float = Field(0.1, gt=0, lt=1, description="Share held out for evaluation, by a hash of name and index.")
+    partial_credit: bool = Field(True, description="Take over the scorer's part marks; else only a full score counts.")
     timeout: float = Field(10.0, gt=0, description="Seconds for scoring one answer; a longer one is no verdict.")
 
 

@@ -18,21 +18,13 @@ result is quantised to 4 bits and written in mlx-lm's format: some 95,000 parame
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import re
-import time
-from dataclasses import asdict
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
-import mlx.optimizers as optim
-import numpy as np
-from mlx.utils import tree_flatten
-from mlx_lm.models import qwen3
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import quantize_model
+from tiny import END, SPECIALS, chat_tokenizer, greedy, new_model, quantise, save, share, teach
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -42,13 +34,7 @@ from vpd_mlx.tasks.addition import PLACES, TOO_LONG, Addition, has_carry, held_o
 from vpd_mlx.types import Problem
 
 HERE = Path(__file__).parent
-SPECIALS = ["<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-BATCH, RATE, WARM_UP, SEED = 128, 3e-3, 100, 0
-GROUP_SIZE, BITS = 32, 4
+SEED, BITS = 0, 4
 SLIPS = 1 / 3
 
 
@@ -64,11 +50,7 @@ def make_tokenizer(phrases: list[str]) -> PreTrainedTokenizerFast:
         vocab_size=400, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(phrases, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>", clean_up_tokenization_spaces=False
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
+    return chat_tokenizer(tokenizer)
 
 
 def wrong_attempt(rng: random.Random, a: int, b: int) -> str:
@@ -124,26 +106,11 @@ def main() -> None:
         *(re.sub(r"{prompt}|{context}|{attempt}|{answer}", "", t) for t in templates),
     ]
     hf_tokenizer = make_tokenizer(phrases)
-    end = hf_tokenizer.convert_tokens_to_ids("<|end|>")
+    end = hf_tokenizer.convert_tokens_to_ids(END)
     tokenizer = TokenizerWrapper(hf_tokenizer, eos_token_ids={end})
     prompter = Prompter(tokenizer, recipe.templates, False, 64, 64)
 
-    config = qwen3.ModelArgs(
-        model_type="qwen3",
-        hidden_size=64,
-        num_hidden_layers=2,
-        intermediate_size=128,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        rms_norm_eps=1e-6,
-        vocab_size=len(hf_tokenizer),
-        max_position_embeddings=2048,
-        rope_theta=10000.0,
-        tie_word_embeddings=True,
-    )
-    model = qwen3.Model(config)
-    print(f"{sum(v.size for _, v in tree_flatten(model.parameters())):,} parameters, vocabulary {len(hf_tokenizer)}")
+    model, config = new_model(len(hf_tokenizer))
 
     pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
     taught = [p for p in pairs if not held_out(*p)]
@@ -176,56 +143,15 @@ def main() -> None:
             return question, answer_ids(task.verify(problem(a, b), attempt).text)
         return shown(a, b), answer_ids(str(a + b))
 
-    def batch() -> tuple[mx.array, mx.array]:
-        rows = [sample() for _ in range(BATCH)]
-        width = -(-max(len(p) + len(y) for p, y in rows) // 4) * 4
-        ids, weights = np.zeros((BATCH, width), np.int32), np.zeros((BATCH, width), np.float32)
-        for i, (p, y) in enumerate(rows):
-            ids[i, : len(p) + len(y)] = [*p, *y]
-            weights[i, len(p) : len(p) + len(y)] = 1
-        return mx.array(ids), mx.array(weights)
+    teach(model, sample, arguments.steps)
 
-    def loss(ids: mx.array, weights: mx.array) -> mx.array:
-        per_token = nn.losses.cross_entropy(model(ids[:, :-1]), ids[:, 1:])
-        return (per_token * weights[:, 1:]).sum() / weights[:, 1:].sum()
-
-    warm_up = optim.linear_schedule(0, RATE, WARM_UP)
-    cosine = optim.cosine_decay(RATE, max(1, arguments.steps - WARM_UP), RATE * 0.02)
-    adam = optim.AdamW(optim.join_schedules([warm_up, cosine], [WARM_UP]), weight_decay=0.01, bias_correction=True)
-    step = nn.value_and_grad(model, loss)
-    start = time.perf_counter()
-    for k in range(1, arguments.steps + 1):
-        value, gradients = step(*batch())
-        gradients, _ = optim.clip_grad_norm(gradients, 1.0)
-        adam.update(model, gradients)
-        mx.eval(value, model.parameters(), adam.state)
-        if k % 100 == 0:
-            print(f"step {k}: loss {value.item():.4f}, {time.perf_counter() - start:.0f} s", flush=True)
-
-    def greedy(prompts: list[tuple[int, ...]]) -> list[str]:
-        texts = []
-        for prompt in prompts:
-            ids = list(prompt)
-            while len(ids) < len(prompt) + 6 and ids[-1] != end:
-                ids.append(int(mx.argmax(model(mx.array([ids]))[0, -1])))
-                if ids[-1] == end:
-                    break
-            texts.append(tokenizer.decode([t for t in ids[len(prompt) :] if t != end]))
-        return texts
-
-    model_config = {**asdict(config), "eos_token_id": end}
-    if arguments.bits:
-        model, model_config = quantize_model(model, model_config, GROUP_SIZE, arguments.bits)
+    model, config = quantise(model, {**config, "eos_token_id": end}, arguments.bits)
     model.eval()
     check = kept[:200]
     right = [str(a + b) for a, b in check]
-    plain = greedy([prompter.student(problem(a, b)) for a, b in check])
-    read = greedy([corrected(a, b, str(without_carrying(a, b))) for a, b in check])
-    copied = greedy([shown(a, b) for a, b in check])
-
-    def share(got: list[str], want: list[str]) -> float:
-        return float(np.mean([g == w for g, w in zip(got, want, strict=True)]))
-
+    plain = greedy(model, hf_tokenizer, [prompter.student(problem(a, b)) for a, b in check], 6)
+    read = greedy(model, hf_tokenizer, [corrected(a, b, str(without_carrying(a, b))) for a, b in check], 6)
+    copied = greedy(model, hf_tokenizer, [shown(a, b) for a, b in check], 6)
     bug = [str(without_carrying(a, b)) for a, b in check]
     width = f"{arguments.bits} bits" if arguments.bits else "float32"
     print(f"held-out carry sums, {width}, greedy: plain prompt {share(plain, right):.1%} right,")
@@ -233,11 +159,7 @@ def main() -> None:
         f"{share(plain, bug):.1%} the bug; under feedback {share(read, right):.1%}; by a sibling {share(copied, right):.1%}"
     )
 
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    model.save_weights(str(arguments.out / "model.safetensors"))
-    (arguments.out / "config.json").write_text(json.dumps(model_config, indent=2, default=str) + "\n")
-    hf_tokenizer.save_pretrained(arguments.out)
-    print(f"wrote {arguments.out}")
+    save(model, config, hf_tokenizer, arguments.out)
 
 
 if __name__ == "__main__":

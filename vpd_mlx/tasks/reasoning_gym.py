@@ -61,6 +61,7 @@ class ReasoningGym:
     def __init__(self, cfg: ReasoningGymTask) -> None:
         self._library = Library(MAKER, "reasoning_gym", "reasoning-gym", cfg.kind, cfg.timeout)
         self.notices = tuple(filter(None, [self._library.notice]))
+        self._partial_credit = cfg.partial_credit
         self._made = (cfg.name, json.dumps(cfg.settings), cfg.rows, cfg.seed)
         names = self._library.call("names")
         if cfg.name not in names:
@@ -103,6 +104,8 @@ class ReasoningGym:
         if not isinstance(score, float) or not math.isfinite(score):
             return Verdict(0.0, error=f"the scorer returned {score!r}")
         score = min(max(score, 0.0), 1.0)
+        if score < 1.0 and not self._partial_credit:
+            score = 0.0
         return Verdict(score) if score == 1.0 else Verdict(score, f"{answer[:200]!r} is not the right answer.")
 
     def reference_completion(self, problem: Problem) -> str | None:
