@@ -84,12 +84,17 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
     return 1.0 - comb(samples - right, k) / comb(samples, k)
 
 
-def majority(texts: Sequence[str], scores: Sequence[float]) -> float:
-    """maj@k: the score of the commonest answer; of equally common ones, their mean."""
-    counts = Counter(texts)
-    top = max(counts.values())
-    winners = [t for t in counts if counts[t] == top]
-    return float(np.mean([np.mean([s for t, s in zip(texts, scores, strict=True) if t == w]) for w in winners]))
+def majority(answers: Sequence[str | None], scores: Sequence[float]) -> float:
+    """maj@k: the score of the commonest answer; of equally common ones, their mean.
+
+    None does not vote; where nobody votes, the mean of all scores is taken. An answer's score is the mean of those who gave it.
+    """
+    votes = Counter(a for a in answers if a is not None)
+    if not votes:
+        return float(np.mean(scores))
+    top = max(votes.values())
+    by_answer = [[s for a, s in zip(answers, scores, strict=True) if a == w] for w in votes if votes[w] == top]
+    return float(np.mean([np.mean(s) for s in by_answer]))
 
 
 def powers(most: int) -> list[int]:

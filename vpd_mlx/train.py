@@ -22,7 +22,7 @@ from vpd_mlx.checkpoint import Checkpoint, find_checkpoint, write_checkpoint
 from vpd_mlx.collect import Batch, collect
 from vpd_mlx.config import Recipe, dump
 from vpd_mlx.errors import DataError, RunError, SourceError
-from vpd_mlx.evaluate import evaluate
+from vpd_mlx.evaluate import Measured, evaluate, measure
 from vpd_mlx.feedback import Host, Sources, add_context, build_sources
 from vpd_mlx.metrics import Clock, overlap
 from vpd_mlx.plan import check_fits, memory_limit, plan
@@ -215,6 +215,22 @@ class Trainer:
         )
         mx.clear_cache()
         return {**result, "seconds": round(time.perf_counter() - start, 3)}
+
+    def measure(self, problems: Sequence[Problem], *, greedy_only: bool = False) -> Measured:
+        """Student and teacher on these problems, a value for each."""
+        sources = self.sources.for_evaluation()
+        found = measure(
+            self.policy,
+            self.prompter,
+            self.task,
+            sources,
+            self.recipe,
+            problems,
+            progress=self.progress,
+            greedy_only=greedy_only,
+        )
+        mx.clear_cache()
+        return found
 
     def _interruptible(self) -> None:
         if self.stop.signal is not None:
