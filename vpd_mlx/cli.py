@@ -132,7 +132,15 @@ def _resumed(folder: Path, overrides: list[tuple[str, Any]], recipe: str, out: P
     return after
 
 
-MAY_CHANGE = ("steps", "evaluation.every", "checkpoint.", "memory.limit_gb", "memory.cache_limit_gb", "description")
+MAY_CHANGE = (
+    "steps",
+    "evaluation.every",
+    "checkpoint.",
+    "memory.limit_gb",
+    "memory.cache_limit_gb",
+    "description",
+    "logging.",
+)
 
 
 def _changed(before: Any, after: Any, path: str = "") -> list[str]:
