@@ -4,7 +4,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test long-test install crash-test browser-test clean
+.PHONY: train test long-test install crash-test browser-test peft-test docs-test clean
 
 train: $(VENV)/.installed
 	$(BIN)/vpd-mlx train quickstart
@@ -24,6 +24,14 @@ crash-test: $(VENV)/.installed-dev
 
 browser-test: $(VENV)/.installed-dev
 	$(BIN)/python tests/browser/check.py
+
+# transformers and peft in an environment of their own, build/peft-venv: they must give mlx-lm's answers.
+peft-test: $(VENV)/.installed-dev
+	$(BIN)/python tests/parity/peft.py
+
+# Every command that README and docs/ print, as printed.
+docs-test: $(VENV)/.installed-dev
+	$(BIN)/python tests/docs_commands.py
 
 install: $(VENV)/.installed
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import docs_commands
 import pytest
 from typer.testing import CliRunner
 
@@ -55,3 +56,51 @@ def test_every_command_explains_itself():
         result = runner.invoke(app, [name, "--help"])
         assert result.exit_code == 0
         assert len(result.output) > 200, name
+
+
+def test_commands_are_found_and_joined():
+    page = """
+```
+vpd-mlx recipes   # what there is
+some output
+vpd-mlx train a.yaml \\
+    --steps 2
+cat > a.txt <<'END'
+vpd-mlx is text here
+END
+```
+
+```
+$ make train
+vpd-mlx is output here
+$ python -m mlx_lm generate --prompt 47+38=
+85
+```
+
+```python
+python = 3
+```
+"""
+    assert docs_commands.commands(page) == [
+        "vpd-mlx recipes",
+        "vpd-mlx train a.yaml --steps 2",
+        "cat > a.txt <<'END'\nvpd-mlx is text here\nEND",
+        "make train",
+        "python -m mlx_lm generate --prompt 47+38=",
+    ]
+
+
+def test_no_exception_outlives_its_command():
+    printed = {c for page in docs_commands.PAGES for c in docs_commands.commands(page.read_text())}
+    assert set(docs_commands.EXCEPTIONS) <= printed
+    assert len(printed) > 2 * len(docs_commands.EXCEPTIONS)
+
+
+def test_a_command_that_fails_is_told_and_the_shell_is_one(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(docs_commands, "small_run", lambda folder: None)
+    page = "```\ncd docs\ncat troubleshooting.md\nvpd-mlx train --set a\ncat never\n```\n"
+    with pytest.raises(
+        SystemExit, match=r"(?s)# Troubleshooting.*\$ vpd-mlx train --set a\n.*not of the form key=value"
+    ) as e:
+        docs_commands.run_page(page)
+    assert "cat never" not in str(e.value)

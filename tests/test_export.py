@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,6 +22,7 @@ from typer.testing import CliRunner
 from vpd_mlx import export
 from vpd_mlx.cli import app
 from vpd_mlx.errors import ModelError, RunError
+from vpd_mlx.runlog import read_rows
 from vpd_mlx.train import train
 
 
@@ -60,7 +69,11 @@ def test_quantising_again_is_measured_and_warned_of(run: Path, tmp_path: Path):
 
 def test_peft_matrices_make_the_same_update(run: Path, tmp_path: Path):
     source = export.open_run(run)
-    assert export.export_peft(source, tmp_path / "out").difference < 1e-6
+    done = export.export_peft(source, tmp_path / "out")
+    assert done.difference < 1e-6
+    dequantise, load = done.commands  # the quickstart's base has 4 bits, which transformers cannot read
+    assert f"mlx_lm convert --hf-path {source.recipe.model}" in dequantise
+    assert f'from_pretrained("{tmp_path / "out"}-base")' in load
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["lora_alpha"] / config["r"] == source.recipe.lora.scale
     tensors = mx.load(str(tmp_path / "out" / "adapter_model.safetensors"))
@@ -99,6 +112,60 @@ def test_upload(run: Path, tmp_path: Path):
     assert hub.calls[1][2] == ["README.md", "adapter_config.json", "adapters.safetensors"]
     with pytest.raises(ModelError, match="'me/mine' cannot be written"):
         export.upload(tmp_path / "out", "me/mine", private=True, api=FakeHub(fail=True))
+
+
+def ask(url: str, content: str) -> str:
+    body = {"messages": [{"role": "user", "content": content}], "max_tokens": 6, "temperature": 0.0}
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)["choices"][0]["message"]["content"]
+
+
+@contextlib.contextmanager
+def server(*arguments: str, log: Path) -> Iterator[str]:
+    """mlx-lm's own server on a free port of this machine; gives the address of its chat."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "mlx_lm", "server", "--host", "127.0.0.1", "--port", str(port), *arguments]
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}/v1/chat/completions"
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
+
+
+@pytest.mark.long
+def test_a_chat_request_to_mlx_lms_server_gives_the_trained_answers(tmp_path: Path):
+    from conftest import QUICKSTART
+
+    from vpd_mlx.config import load_recipe
+    from vpd_mlx.tasks import build_task
+
+    changes = {"steps": 40, "optimizer.learning_rate": 2e-3, "evaluation.problems": 12, "evaluation.samples": 1}
+    recipe = load_recipe(QUICKSTART, list(changes.items()))
+    train(recipe, tmp_path / "run")
+    last = read_rows(tmp_path / "run" / "evals.jsonl")[-1]["greedy_by_problem"]
+    problems = build_task(recipe).held_out[:12]
+    with server(
+        "--model", recipe.model, "--adapter-path", str(tmp_path / "run" / "adapters"), log=tmp_path / "log"
+    ) as url:
+        trained = [ask(url, p.prompt) for p in problems]
+    with server("--model", recipe.model, log=tmp_path / "plain") as url:
+        plain = [ask(url, p.prompt) for p in problems]
+    right = {p.id: float(a == p.answer) for p, a in zip(problems, trained, strict=True)}
+    assert right == last
+    assert sum(right.values()) >= 4  # it did learn, so that this says something
+    assert not [p for p, a in zip(problems, plain, strict=True) if a == p.answer]
 
 
 def test_the_command(run: Path, tmp_path: Path):

@@ -14,7 +14,7 @@ ROOT = Path(vpd_mlx.__file__).parent
 LAYERS = {
     0: ["__init__", "types", "config", "errors"],
     1: ["losses", "heads", "prompts", "batching", "metrics", "progress", "prefix", "watch"],
-    2: ["tasks", "feedback", "runlog", "sandbox", "_sandbox_child", "_sandbox_values"],
+    2: ["tasks", "feedback", "runlog", "loggers", "sandbox", "_sandbox_child", "_sandbox_values"],
     3: ["policy", "rollout", "checkpoint"],
     4: ["teacher", "updates", "algos", "collect"],
     5: ["train", "evaluate", "report", "lab", "doctor", "selftest", "plan", "export"],
@@ -65,6 +65,6 @@ def test_all_lists_what_exists(path: Path):
 
 def test_nothing_downloads_or_reads_mlx_for_the_config():
     # `vpd-mlx --help` and a wrong recipe must be quick: config and errors stand without mlx.
-    for name in ("types", "config", "errors", "metrics", "batching", "runlog"):
+    for name in ("types", "config", "errors", "metrics", "batching", "runlog", "loggers"):
         source = (ROOT / f"{name}.py").read_text()
         assert "import mlx" not in source

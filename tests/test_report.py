@@ -18,9 +18,10 @@ from typer.testing import CliRunner
 from vpd_mlx.cli import app
 from vpd_mlx.config import load_recipe
 from vpd_mlx.errors import ConfigError, DataError, VpdError
+from vpd_mlx.metrics import paired
 from vpd_mlx.report.page import choose, comparison_page, json_for_html, run_page
 from vpd_mlx.report.plots import run_plots
-from vpd_mlx.report.runs import Entry, labels, load_run, paired
+from vpd_mlx.report.runs import Entry, labels, load_run
 from vpd_mlx.report.warnings import findings
 from vpd_mlx.runlog import read_rows
 from vpd_mlx.train import train
@@ -291,19 +292,6 @@ def test_a_gap_that_is_gone_and_a_student_that_got_worse(run):
     found = " ".join(findings(load_run(run)))
     assert "The student got worse: greedy 100.0 % before, 0.0 % after" in found
     assert "gap is gone" in found
-
-
-def test_paired_differences_by_hand():
-    base = {"a": 0.0, "b": 1.0, "c": 0.0, "d": 0.0, "only here": 1.0}
-    other = {"a": 1.0, "b": 1.0, "c": 1.0, "d": 0.0, "only there": 0.0}
-    p = paired(base, other)
-    assert p is not None
-    assert (p.difference, p.problems, p.better, p.worse) == (0.5, 4, 2, 0)
-    assert p.low <= 0.5 <= p.high
-    assert paired({"a": 1.0}, {"b": 1.0}) is None
-    assert paired(dict.fromkeys("abc", 0.0), dict.fromkeys("abc", 1.0)).verdict == "better"
-    assert paired(dict.fromkeys("abc", 1.0), dict.fromkeys("abc", 0.0)).verdict == "worse"
-    assert paired(dict.fromkeys("abc", 1.0), dict.fromkeys("abc", 1.0)).verdict == "within noise"
 
 
 def test_short_names_tell_runs_apart():

@@ -16,6 +16,7 @@ from rich.table import Table
 from vpd_mlx import __version__
 from vpd_mlx.commands.compare import compare
 from vpd_mlx.commands.doctor import doctor
+from vpd_mlx.commands.evaluate import evaluate
 from vpd_mlx.commands.export import export
 from vpd_mlx.commands.lab import lab
 from vpd_mlx.commands.plan import plan
@@ -131,7 +132,15 @@ def _resumed(folder: Path, overrides: list[tuple[str, Any]], recipe: str, out: P
     return after
 
 
-MAY_CHANGE = ("steps", "evaluation.every", "checkpoint.", "memory.limit_gb", "memory.cache_limit_gb", "description")
+MAY_CHANGE = (
+    "steps",
+    "evaluation.every",
+    "checkpoint.",
+    "memory.limit_gb",
+    "memory.cache_limit_gb",
+    "description",
+    "logging.",
+)
 
 
 def _changed(before: Any, after: Any, path: str = "") -> list[str]:
@@ -190,6 +199,7 @@ def _quoted(text: str) -> str:
     return shlex.quote(text)
 
 
+app.command("eval")(evaluate)
 app.command()(doctor)
 app.command()(export)
 app.command()(lab)
@@ -213,41 +223,6 @@ def recipes() -> None:
         recipe = load_recipe(path)
         table.add_row(name, recipe.algorithm, recipe.description)
     Console(highlight=False).print(table)
-
-
-@app.command("eval")
-def evaluate(
-    target: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, a model folder or a hub id.")],
-    recipe: Annotated[
-        str | None, typer.Option(help="Recipe whose task to use; a run folder has its own.", show_default="the run's")
-    ] = None,
-    sets: SetOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Accuracy on held-out problems: student avg@k and greedy, teacher under feedback."""
-    folder = Path(target)
-    is_run = (folder / MARK).is_file()
-    if is_run:
-        cfg = load_recipe(folder / MARK if recipe is None else resolve_recipe_path(recipe), overridden(sets))
-    else:
-        cfg = load_recipe(resolve_recipe_path(recipe or "quickstart"), overridden(sets, model=target))
-        local = Path(target).expanduser()
-        if local.is_dir():
-            cfg = cfg.model_copy(update={"model": str(local.resolve())})
-    from vpd_mlx.train import Trainer
-
-    with make_view(target, quiet=as_json) as view:
-        trainer = Trainer.build(cfg, view)
-        if is_run:
-            trainer.policy.load_adapter(folder / "adapters")
-        result = trainer.evaluate(0)
-    if as_json:
-        typer.echo(json.dumps(result, indent=2))
-        return
-    for key in ("student", "student_greedy", "teacher"):
-        interval = result[f"{key}_interval"]
-        shown = "" if interval is None else f"  (95 %: {percent(interval[0])} to {percent(interval[1])})"
-        typer.echo(f"{key:15} {percent(result[key])}{shown}")
 
 
 def main() -> None:

@@ -434,6 +434,16 @@ class Checkpoint(_Section):
     keep: Positive = Field(2, description="Newest checkpoints kept; the best one by evaluation is kept besides.")
 
 
+class Logging(_Section):
+    """Services that get the run's figures and recipe, never its texts. One that fails gets a note and never stops the run."""
+
+    to: list[Literal["wandb", "swanlab", "trackio", "tensorboard"]] = Field(
+        [],
+        description="Services, each an extra of its own: `pip install 'vpd-mlx[wandb]'`. Log in to them as they ask.",
+    )
+    project: str = Field("vpd-mlx", min_length=1, description="Project at wandb, swanlab or trackio.")
+
+
 class Recipe(_Section):
     """All that decides a run."""
 
@@ -460,6 +470,7 @@ class Recipe(_Section):
     memory: Memory = Memory()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
+    logging: Logging = Logging()
 
 
 # --- reading
@@ -719,6 +730,8 @@ def _contradictions(r: Recipe) -> Iterator[Fault]:
                 f"{size} is more than rollout.prompts {r.rollout.prompts}",
                 "lower it, or set it to null for the whole batch",
             )
+    if len(set(r.logging.to)) != len(r.logging.to):
+        yield Fault("logging.to", f"{r.logging.to} names a service twice", "name each once")
     if r.evaluation.patience is not None and r.evaluation.every is None:
         yield Fault("evaluation.patience", "needs evaluations on the way", "set evaluation.every, too")
     if r.algorithm == "joint" and r.hybrid.distill == 0 and r.hybrid.reward == 0:

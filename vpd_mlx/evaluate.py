@@ -1,8 +1,14 @@
-"""Held-out problems: the student's avg@k and greedy accuracy, and the teacher's under feedback on that student."""
+"""Held-out problems: the student's avg@k and greedy accuracy, and the teacher's under feedback on that student.
+
+`measure` finds one value a problem for every figure; means, intervals and differences between two models follow from these
+alone, so that two models are always compared problem by problem.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,17 +17,33 @@ from vpd_mlx.collect import Batch, collect
 from vpd_mlx.config import Recipe
 from vpd_mlx.errors import SourceError
 from vpd_mlx.feedback import Source, add_context
-from vpd_mlx.metrics import bootstrap_interval, majority, pass_at_k
+from vpd_mlx.metrics import Paired, bootstrap_interval, majority, mean, paired, pass_at_k, powers
 from vpd_mlx.policy import Policy, phase_seed
 from vpd_mlx.progress import Progress
 from vpd_mlx.prompts import Prompter
 from vpd_mlx.rollout import Sampling, generate
-from vpd_mlx.tasks import Task, examine
-from vpd_mlx.types import Problem, Rollout
+from vpd_mlx.tasks import Task, answer_of, examine
+from vpd_mlx.types import Group, Problem, Rollout
 
-__all__ = ["evaluate", "evaluation_sampling"]
+__all__ = ["Measured", "compared", "evaluate", "evaluation_sampling", "measure", "names", "sampled_figures", "summed"]
 
 Result = dict[str, Any]
+Values = dict[str, float]
+"""A figure's value by problem, 0..1."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model on a set of problems: every figure's value by problem, and what is no figure.
+
+    `student` is avg@k, `student_greedy` the likeliest completion's score, `teacher` that of one completion under the feedback on
+    the student's own, where there was feedback; `pass@j` and `maj@k` are over problems none of whose k verdicts failed.
+    """
+
+    problems: int
+    samples: int
+    figures: Mapping[str, Values]
+    facts: Mapping[str, Any]
 
 
 def evaluation_sampling(recipe: Recipe, *, greedy: bool) -> Sampling:
@@ -35,6 +57,41 @@ def evaluation_sampling(recipe: Recipe, *, greedy: bool) -> Sampling:
     )
 
 
+def names(problems: Sequence[Problem]) -> list[str]:
+    """Each problem's id; one that is there already gets a number behind it, so that no problem hides another."""
+    seen: Counter[str] = Counter()
+    out = []
+    for problem in problems:
+        seen[problem.id] += 1
+        out.append(problem.id if seen[problem.id] == 1 else f"{problem.id} ({seen[problem.id]})")
+    return out
+
+
+def sampled_figures(task: Task, named: Mapping[str, Group], k: int) -> dict[str, Values]:
+    """avg@k, pass@j for j = 1, 2, 4 … k, and maj@k, by problem."""
+    full = {n: g.rollouts for n, g in named.items() if len(g.rollouts) == k}
+    figures = {"student": {n: float(np.mean(_scores(g.rollouts))) for n, g in named.items() if g.rollouts}}
+    for j in powers(k):
+        figures[f"pass@{j}"] = {n: pass_at_k(k, sum(r.success for r in rows), j) for n, rows in full.items()}
+    figures[f"maj@{k}"] = {n: majority([answer_of(task, r.text) for r in g], _scores(g)) for n, g in full.items()}
+    return figures
+
+
+def summed(measured: Measured, *, at: Sequence[str] | None = None) -> Result:
+    """Mean and 95 % interval of each figure, of those in `at` where given; None where a figure has no data."""
+    out: Result = {"problems": measured.problems, "samples": measured.samples}
+    for name in measured.figures if at is None else at:
+        values = list(measured.figures.get(name, {}).values())
+        out |= {name: mean(values), f"{name}_interval": bootstrap_interval(values)}
+    return {**out, **measured.facts}
+
+
+def compared(base: Measured, other: Measured) -> dict[str, Paired]:
+    """`other` less `base` in each figure that both have, paired by problem."""
+    both = {n: paired(base.figures[n], other.figures[n]) for n in other.figures if n in base.figures}
+    return {name: difference for name, difference in both.items() if difference is not None}
+
+
 def evaluate(
     policy: Policy,
     prompter: Prompter,
@@ -45,19 +102,42 @@ def evaluate(
     step: int,
     progress: Progress,
 ) -> Result:
-    """Accuracy on held-out problems.
+    """A row of `evals.jsonl`: the held-out problems' figures with their intervals.
 
-    `student` is avg@k over sampled completions, `student_greedy` that of the likeliest one, `teacher` that of one completion
-    per problem sampled under the feedback on the student's own completion, over the problems where there is feedback;
-    `student_there` is the student's avg@k on those, so that the gap compares like with like. Scores in 0..1; intervals are
-    95 % bootstrap intervals over problems. Each key that has no data is None.
+    `student_there` is the student's avg@k on the problems where the teacher heard feedback, so that `gap`, teacher less student,
+    compares like with like.
 
     Raises:
         SourceError: the verifier failed on more than half of the completions.
     """
     problems = task.held_out[: recipe.evaluation.problems]
-    seed = phase_seed(recipe.seed, 0, "evaluation")  # every evaluation of a run draws alike
+    found = measure(policy, prompter, task, sources, recipe, problems, progress=progress)
     k = recipe.evaluation.samples
+    row = summed(found, at=("student", "student_greedy", "teacher", f"pass@{k}", f"maj@{k}"))
+    return {"step": step, **row, "greedy_by_problem": found.figures["student_greedy"]}
+
+
+def measure(
+    policy: Policy,
+    prompter: Prompter,
+    task: Task,
+    sources: Mapping[str, Source],
+    recipe: Recipe,
+    problems: Sequence[Problem],
+    *,
+    progress: Progress,
+    greedy_only: bool = False,
+) -> Measured:
+    """Student and teacher on these problems, by the weights that the policy has now.
+
+    With `greedy_only` nothing is sampled: the student's one completion is the likeliest, and so is the teacher's.
+
+    Raises:
+        SourceError: the verifier failed on more than half of the completions.
+    """
+    seed = phase_seed(recipe.seed, 0, "evaluation")  # every evaluation of a run draws alike
+    k = 1 if greedy_only else recipe.evaluation.samples
+    keys = names(problems)
 
     def run(name: str, samples: int, greedy: bool) -> Batch:
         batch = collect(
@@ -75,72 +155,48 @@ def evaluate(
             raise SourceError(f"the verifier failed on {len(batch.failures)} completions, first {batch.failures[0]}")
         return batch
 
-    sampled = run("student", k, False)
+    sampled = None if greedy_only else run("student", k, False)
     greedy = run("greedy", 1, True)
-    teacher = _teacher(policy, prompter, task, sources, recipe, sampled, phase_seed(seed, 0, "teacher"), progress)
-    by_problem = [[_score(r) for r in g.rollouts] for g in sampled.groups if g.rollouts]
-    means = [float(np.mean(scores)) for scores in by_problem]
-    greedy_scores = [_score(r) for r in greedy.rollouts]
-    full = [g for g in sampled.groups if len(g.rollouts) == k]
-    return {
-        "step": step,
-        "problems": len(problems),
-        "samples": k,
-        "student": _mean(means),
-        "student_interval": bootstrap_interval(means),
-        "student_greedy": _mean(greedy_scores),
-        "student_greedy_interval": bootstrap_interval(greedy_scores),
-        **teacher,
-        f"pass@{k}": _mean([pass_at_k(k, sum(r.success for r in g.rollouts), k) for g in full]),
-        f"maj@{k}": _mean([majority([r.text for r in g.rollouts], [_score(r) for r in g.rollouts]) for g in full]),
-        "length": _mean([float(len(r.tokens)) for r in sampled.rollouts]),
-        "truncated": _mean([float(r.finish == "length") for r in sampled.rollouts]),
-        "verifier_failures": len(sampled.failures) + len(greedy.failures),
-        "greedy_by_problem": {g.problem.id: _score(g.rollouts[0]) for g in greedy.groups if g.rollouts},
+    student = greedy if sampled is None else sampled
+    groups = add_context(sources, student.groups, prompter, recipe.feedback)
+    how = evaluation_sampling(recipe, greedy=greedy_only)
+    named = dict(zip(keys, groups, strict=True))
+    teacher = _teacher(policy, task, named, how, phase_seed(seed, 0, "teacher"), progress)
+    alone = {n: g.rollouts for n, g in zip(keys, greedy.groups, strict=True) if g.rollouts}
+    figures = {} if sampled is None else sampled_figures(task, named, k)
+    figures |= {"student_greedy": {n: _scores(rollouts)[0] for n, rollouts in alone.items()}, "teacher": teacher}
+    gap = paired(figures["student_greedy" if sampled is None else "student"], teacher)
+    facts = {
+        "teacher_problems": len(teacher),
+        "contexts_failed": sum(bool(r.source_errors) for g in groups for r in g.rollouts),
+        "student_there": None if gap is None else float(np.mean(list(teacher.values()))) - gap.difference,
+        "gap": None if gap is None else gap.difference,
+        "gap_interval": None if gap is None else (gap.low, gap.high),
+        "length": mean([float(len(r.tokens)) for r in student.rollouts]),
+        "truncated": mean([float(r.finish == "length") for r in student.rollouts]),
+        "verifier_failures": len(greedy.failures) + (0 if sampled is None else len(sampled.failures)),
     }
+    return Measured(len(problems), k, figures, facts)
 
 
 def _teacher(
-    policy: Policy,
-    prompter: Prompter,
-    task: Task,
-    sources: dict[str, Source],
-    recipe: Recipe,
-    sampled: Batch,
-    seed: int,
-    progress: Progress,
-) -> Result:
-    """The teacher on one completion per problem: the first that got a context."""
-    groups = add_context(sources, sampled.groups, prompter, recipe.feedback)
-    chosen: list[tuple[Problem, tuple[int, ...], float]] = []
-    for group in groups:
+    policy: Policy, task: Task, named: Mapping[str, Group], how: Sampling, seed: int, progress: Progress
+) -> Values:
+    """The teacher on one completion per problem, the first that got a context: its score by problem."""
+    chosen: list[tuple[str, Problem, tuple[int, ...]]] = []
+    for name, group in named.items():
         prompt = next((r.teacher_prompt for r in group.rollouts if r.teacher_prompt is not None), None)
         if prompt is not None:
-            chosen.append((group.problem, prompt, float(np.mean([_score(r) for r in group.rollouts]))))
+            chosen.append((name, group.problem, prompt))
     scores: dict[int, float] = {}
     if chosen:
-        how = evaluation_sampling(recipe, greedy=False)
-        for p, _, rollout in generate(policy, [prompt for _, prompt, _ in chosen], 1, how, seed):
-            verdict = examine(task, chosen[p][0], rollout.text)
+        for p, _, rollout in generate(policy, [prompt for *_, prompt in chosen], 1, how, seed):
+            verdict = examine(task, chosen[p][1], rollout.text)
             if verdict.error is None:
                 scores[p] = verdict.score
             progress.phase("evaluation, teacher", len(scores), len(chosen))
-    values = [scores[p] for p in sorted(scores)]
-    there = _mean([chosen[p][2] for p in sorted(scores)])
-    teacher = _mean(values)
-    return {
-        "teacher": teacher,
-        "teacher_interval": bootstrap_interval(values),
-        "teacher_problems": len(values),
-        "contexts_failed": sum(bool(r.source_errors) for g in groups for r in g.rollouts),
-        "student_there": there,
-        "gap": None if teacher is None or there is None else teacher - there,
-    }
+    return {chosen[p][0]: scores[p] for p in sorted(scores)}
 
 
-def _score(rollout: Rollout) -> float:
-    return rollout.verdict.score if rollout.verdict is not None else 0.0
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if values else None
+def _scores(rollouts: Sequence[Rollout]) -> list[float]:
+    return [r.verdict.score if r.verdict is not None else 0.0 for r in rollouts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -214,8 +215,19 @@ def export_peft(run: Run, out: Path) -> Export:
             worst = max(worst, float(np.abs(np.array(update) - np.array((lora.scale * (a @ b)).T)).max()))
     if worst > 1e-5:
         raise RunError(f"{out}: the update read back differs by {worst:.2g}; keep to the run's own adapters")
-    code = f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "{out}")'
-    return Export(out, worst, 0.0, (code,))
+    return Export(out, worst, 0.0, _peft_commands(run, out))
+
+
+def _peft_commands(run: Run, out: Path) -> tuple[str, ...]:
+    """How transformers loads it. It cannot read weights that MLX quantised: those are dequantised first."""
+    base, steps = run.recipe.model, []
+    if any(hasattr(m, "bits") for m in run.policy.model.modules()):
+        steps.append(
+            f"python -m mlx_lm convert --hf-path {shlex.quote(base)} --mlx-path {shlex.quote(f'{out}-base')} -d"
+        )
+        base = f"{out}-base"
+    code = f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{out}")'
+    return (*steps, code)
 
 
 def upload(folder: Path, repo: str, *, private: bool, api: HfApi | None = None) -> str:

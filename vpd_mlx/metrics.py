@@ -5,15 +5,29 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import comb
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Clock", "auc", "bootstrap_interval", "correlation", "majority", "mean", "overlap", "pass_at_k"]
+__all__ = [
+    "Clock",
+    "Paired",
+    "auc",
+    "bootstrap_interval",
+    "correlation",
+    "majority",
+    "mean",
+    "overlap",
+    "paired",
+    "pass_at_k",
+    "powers",
+]
 
 Floats = Sequence[float] | npt.NDArray[np.floating]
+Z95 = 1.959964  # the normal distribution's 97.5 % quantile
 
 
 class Clock:
@@ -70,25 +84,75 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
     return 1.0 - comb(samples - right, k) / comb(samples, k)
 
 
-def majority(texts: Sequence[str], scores: Sequence[float]) -> float:
-    """maj@k: the score of the commonest answer; of equally common ones, their mean."""
-    counts = Counter(texts)
-    top = max(counts.values())
-    winners = [t for t in counts if counts[t] == top]
-    return float(np.mean([np.mean([s for t, s in zip(texts, scores, strict=True) if t == w]) for w in winners]))
+def majority(answers: Sequence[str | None], scores: Sequence[float]) -> float:
+    """maj@k: the score of the commonest answer; of equally common ones, their mean.
+
+    None does not vote; where nobody votes, the mean of all scores is taken. An answer's score is the mean of those who gave it.
+    """
+    votes = Counter(a for a in answers if a is not None)
+    if not votes:
+        return float(np.mean(scores))
+    top = max(votes.values())
+    by_answer = [[s for a, s in zip(answers, scores, strict=True) if a == w] for w in votes if votes[w] == top]
+    return float(np.mean([np.mean(s) for s in by_answer]))
+
+
+def powers(most: int) -> list[int]:
+    """1, 2, 4 … and `most` itself: the k at which pass@k is worth telling of `most` samples."""
+    return sorted({most, *(2**i for i in range(most.bit_length()))})
 
 
 def bootstrap_interval(
-    values: Floats, *, level: float = 0.95, draws: int = 2000, seed: int = 0
+    values: Floats, *, bounds: tuple[float, float] = (0.0, 1.0), draws: int = 2000, seed: int = 0
 ) -> tuple[float, float] | None:
-    """Percentile interval of the mean, resampling problems: (low, high), or None of nothing."""
+    """95 % percentile interval of the mean, resampling problems: (low, high), or None of nothing.
+
+    Where all n values agree, resampling them would claim a width of zero. Wilson's interval is taken instead: with 95 %
+    confidence at most a share w = z² / (n + z²) of all problems has another value, which lies within `bounds` at worst.
+    """
     if not len(values):
         return None
-    rng = np.random.default_rng(seed)
     data = np.asarray(values, np.float64)
+    if data.min() == data.max():
+        value, rest = float(data[0]), Z95**2 / (len(data) + Z95**2)
+        return value - rest * (value - bounds[0]), value + rest * (bounds[1] - value)
+    rng = np.random.default_rng(seed)
     means = data[rng.integers(0, len(data), (draws, len(data)))].mean(axis=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Mean difference over problems that both sides answered, with its 95 % bootstrap interval. Scores in 0..1."""
+
+    difference: float
+    low: float
+    high: float
+    problems: int
+    better: int
+    worse: int
+
+    @property
+    def verdict(self) -> str:
+        """`better`, `worse`, or `within noise` where the interval holds 0."""
+        if self.low > 0:
+            return "better"
+        return "worse" if self.high < 0 else "within noise"
+
+
+def paired(base: Mapping[str, float], other: Mapping[str, float]) -> Paired | None:
+    """`other` less `base`, problem by problem; None where they have no problem in common.
+
+    What is resampled are the differences: that some problems are harder than others widens the interval of each side, and
+    not this one.
+    """
+    differences = [other[p] - base[p] for p in base if p in other]
+    between = bootstrap_interval(differences, bounds=(-1.0, 1.0))
+    if between is None:
+        return None
+    d = np.asarray(differences)
+    return Paired(float(d.mean()), *between, len(d), int((d > 0).sum()), int((d < 0).sum()))
 
 
 def overlap(text: str, source: str, n: int = 4) -> float:

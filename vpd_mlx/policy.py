@@ -35,7 +35,7 @@ from vpd_mlx.heads import Head, chunk_size, map_tokens
 from vpd_mlx.prefix import Capture, extended
 from vpd_mlx.types import Row
 
-__all__ = ["Adapter", "Policy", "phase_seed"]
+__all__ = ["Adapter", "Policy", "lora_of", "phase_seed"]
 
 Adapter = dict[str, mx.array]
 """Name -> tensor of every LoRA matrix, float32."""
@@ -369,6 +369,37 @@ class Policy:
                 f"{folder}: the adapter cannot be written ({error}); free space or mend the permissions, then go on with "
                 "--resume"
             ) from error
+
+
+def lora_of(folder: Path) -> Lora:
+    """The LoRA settings of an adapter folder in mlx-lm's format, whoever trained it.
+
+    Raises:
+        ModelError: there is none, it is not LoRA, or its settings cannot be read.
+    """
+    path = folder / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kind, parameters = config.get("fine_tune_type", "lora"), config["lora_parameters"]
+        if kind != "lora":
+            raise ModelError(f"{path}: fine_tune_type is {kind!r}; only LoRA adapters can be evaluated")
+        return Lora(
+            rank=parameters["rank"],
+            scale=float(parameters["scale"]),
+            dropout=float(parameters.get("dropout", 0.0)),
+            layers=config["num_layers"],
+            keys=parameters.get("keys"),
+        )
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror}); give an adapter folder of mlx-lm's") from None
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:  # ValueError: JSON, or a value that LoRA cannot have
+        what = " ".join(str(error).split())
+        raise ModelError(f"{path}: is no adapter's config ({type(error).__name__}: {what}); export it anew") from None
 
 
 def _per_row(values: Any, rows: Sequence[Row]) -> list[Any]:

@@ -22,8 +22,9 @@ from vpd_mlx.checkpoint import Checkpoint, find_checkpoint, write_checkpoint
 from vpd_mlx.collect import Batch, collect
 from vpd_mlx.config import Recipe, dump
 from vpd_mlx.errors import DataError, RunError, SourceError
-from vpd_mlx.evaluate import evaluate
+from vpd_mlx.evaluate import Measured, evaluate, measure
 from vpd_mlx.feedback import Host, Sources, add_context, build_sources
+from vpd_mlx.loggers import Told
 from vpd_mlx.metrics import Clock, overlap
 from vpd_mlx.plan import check_fits, memory_limit, plan
 from vpd_mlx.policy import Policy, phase_seed
@@ -216,6 +217,22 @@ class Trainer:
         mx.clear_cache()
         return {**result, "seconds": round(time.perf_counter() - start, 3)}
 
+    def measure(self, problems: Sequence[Problem], *, greedy_only: bool = False) -> Measured:
+        """Student and teacher on these problems, a value for each."""
+        sources = self.sources.for_evaluation()
+        found = measure(
+            self.policy,
+            self.prompter,
+            self.task,
+            sources,
+            self.recipe,
+            problems,
+            progress=self.progress,
+            greedy_only=greedy_only,
+        )
+        mx.clear_cache()
+        return found
+
     def _interruptible(self) -> None:
         if self.stop.signal is not None:
             raise _Interrupted
@@ -321,7 +338,8 @@ def train(
         VpdError: before anything is written, when something is unusable; later, with a checkpoint left behind, when a
             source fails throughout, numbers are not finite, or the disk is full.
     """
-    progress = progress or Silent()
+    told = Told(progress or Silent(), recipe.logging)
+    progress = told
     started = time.perf_counter()
     refuse_what_cannot_fit(recipe)
     trainer = Trainer.build(recipe, progress, stop)
@@ -333,9 +351,11 @@ def train(
         if resume:
             write_atomic(out / "config.yaml", dump(recipe))
         trainer.sources.open(out)
+        told.open(out, recipe.model_dump(mode="json"))
         return _run(trainer, log, resume, started)
     finally:
         trainer.sources.close()
+        told.close()
         log.close()
 
 

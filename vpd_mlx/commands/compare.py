@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from vpd_mlx.errors import ConfigError, Fault
-from vpd_mlx.report.runs import Run, figures, labels, load_run, paired, points, steps
+from vpd_mlx.metrics import paired
+from vpd_mlx.report.runs import Run, figures, labels, load_run, points, steps
 
 __all__ = ["compare"]
 

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from vpd_mlx.errors import ConfigError, Fault
+from vpd_mlx.metrics import Paired, paired
 from vpd_mlx.report.plots import Plot, comparison_plots, legend_colors, run_plots
-from vpd_mlx.report.runs import NO_CONTEXT, Entry, Paired, Run, figures, flat, number, paired, points, share, steps
+from vpd_mlx.report.runs import NO_CONTEXT, Entry, Run, figures, flat, number, points, share, steps
 from vpd_mlx.report.warnings import findings
 from vpd_mlx.runlog import write_atomic
 

@@ -10,24 +10,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from vpd_mlx.errors import ConfigError, DataError, Fault
-from vpd_mlx.metrics import bootstrap_interval
+from vpd_mlx.metrics import Paired, paired
 from vpd_mlx.runlog import MARK
 
 __all__ = [
     "NO_CONTEXT",
     "Entry",
-    "Paired",
     "Run",
     "figures",
     "flat",
     "labels",
     "load_run",
     "number",
-    "paired",
     "points",
     "share",
     "spread",
@@ -241,35 +238,6 @@ def interval(row: Mapping[str, Any], key: str) -> tuple[float, float] | None:
         return None
     low, high = number(both[0]), number(both[1])
     return None if low is None or high is None else (low, high)
-
-
-@dataclass(frozen=True)
-class Paired:
-    """Mean difference over problems that both sides answered, with its 95 % bootstrap interval. Scores in 0..1."""
-
-    difference: float
-    low: float
-    high: float
-    problems: int
-    better: int
-    worse: int
-
-    @property
-    def verdict(self) -> str:
-        """`better`, `worse`, or `within noise` where the interval holds 0."""
-        if self.low > 0:
-            return "better"
-        return "worse" if self.high < 0 else "within noise"
-
-
-def paired(base: Mapping[str, float], other: Mapping[str, float]) -> Paired | None:
-    """`other` less `base`, problem by problem; None where they have no problem in common."""
-    differences = [other[p] - base[p] for p in base if p in other]
-    between = bootstrap_interval(differences)
-    if between is None:
-        return None
-    d = np.asarray(differences)
-    return Paired(float(d.mean()), *between, len(d), int((d > 0).sum()), int((d < 0).sum()))
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

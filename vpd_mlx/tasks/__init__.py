@@ -16,7 +16,7 @@ from vpd_mlx.config import (
 )
 from vpd_mlx.errors import DataError
 from vpd_mlx.tasks.addition import Addition
-from vpd_mlx.tasks.base import Exam, Task, examine
+from vpd_mlx.tasks.base import Answering, Exam, Task, answer_of, examine
 from vpd_mlx.tasks.code import Code
 from vpd_mlx.tasks.exact import Exact
 from vpd_mlx.tasks.json_schema import JsonSchema
@@ -26,7 +26,7 @@ from vpd_mlx.tasks.python_file import PythonFile
 from vpd_mlx.tasks.reasoning_gym import ReasoningGym
 from vpd_mlx.tasks.regex import Regex
 
-__all__ = ["Exam", "Task", "build_task", "examine", "notices", "prove"]
+__all__ = ["Answering", "Exam", "Task", "answer_of", "build_task", "examine", "notices", "prove"]
 
 
 def build_task(recipe: Recipe) -> Task:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
+from vpd_mlx.tasks.answers import spoken
 from vpd_mlx.types import Problem, Verdict
 
-__all__ = ["Exam", "Task", "examine"]
+__all__ = ["Answering", "Exam", "Task", "answer_of", "examine"]
 
 
 class Task(Protocol):
@@ -38,3 +39,16 @@ class Exam(Protocol):
 def examine(task: Task, problem: Problem, completion: str) -> Verdict:
     """Grade one completion for evaluation: by the task's `evaluate` where it has one, else by its `verify`."""
     return task.evaluate(problem, completion) if isinstance(task, Exam) else task.verify(problem, completion)
+
+
+@runtime_checkable
+class Answering(Protocol):
+    """A task whose completions end in an answer that is shorter than they are."""
+
+    def answer_in(self, completion: str) -> str | None:
+        """The answer alone; None where there is none."""
+
+
+def answer_of(task: Task, completion: str) -> str | None:
+    """What a completion votes for in maj@k: its final answer, or its whole text where the task tells none apart."""
+    return task.answer_in(completion) if isinstance(task, Answering) else spoken(completion).strip()

@@ -56,6 +56,10 @@ class Math:
             return Verdict(0.0, error=f"cannot compare {got[:80]!r} with {gold[:80]!r}: {error}")
         return Verdict(1.0) if equal else Verdict(0.0, f"{got[:200]} is not the answer.")
 
+    def answer_in(self, completion: str) -> str | None:
+        """The final answer as it is written; equal values in other words are other votes."""
+        return final_answer(spoken(completion))
+
     def reference_completion(self, problem: Problem) -> str | None:
         """The reference or the answer where it ends in a final answer, else the answer in a box."""
         for text in (problem.reference, problem.answer):

@@ -41,6 +41,11 @@ class Mcq:
             return Verdict(1.0)
         return Verdict(0.0, f"{letter[1].upper()} is not the right option.")
 
+    def answer_in(self, completion: str) -> str | None:
+        """The letter."""
+        letter = _LETTER.fullmatch(in_tag(completion, "answer") or "")
+        return None if letter is None else letter[1].upper()
+
     def reference_completion(self, problem: Problem) -> str | None:
         """The reference where it ends in an answer, else the letter in its tags."""
         if problem.reference is not None and in_tag(problem.reference, "answer") is not None:

@@ -1,0 +1,212 @@
+"""`vpd-mlx eval`: what training changed, problem by problem."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vpd_mlx.config import HUB, DatasetTask, Recipe, builtin_recipes, load_recipe, parse_set, resolve_recipe_path
+from vpd_mlx.errors import ConfigError, Fault
+from vpd_mlx.progress import Progress
+from vpd_mlx.report.runs import figures, points
+from vpd_mlx.runlog import MARK
+from vpd_mlx.view import make_view
+
+if TYPE_CHECKING:
+    from vpd_mlx.evaluate import Measured
+
+__all__ = ["evaluate"]
+
+Split = Literal["held-out", "train"]
+
+
+def evaluate(
+    target: Annotated[
+        str, typer.Argument(metavar="RUN|RECIPE|MODEL", help="A run folder, a recipe, a model folder or a hub id.")
+    ],
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Recipe whose task and limits to use.", show_default="the run's; quickstart for a model"),
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Adapter folder in mlx-lm's format.", show_default="the run's; none for a model")
+    ] = None,
+    split: Annotated[Split, typer.Option(help="Problems of this side of the task.")] = "held-out",
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Rows to evaluate on instead. None of them may be a training row."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="k: sampled completions per problem.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Sampling temperature.")] = None,
+    greedy: Annotated[
+        bool, typer.Option("--greedy", help="The likeliest completion alone; nothing is sampled.")
+    ] = False,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Problems at most.", show_default="the recipe's evaluation.problems")
+    ] = None,
+    base: Annotated[
+        bool, typer.Option(help="Evaluate the base model, too, and pair the two problem by problem.")
+    ] = True,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key of the recipe.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """How good is it? Student and teacher on problems never trained on, and what training changed.
+
+    avg@k is the mean score of k sampled completions, pass@j the chance that one of j is right (unbiased), maj@k the score of
+    the commonest answer, teacher that of the same network once it has read the feedback on the student's completion. Intervals
+    are 95 % bootstrap intervals over problems; differences to the base model are paired: the same problems, the same seed.
+    """
+    sampling = {"evaluation.samples": samples, "evaluation.temperature": temperature, "evaluation.problems": limit}
+    _check_flags(greedy, samples, temperature)
+    overrides = [*parse_set(sets or []), *((k, v) for k, v in sampling.items() if v is not None)]
+    cfg, folder = _target(target, recipe, adapter, overrides)
+    if data is not None:
+        cfg = _with_data(cfg, data, split)
+    with make_view(target, quiet=as_json) as view:
+        before, found = _measure(cfg, folder, split, base, greedy, view)
+    where = {"target": target, "model": cfg.model, "adapter": None if folder is None else str(folder)}
+    what = {"task": cfg.task.kind, "split": split, "data": data, "seed": cfg.seed}
+    how = {"temperature": 0.0 if greedy else cfg.evaluation.temperature}
+    out = {**where, **what, **how, **_summed(before, found)}
+    if as_json:
+        typer.echo(json.dumps(out, indent=2))
+        return
+    console = Console(highlight=False)
+    console.print(_table(out, list(found.figures)))
+    console.print(_caption(out))
+
+
+def _measure(
+    cfg: Recipe, folder: Path | None, split: Split, base: bool, greedy: bool, view: Progress
+) -> tuple[Measured | None, Measured]:
+    """The base model where it is to be compared with, and the model in question."""
+    # Late: MLX and the tokenizers take two seconds to load.
+    from vpd_mlx.policy import lora_of
+    from vpd_mlx.train import Trainer
+
+    if folder is not None:
+        cfg = cfg.model_copy(update={"lora": lora_of(folder)})
+    trainer = Trainer.build(cfg, view)
+    problems = (trainer.task.train if split == "train" else trainer.task.held_out)[: cfg.evaluation.problems]
+    before = None
+    try:
+        if folder is not None:
+            trainer.policy.load_adapter(folder)
+            if base:
+                with trainer.policy.adapter_off():
+                    before = trainer.measure(problems, greedy_only=greedy)
+        return before, trainer.measure(problems, greedy_only=greedy)
+    finally:
+        trainer.sources.close()
+
+
+def _summed(before: Measured | None, found: Measured) -> dict[str, Any]:
+    from vpd_mlx.evaluate import compared, summed
+
+    out = {**summed(found), "greedy_by_problem": found.figures["student_greedy"]}
+    if before is not None:
+        out["base"] = {**summed(before), "greedy_by_problem": before.figures["student_greedy"]}
+        out["difference"] = {k: {**asdict(p), "verdict": p.verdict} for k, p in compared(before, found).items()}
+    return out
+
+
+def _check_flags(greedy: bool, samples: int | None, temperature: float | None) -> None:
+    faults = [
+        Fault(flag, f"{value} means nothing with --greedy", "leave one of the two out")
+        for flag, value in (("--samples", samples), ("--temperature", temperature))
+        if greedy and value is not None
+    ]
+    if temperature == 0 and not greedy:
+        faults.append(Fault("--temperature", "0 is the likeliest completion every time", "use --greedy"))
+    if faults:
+        raise ConfigError(faults, "command line")
+
+
+def _target(
+    target: str, recipe: str | None, adapter: Path | None, overrides: list[tuple[str, Any]]
+) -> tuple[Recipe, Path | None]:
+    """The recipe to evaluate by, and the adapter's folder where there is one."""
+    folder = Path(target).expanduser()
+    if (folder / MARK).is_file():
+        own = load_recipe(folder / MARK, overrides)
+        if recipe is not None:
+            other = load_recipe(resolve_recipe_path(recipe), overrides)
+            # another task, by the model as it was trained
+            same = {k: getattr(own, k) for k in ("model", "model_revision", "thinking", "lora", "seed")}
+            own = other.model_copy(update=same)
+        return own, folder / "adapters" if adapter is None else adapter
+    if target in builtin_recipes() or (folder.is_file() and folder.suffix in (".yaml", ".yml")):
+        if recipe is not None:
+            raise ConfigError(
+                [
+                    Fault(
+                        "--recipe",
+                        f"{target} is a recipe already",
+                        "leave --recipe out, or name a run or a model first",
+                    )
+                ],
+                "command line",
+            )
+        return load_recipe(resolve_recipe_path(target), overrides), adapter
+    model = str(folder.resolve()) if folder.is_dir() else target
+    return load_recipe(resolve_recipe_path(recipe or "quickstart"), [*overrides, ("model", model)]), adapter
+
+
+def _with_data(cfg: Recipe, data: str, split: Split) -> Recipe:
+    if split == "train":
+        raise ConfigError(
+            [Fault("--data", "is for rows that were not trained on", "leave --split train out")], "command line"
+        )
+    if not isinstance(cfg.task, DatasetTask):
+        remedy = "leave it out, or name a recipe with --recipe whose rows come from a file"
+        raise ConfigError([Fault("--data", f"task {cfg.task.kind} makes its own problems", remedy)], "command line")
+    place = data if data.startswith(HUB) else str(Path(data).expanduser().resolve())
+    return cfg.model_copy(update={"task": cfg.task.model_copy(update={"eval_data": place})})
+
+
+NAMES = {"student_greedy": "student, greedy", "teacher": "teacher under feedback"}
+
+
+def _table(out: dict[str, Any], names: list[str]) -> Table:
+    """A line a figure: base, trained, difference."""
+    table = Table()
+    table.add_column("")
+    base = out.get("base")
+    alone = "base" if out["adapter"] is None else "trained"
+    for head in ("base", "trained", "difference") if base else (alone,):
+        table.add_column(head, justify="right", no_wrap=True)
+    for name in names:
+        if name == "pass@1" and all(side["pass@1"] == side["student"] for side in (base, out) if side):
+            continue  # scores are 0 or 1: it is avg@k
+        title = f"student, avg@{out['samples']}" if name == "student" else NAMES.get(name, f"student, {name}")
+        cells = [Text("\n".join(figures(side, name))) for side in ((base, out) if base else (out,))]
+        if base:
+            cells.append(Text(_difference(out["difference"].get(name))))
+        table.add_row(title, *cells)
+    return table
+
+
+def _difference(paired: dict[str, Any] | None) -> str:
+    if paired is None:
+        return "-"
+    low, high = points(paired["low"]), points(paired["high"])
+    return f"{points(paired['difference'])} {paired['verdict']}\n{low} to {high}"
+
+
+def _caption(out: dict[str, Any]) -> str:
+    """What the table does not say."""
+    where = f"rows of {out['data']}" if out["data"] else f"{out['split']} problems of task {out['task']}"
+    heard = " and ".join(str(s["teacher_problems"]) for s in (out.get("base"), out) if s is not None)
+    return (
+        f"{out['problems']} {where}. Second lines are 95 % intervals over problems. The teacher heard feedback on {heard} of "
+        "them."
+    )
