@@ -4,3 +4,4 @@ set -eu
 cd "$(dirname "$0")"
 python ../quickstart/make_model.py --recipe addition.yaml --bits 0 --out well-taught
 python ../quickstart/make_model.py --recipe addition.yaml --bits 0 --steps 700 --reading 0.08 --out badly-taught
+python make_speller.py

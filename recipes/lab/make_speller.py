@@ -71,9 +71,9 @@ def main() -> None:
     """Teach, check, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "speller")
-    parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--reading", type=float, default=0.3, help="share of samples that read the verifier's words")
-    parser.add_argument("--copying", type=float, default=0.2, help="share of samples that read a correct sibling")
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--reading", type=float, default=0.03, help="share of samples that read the verifier's words")
+    parser.add_argument("--copying", type=float, default=0.03, help="share of samples that read a correct sibling")
     arguments = parser.parse_args()
     mx.disable_compile()
     mx.random.seed(SEED)
