@@ -56,6 +56,7 @@ START = """import sys, _frozen_importlib_external as e
 child = type(sys)("child")
 exec(e.SourceFileLoader("child", sys.argv[1]).get_code("child"), child.__dict__)
 sys.exit(child.main(sys.argv[2:]))"""
+LOAD_SECONDS = 120.0  # for what a program that stays has to load, from a cold disk
 SETUP_SECONDS = 30.0  # for our own part, on a machine that is busy training
 TICK = 0.05  # seconds between looks at what the kernel does not limit for us
 PROMISES = {
@@ -180,7 +181,8 @@ class Sandbox:
         """Load a program whose functions are then called one by one. Use as a context manager, in one thread: the program
         ends with the thread that opened it.
 
-        With `per_call` wall time and output count anew for every call, for a program that stays: a library's scorer, say.
+        With `per_call` wall time and output count anew for every call, for a program that stays: a library's scorer, say. Its
+        loading has two minutes: it is not the model's, and a library read from a cold disk takes longer than any call.
         """
         return Session(self._start("serve", program, prelude), per_call)
 
@@ -285,6 +287,8 @@ class Session:
     def __init__(self, process: _Process, per_call: bool) -> None:
         self._process = process
         self._per_call = per_call
+        if per_call:
+            process.granted_s = LOAD_SECONDS
         self._loaded = False
         self._end: Result | None = None
 
@@ -366,6 +370,7 @@ class _Process:
         stdin: str,
     ) -> None:
         self.limits = limits
+        self.granted_s = limits.wall_s
         self._ready = False
         self._forced: Ended | None = None
         self._failure: Failure | None = None
@@ -434,6 +439,7 @@ class _Process:
         for text in self._text.values():
             text.clear()
         if self._ready:
+            self.granted_s = self.limits.wall_s
             self._deadline = time.monotonic() + self.limits.wall_s
 
     def next_frame(self) -> tuple[bytes, bytes] | None:
@@ -486,7 +492,7 @@ class _Process:
         if code is not None and code < 0:
             code = 128 - code
         if self._forced == "timeout":
-            return "timeout", Failure("Timeout", f"took longer than {limits.wall_s:g} s")
+            return "timeout", Failure("Timeout", f"took longer than {self.granted_s:g} s")
         if self._forced is None and code == 128 + signal.SIGXCPU:
             return "timeout", Failure("Timeout", f"took more than {limits.cpu_s} s of processor time")
         if self._forced == "output":
@@ -550,7 +556,7 @@ class _Process:
                 if letter == b"R":
                     self._ready = True
                     self._started = time.monotonic()
-                    self._deadline = self._started + self.limits.wall_s
+                    self._deadline = self._started + self.granted_s
                 else:
                     self._setup_fault = body.decode("utf-8", "replace")
             elif letter == b"E":
