@@ -1,7 +1,7 @@
 """How much memory a run will take at most, phase by phase, from the model's config alone.
 
-Nothing of the model is loaded: networks of one and of two of its blocks, with random weights of its shapes, type and bits, go
-through the very code of an update at the recipe's longest prompts and completions. What the second block adds, every further
+Nothing of the model is loaded: networks of two and of three of its blocks, with random weights of its shapes, type and bits, go
+through the very code of an update at the recipe's longest prompts and completions. What the third block adds, every further
 block adds, so the whole follows; the caches of the rollout phase follow from the shapes of keys and values.
 """
 
@@ -145,6 +145,10 @@ def _samples(recipe: Recipe, prompt: int, teacher_prompt: int, completion: int, 
     return out
 
 
+def _grown(positions: int) -> int:
+    return -(-positions // CACHE_STEP) * CACHE_STEP
+
+
 def _measured(run: Callable[[], object]) -> int:
     mx.clear_cache()
     mx.reset_peak_memory()
@@ -153,12 +157,16 @@ def _measured(run: Callable[[], object]) -> int:
 
 
 def _update_peak(recipe: Recipe, policy: Policy, samples: Sequence[Sample]) -> int:
-    """Peak bytes of the recipe's updates on these samples: the real code, from fresh optimizers on."""
+    """Peak bytes of the recipe's updates on these samples: the real code, with the optimizers' moments there from the start."""
     teacher = Teacher(recipe.teacher, "live" if recipe.algorithm != "sdpo" else "ema", policy)
     if recipe.algorithm == "grpo":
         learner = Learner(recipe.optimizer)
+        learner.prepare(policy)
         return _measured(lambda: policy_gradient_update(policy, samples, learner, recipe.grpo, seed=0))
     e, m = Learner(recipe.optimizer), Learner(recipe.optimizer)
+    m.prepare(policy)
+    if recipe.algorithm == "vpd":
+        e.prepare(policy)
 
     def both() -> None:
         if recipe.algorithm == "vpd":
@@ -188,7 +196,8 @@ def plan(recipe: Recipe, *, prompt: int | None = None, context: int | None = Non
     try:
         blocks = int(config["num_hidden_layers"])
         vocabulary = int(config["vocab_size"])
-        found = [_probe(recipe, config, n, longest, teacher_prompt, vocabulary) for n in (1, 2)]
+        few = 2 if blocks > 2 else 1  # the first block hides behind the head's own peak
+        found = [_probe(recipe, config, n, longest, teacher_prompt, vocabulary) for n in (few, few + 1)]
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ModelError(
             f"model: {recipe.model!r} cannot be planned for ({type(error).__name__}: {error}); it needs a dense architecture "
@@ -197,12 +206,14 @@ def plan(recipe: Recipe, *, prompt: int | None = None, context: int | None = Non
 
     def whole(key: str) -> int:
         one, two = found[0][key], found[1][key]
-        return int(one + (blocks - 1) * (two - one))
+        return int(one + (blocks - few) * (two - one))
 
     weights, adapter = whole("weights"), whole("adapter")
     decoded = min(rows, recipe.memory.rollout_rows or rows)
-    length = -(-(longest + rollout.max_completion_tokens) // CACHE_STEP) * CACHE_STEP
+    length = _grown(longest + rollout.max_completion_tokens)
     cache = whole("cache_per_token") * length * decoded
+    # a prompt's own cache, from which its rows' are made
+    prompts = whole("cache_per_token") * _grown(longest) * -(-decoded // rollout.group_size)
     # while one block's cache grows, its old and its new copy stand side by side
     growth = (found[1]["cache_per_token"] - found[0]["cache_per_token"]) * length * decoded
     logits = 3 * 4 * vocabulary * decoded
@@ -211,7 +222,7 @@ def plan(recipe: Recipe, *, prompt: int | None = None, context: int | None = Non
         weights=weights,
         adapter=adapter,
         phases={
-            "rollout": weights + adapter + optimizers + cache + growth + logits,
+            "rollout": weights + adapter + optimizers + cache + prompts + growth + logits,
             "update": whole("update"),
         },
         blocks=blocks,
@@ -232,7 +243,7 @@ def _probe(
     memory = recipe.memory
     policy = Policy(model, _NoTokenizer(), recipe.model, micro_batch_tokens=memory.micro_batch_tokens)
     policy._head_chunk = memory.head_chunk
-    # `lora.layers` counts from the last block; of one or two blocks all are adapted, as all would be.
+    # `lora.layers` counts from the last block; of two or three blocks all are adapted, as all would be.
     policy.adapt(recipe.lora.model_copy(update={"layers": -1}), 0)
     cache = make_prompt_cache(model)
     model(mx.array([[1, 2, 3, 4]]), cache=cache)

@@ -110,6 +110,11 @@ class Learner:
             bias_correction=True,  # off by default in mlx
         )
 
+    def prepare(self, policy: Policy) -> None:
+        """Make room for the moments now, not in the first update."""
+        self._adam.init(policy.model.trainable_parameters())
+        mx.eval(self._adam.state)
+
     def apply(self, policy: Policy, gradients: Any) -> Metrics:
         """Move the policy's adapter by one update; returns `grad_norm`, `rate` and `applied`."""
         norm = math.sqrt(sum(float(mx.square(g).sum()) for _, g in tree_flatten(gradients)))
