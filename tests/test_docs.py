@@ -104,3 +104,11 @@ def test_a_command_that_fails_is_told_and_the_shell_is_one(monkeypatch: pytest.M
     ) as e:
         docs_commands.run_page(page)
     assert "cat never" not in str(e.value)
+
+
+@pytest.mark.long
+def test_a_newcomers_own_task_takes_no_more_than_ten_commands():
+    text = (ROOT / "docs" / "first-task.md").read_text(encoding="utf-8")
+    assert len(docs_commands.commands(text)) <= 10
+    ran, left = docs_commands.run_page(text)
+    assert (ran, left) == (9, 1)  # all but the clone
