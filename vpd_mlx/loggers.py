@@ -28,6 +28,7 @@ from typing import Any
 from vpd_mlx.config import Logging
 from vpd_mlx.errors import ConfigError, Fault
 from vpd_mlx.progress import Progress
+from vpd_mlx.types import Rollout
 
 __all__ = ["MODULES", "SERVICES", "Told", "main", "numbers"]
 
@@ -129,6 +130,10 @@ class Told:
         """Passed on, and sent."""
         self._progress.step(step, steps, metrics, seconds_left)
         self._send(step, dict(numbers(metrics)))
+
+    def sample(self, prompt: str, rollout: Rollout) -> None:
+        """Passed on; texts go to no service."""
+        self._progress.sample(prompt, rollout)
 
     def evaluation(self, step: int, result: Mapping[str, Any]) -> None:
         """Passed on, and sent."""

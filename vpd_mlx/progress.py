@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
+from vpd_mlx.types import Rollout
+
 __all__ = ["Progress", "Silent"]
 
 
@@ -20,6 +22,9 @@ class Progress(Protocol):
 
     def step(self, step: int, steps: int, metrics: Mapping[str, Any], seconds_left: float) -> None:
         """A step is complete."""
+
+    def sample(self, prompt: str, rollout: Rollout) -> None:
+        """A completion of the step in progress, graded and with its context, and the user's words that it answers."""
 
     def evaluation(self, step: int, result: Mapping[str, Any]) -> None:
         """An evaluation is complete."""
@@ -38,6 +43,9 @@ class Silent:
         """Nothing."""
 
     def step(self, step: int, steps: int, metrics: Mapping[str, Any], seconds_left: float) -> None:
+        """Nothing."""
+
+    def sample(self, prompt: str, rollout: Rollout) -> None:
         """Nothing."""
 
     def evaluation(self, step: int, result: Mapping[str, Any]) -> None:

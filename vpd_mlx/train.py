@@ -152,7 +152,14 @@ class Trainer:
             self.progress.phase("feedback")
             groups = add_context(self.sources, batch.groups, self.prompter, self.recipe.feedback)
         self._say_failures(groups)
+        self._show_one(groups)
         return batch, groups
+
+    def _show_one(self, groups: Sequence[Group]) -> None:
+        """To whoever watches: a failure of which something was said, where there is one."""
+        told = [(g, r) for g in groups for r in g.rollouts if r.context is not None and not r.success]
+        for group, rollout in (told or [(g, r) for g in groups for r in g.rollouts])[:1]:
+            self.progress.sample(group.problem.messages[-1]["content"], rollout)
 
     def _say_failures(self, groups: Sequence[Group]) -> None:
         for name in self.sources:

@@ -15,9 +15,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from vpd_mlx.types import Rollout
+
 __all__ = ["LiveView", "PlainView", "QuietView", "duration", "make_view", "percent", "step_line"]
 
 PLAIN_EVERY = 10.0  # seconds between lines when nobody watches a terminal
+WORTH_SAYING = 3.0  # seconds: of shorter phases nobody wants to know how long they take
+SAMPLE_LINES = 14
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -99,6 +103,9 @@ class QuietView:
     def step(self, step: int, steps: int, metrics: Mapping[str, Any], seconds_left: float) -> None:
         """Nothing."""
 
+    def sample(self, prompt: str, rollout: Rollout) -> None:
+        """Nothing."""
+
     def evaluation(self, step: int, result: Mapping[str, Any]) -> None:
         """Nothing."""
 
@@ -139,6 +146,9 @@ class LiveView:
         self._console = console
         self._title = title
         self._phase: tuple[str, int, int | None] = ("loading", 0, None)
+        self._began = time.monotonic()
+        self._took: dict[str, float] = {}  # seconds that each phase took when it was last through
+        self._sample: tuple[str, Rollout] | None = None
         self._step: tuple[int, int, Mapping[str, Any], float] | None = None
         self._curves: dict[str, list[float]] = {}
         self._live = Live(console=console, get_renderable=self._draw, refresh_per_second=8, transient=True)
@@ -158,7 +168,16 @@ class LiveView:
 
     def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
         """What is going on."""
+        before = self._phase[0]
+        if name != before:
+            now = time.monotonic()
+            self._took[before] = now - self._began
+            self._began = now
         self._phase = (name, done, total)
+
+    def sample(self, prompt: str, rollout: Rollout) -> None:
+        """What is shown below the curves until the next one comes."""
+        self._sample = (prompt, rollout)
 
     def step(self, step: int, steps: int, metrics: Mapping[str, Any], seconds_left: float) -> None:
         """New figures."""
@@ -188,14 +207,26 @@ class LiveView:
         finally:
             self._live.start(refresh=True)
 
+    def _phase_text(self) -> str:
+        """The phase, how far it is, and the time that it still takes, where that is worth saying."""
+        name, done, total = self._phase
+        spent = time.monotonic() - self._began
+        text, left = name, None
+        if total:
+            text += f" {done}/{total}"
+            left = spent / done * (total - done) if done else None
+        if left is None and name in self._took:
+            left = max(0.0, self._took[name] - spent)
+        return text if left is None or spent + left < WORTH_SAYING else f"{text}, {duration(left)} left"
+
     def _draw(self) -> RenderableType:
         width = self._console.width
-        name, done, total = self._phase
-        at = f"{name} {done}/{total}" if total else name
         if self._step is None:
-            return Group(Text(f"{self._title}  {at}", style="bold", overflow="ellipsis", no_wrap=True))
+            head = Text(f"{self._title}  {self._phase_text()}", style="bold", overflow="ellipsis", no_wrap=True)
+            return Group(head)
         step, steps, metrics, left = self._step
-        head = Text(f"{self._title}  step {step}/{steps}  {at}", style="bold", overflow="ellipsis", no_wrap=True)
+        head = Text(overflow="ellipsis", no_wrap=True)
+        head.append(f"{self._title}  step {step}/{steps}", style="bold").append(f"  {self._phase_text()}")
         bar = Table.grid(padding=(0, 1))
         bar.add_row(ProgressBar(total=steps, completed=step, width=max(10, width - 24)), f"{duration(left)} left")
         table = Table.grid(padding=(0, 2))
@@ -204,7 +235,37 @@ class LiveView:
         speed = (
             f"{metrics.get('tokens_per_s', 0):,.0f} tokens/s, peak memory {metrics.get('peak_memory_mb', 0):,.0f} MB"
         )
-        return Group(head, bar, table, Text(speed, style="dim"))
+        taken = 3 + len(self._curves)
+        sample = self._draw_sample(width, self._console.height - taken - 2)
+        return Group(head, bar, table, Text(speed, style="dim"), *sample)
+
+    def _draw_sample(self, width: int, height: int) -> list[RenderableType]:
+        """One completion with what was asked and what was said of it, in no more than `height` lines; none where they are few."""
+        if self._sample is None or height < 4:
+            return []
+        prompt, rollout = self._sample
+        if rollout.verdict is None or rollout.verdict.error is not None:
+            verdict = "none: the verifier failed"
+        else:
+            verdict = f"{'right' if rollout.success else 'wrong'}, score {rollout.verdict.score:.2f}"
+        colour = "green" if rollout.success else "red"
+        parts = [("prompt", prompt, "dim"), ("completion", rollout.text, ""), ("verdict", verdict, colour)]
+        if rollout.context is not None:
+            parts.append(("feedback", f"{rollout.context.kind}: {rollout.context.text}", "cyan"))
+        most = max(1, (min(height, SAMPLE_LINES) - 2) // (len(parts) - 1))
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="bold", no_wrap=True, min_width=len("teacher gap"))
+        table.add_column()
+        for name, text, style in parts:
+            table.add_row(name, Text("\n".join(self._cut(text, width - 15, most)), style=style))
+        return [Text(), table]
+
+    def _cut(self, text: str, width: int, lines: int) -> list[str]:
+        """The first `lines` lines of the text, wrapped; the last ends in an ellipsis where there were more."""
+        whole = [str(line).rstrip() for line in Text(text.strip()).wrap(self._console, max(8, width))]
+        if len(whole) <= lines:
+            return whole
+        return [*whole[: lines - 1], f"{whole[lines - 1][: max(7, width - 1)]}…"]
 
 
 def make_view(title: str, *, quiet: bool) -> QuietView | PlainView | LiveView:

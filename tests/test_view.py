@@ -1,0 +1,138 @@
+"""What the terminal shows of a run, at several sizes, with and without colour."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from vpd_mlx import view
+from vpd_mlx.types import Context, Rollout, Verdict
+from vpd_mlx.view import LiveView, duration, make_view, spark
+
+METRICS = {
+    "reward": 0.25,
+    "m_step/divergence": 0.2,
+    "length": 41.0,
+    "tokens_per_s": 1234.0,
+    "peak_memory_mb": 27.0,
+}
+FAILURE = Rollout(
+    tokens=(1, 2),
+    logps=(-1.0, -1.0),
+    text="def add(a, b):\n    return a - b\n" * 20,
+    finish="stop",
+    verdict=Verdict(0.5, "no"),
+    context=Context("verifier", "AssertionError: add(1, 2) gave -1 " * 30),
+)
+
+
+class Clock:
+    """Time that passes when told to."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(view, "time", clock)
+    return clock
+
+
+def drawn(live: LiveView, width: int, height: int, **terminal: object) -> list[str]:
+    out = io.StringIO()
+    console = Console(file=out, width=width, height=height, **terminal)  # type: ignore[arg-type]
+    live._console = console
+    console.print(live._draw())
+    return out.getvalue().splitlines()
+
+
+def a_view() -> LiveView:
+    live = LiveView(Console(file=io.StringIO(), force_terminal=True), "mine (vpd)")
+    live.phase("rollout", 0, 8)
+    live.evaluation(0, {"problems": 8, "samples": 4, "student": 0.1, "student_greedy": 0.0, "teacher": 0.6, "gap": 0.5})
+    for step in range(1, 41):
+        live.step(step, 60, {**METRICS, "reward": step / 60}, 130.0)
+    live.sample("Write what adds.", FAILURE)
+    return live
+
+
+@pytest.mark.parametrize("terminal", [{"force_terminal": True}, {"no_color": True}, {"color_system": None}])
+@pytest.mark.parametrize(("width", "height"), [(40, 16), (80, 24), (120, 40), (200, 12)])
+def test_every_size_holds_what_matters(clock: Clock, width: int, height: int, terminal: dict[str, object]):
+    lines = drawn(a_view(), width, height, **terminal)
+    text = "\n".join(lines)
+    assert len(lines) < height  # the evaluation's line and the cursor need room, too
+    if not terminal.get("force_terminal"):
+        assert "\x1b" not in text
+        assert max(map(len, lines)) <= width
+    for words in ("mine (vpd)", "step 40/60", "2 min 10 s left", "reward", "0.667", "teacher gap", "27 MB"):
+        assert words in text
+    shows = height - len(lines) > 0 and "completion" in text
+    assert shows == (height >= 16)
+    if shows:
+        for words in ("adds.", "def add(a, b):", "wrong, score 0.50", "verifier: AssertionError", "…"):
+            assert words in text
+
+
+def test_a_bad_verifier_and_a_right_answer(clock: Clock):
+    live = a_view()
+    live.sample("p", Rollout((1,), (0.0,), "fine", "stop", Verdict(1.0), success=True))
+    assert "right, score 1.00" in "\n".join(drawn(live, 80, 30))
+    live.sample("p", Rollout((1,), (0.0,), "?", "stop", Verdict(0.0, error="no connection")))
+    assert "none: the verifier failed" in "\n".join(drawn(live, 80, 30))
+
+
+def test_the_phase_says_how_long_it_still_takes(clock: Clock):
+    live = a_view()
+    live.phase("rollout", 0, 8)
+    clock.now = 6.0
+    live.phase("rollout", 2, 8)
+    assert "rollout 2/8, 18 s left" in drawn(live, 80, 24)[0]
+    clock.now = 24.0
+    live.phase("update")  # not seen before, and no count: nothing is known
+    assert drawn(live, 80, 24)[0].endswith("update")
+    clock.now = 34.0
+    live.phase("rollout", 0, 8)  # as long as last time, until it moves
+    assert "rollout 0/8, 24 s left" in drawn(live, 80, 24)[0]
+    clock.now = 58.0
+    live.phase("update")
+    clock.now = 61.0
+    assert "update, 7 s left" in drawn(live, 80, 24)[0]
+
+
+def test_what_is_over_at_once_gets_no_time(clock: Clock):
+    live = a_view()
+    live.phase("rollout", 0, 8)
+    clock.now = 1.0
+    live.phase("rollout", 4, 8)
+    assert "left" not in drawn(live, 80, 24)[0]
+
+
+def test_the_scales():
+    assert spark([1.0, 2.0, 3.0], 2) == "▁█"
+    assert spark([2.0, 2.0], 8) == "▁▁"
+    assert spark([], 8) == ""
+    assert [duration(s) for s in (59.4, 61, 3700)] == ["59 s", "1 min 01 s", "1 h 01 min"]
+
+
+def test_lines_where_nobody_watches(capsys: pytest.CaptureFixture[str]):
+    plain = make_view("mine", quiet=False)
+    with plain:
+        plain.step(1, 60, METRICS, 5.0)
+        plain.sample("p", FAILURE)
+        plain.phase("rollout", 1, 2)
+    assert capsys.readouterr().out.splitlines() == [
+        "step 1/60  reward 0.250  length 41.0  divergence 0.200  tokens/s 1,234  5 s left"
+    ]
+    quiet = make_view("mine", quiet=True)
+    with quiet:
+        quiet.step(1, 60, METRICS, 5.0)
+        quiet.note("a warning")
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "a warning\n")
