@@ -49,6 +49,8 @@ EXCEPTIONS = {
     "vpd-mlx lab recipes/lab/grids/paper.yaml": "hours; tests/test_lab.py runs a small grid",
     "vpd-mlx lab recipes/lab/grids/beyond-cold.yaml": "hours, as above",
     "vpd-mlx lab recipes/lab/grids/beyond-words.yaml": "hours, as above",
+    "vpd-mlx lab recipes/lab/grids/spelling.yaml": "hours, as above",
+    "vpd-mlx lab recipes/lab/grids/why.yaml": "hours, as above",
 }
 
 

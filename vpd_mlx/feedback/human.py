@@ -223,7 +223,7 @@ class Terminal:
         fd = self._reads.fileno()
         before = termios.tcgetattr(fd)
         try:
-            tty.setcbreak(fd)
+            tty.setcbreak(fd, termios.TCSADRAIN)  # what was typed ahead stays
             while not self._host.stopping():  # Ctrl-C sets a flag only
                 if select.select([fd], [], [], POLL)[0]:
                     got = os.read(fd, 64).decode(errors="replace")
