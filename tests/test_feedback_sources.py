@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import socket
 import subprocess
 import sys
@@ -652,3 +653,40 @@ def test_grading_and_asking_go_on_while_others_are_decoded(small: Callable[..., 
     decoded = max(at for at, name in events if name == "rollout")  # the last completion is through
     assert sum(name == "graded" and at < decoded for at, name in events) > 4
     assert sum(name == "asked" and at < decoded for at, name in events) > 4
+
+
+# --- the protocol page
+
+
+def examples() -> dict[str, str]:
+    page = (Path(__file__).parent.parent / "docs" / "feedback-command.md").read_text(encoding="utf-8")
+    return dict(re.findall(r"^```(python|bash)\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
+
+
+@pytest.mark.parametrize("language", ["python", "bash"])
+def test_the_examples_of_the_protocol_page_work_as_printed(language: str, tmp_path: Path):
+    text = examples()[language]
+    assert len(text.splitlines()) <= 20
+    path = tmp_path / "critic"
+    path.write_text(text, encoding="utf-8")
+    command = Command([sys.executable if language == "python" else "sh", str(path)], 20, 1)
+    problem = Problem("p", ({"role": "user", "content": "47+38="},), answer="85")
+    said = [command.ask(problem, rollout(t)) for t in ("75", " 85\n", "8", "eighty", "")]
+    command.close()
+    if language == "python":
+        assert said == [
+            "Wrong at digit 1.",
+            None,
+            "The answer is too short.",
+            "Answer with digits alone.",
+            "The answer is too short.",
+        ]
+    else:
+        digits = "Go through the digits again."
+        assert said == [
+            digits,
+            "Answer with digits alone.",
+            digits,
+            "Answer with digits alone.",
+            "There is no answer at all.",
+        ]
