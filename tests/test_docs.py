@@ -21,8 +21,9 @@ PAGES = sorted(
 )
 
 
-def test_the_recipe_reference_is_generated_from_the_config():
-    script = ROOT / "docs" / "make_reference.py"
+@pytest.mark.parametrize("name", ["make_reference.py", "make_estimates.py"])
+def test_what_is_generated_is_up_to_date(name: str):
+    script = ROOT / "docs" / name
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stderr
