@@ -3,8 +3,8 @@
     python docs/make_estimates.py [--check]
 
 Nothing here is measured on a Mac. Memory follows from shapes: quantised weights, LoRA with its moments, the caches of the rows
-that are decoded at once, and what a checkpointed backward pass keeps. Time follows from two limits: decoding reads all weights once a
-token for all rows, training and prefill do arithmetic. What share of a machine's peak is reached is assumed, and stated.
+that are decoded at once, and what a checkpointed backward pass keeps. Time follows from two limits: decoding reads all weights
+once a token for all rows, training and prefill do arithmetic. What share of a machine's peak is reached is assumed, and stated.
 """
 
 from __future__ import annotations
