@@ -4,7 +4,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test long-test install crash-test browser-test peft-test docs-test clean
+.PHONY: train test long-test install crash-test browser-test peft-test docs-test bench clean
 
 train: $(VENV)/.installed
 	$(BIN)/vpd-mlx train quickstart
@@ -32,6 +32,15 @@ peft-test: $(VENV)/.installed-dev
 # Every command that README and docs/ print, as printed.
 docs-test: $(VENV)/.installed-dev
 	$(BIN)/python tests/docs_commands.py
+
+# Time and memory, beside mlx-lm-lora and mlx-tune, which have an environment of their own. Wants an idle machine.
+bench: $(VENV)/.installed-dev build/bench-venv/.installed
+	$(BIN)/python -m benchmarks.run --peers build/bench-venv/bin/python --out benchmarks/RESULTS.md
+
+build/bench-venv/.installed:
+	python3 -m venv build/bench-venv
+	build/bench-venv/bin/pip install --quiet $$($(BIN)/python -m pip freeze | grep -E '^mlx(-lm|-cpu)?==') mlx-lm-lora==5.10.2 mlx-tune==0.6.0
+	@touch $@
 
 install: $(VENV)/.installed
 

@@ -21,13 +21,15 @@ Head = Callable[[mx.array], mx.array]
 TokenLoss = Callable[[mx.array, Mapping[str, mx.array], Head], tuple[mx.array, dict[str, mx.array]]]
 """(logits (m, V), constants with m rows each, head) -> (loss (m,), metrics of (m,) each)."""
 
-CHUNK_BYTES = 48 << 20
+CHUNK_BYTES = 24 << 20
+GPU_FACTOR = 8  # there each chunk costs launches and reads the whole head again
 LIVE_COPIES = 8  # float32 arrays of a chunk's (m, V) alive at once in a divergence and its gradient
 
 
 def chunk_size(vocabulary: int) -> int:
-    """Completion tokens per chunk, such that a divergence's intermediates stay near `CHUNK_BYTES`."""
-    return max(8, CHUNK_BYTES // (4 * LIVE_COPIES * vocabulary))
+    """Completion tokens per chunk, such that a divergence's intermediates stay near `CHUNK_BYTES`, on a GPU near 8 times that."""
+    factor = 1 if mx.default_device() == mx.Device(mx.cpu) else GPU_FACTOR
+    return max(1, factor * CHUNK_BYTES // (4 * LIVE_COPIES * vocabulary))
 
 
 def weighted_token_loss(

@@ -1,0 +1,52 @@
+"""Small random models, made on the spot: only shapes matter for time and memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+from mlx_lm.models import qwen3
+from mlx_lm.utils import quantize_model
+
+from vpd_mlx.config import Lora
+from vpd_mlx.policy import Policy
+
+__all__ = ["load", "make"]
+
+TOKENIZER = Path(__file__).parent.parent / "recipes" / "quickstart" / "model"
+COMMON = {
+    "model_type": "qwen3",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
+
+
+def make(folder: Path, vocabulary: int) -> Path:
+    """A Qwen3 of hidden size 64 and 2 blocks, 4 bits, with the given vocabulary; the last token ends a text."""
+    mx.random.seed(0)
+    config = {**COMMON, "vocab_size": vocabulary}
+    model = qwen3.Model(qwen3.ModelArgs.from_dict(config))
+    model, config = quantize_model(model, config, 32, 4)
+    shutil.copytree(TOKENIZER, folder)
+    model.save_weights(str(folder / "model.safetensors"))
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": vocabulary - 1}))
+    return folder
+
+
+def load(folder: Path, micro_batch_tokens: int = 8192) -> Policy:
+    """The model with a LoRA of rank 8 whose B is not zero, so that student and teacher differ."""
+    policy = Policy.load(str(folder), Lora(rank=8), micro_batch_tokens=micro_batch_tokens)
+    policy.tokenizer._eos_token_ids = {policy.vocabulary - 1}
+    policy.set_adapter({k: v + 0.01 for k, v in policy.adapter.items()})
+    mx.eval(policy.model.parameters())
+    return policy

@@ -1,0 +1,350 @@
+"""Time and memory, side by side, and the requirements that they are held to.
+
+    python -m benchmarks.run [--only PART ...] [--repeats N] [--peers PYTHON] [--out FILE]
+
+PART is rollouts, vocabulary, prompts, grpo, steps, phases or growth. `--peers` is a Python with mlx-lm-lora and mlx-tune; without
+it their rows are left out, and the results say so. `make bench` makes that environment and writes benchmarks/RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from benchmarks import models, work
+from benchmarks.measure import Timing, peak, side_by_side
+from vpd_mlx.config import builtin_recipes, load_recipe
+from vpd_mlx.policy import Policy
+from vpd_mlx.train import train
+
+SMALL, LARGE = 2_048, 151_936
+MB = 1e6
+
+
+class Peers:
+    """The peers' process, where there is an environment for it."""
+
+    def __init__(self, python: str | None) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        if python is not None:
+            script = str(Path(__file__).parent / "peers.py")
+            self._process = subprocess.Popen(
+                [python, script],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+            )
+
+    @property
+    def there(self) -> bool:
+        """Whether there are any."""
+        return self._process is not None
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """One job's seconds, peak bytes above the model, and result."""
+        assert self._process is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps({"do": do, "with": arguments}) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"the peers' process ended at {do}; run benchmarks/peers.py by hand to see why")
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def timed(self, do: str, **arguments: Any) -> Callable[[], float]:
+        """A run for `side_by_side`."""
+        return lambda: float(self.ask(do, **arguments)["seconds"])
+
+    def close(self) -> None:
+        """End it."""
+        if self._process is not None:
+            self._process.kill()
+
+
+class Report:
+    """Lines of Markdown, and how each requirement came out."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.missed = 0
+
+    def say(self, text: str = "") -> None:
+        """A line."""
+        self.lines.append(text)
+        print(text, flush=True)
+
+    def table(self, head: str, rows: list[str]) -> None:
+        """A table."""
+        self.say(head)
+        self.say("|" + "---|" * (head.count("|") - 1))
+        for row in rows:
+            self.say(row)
+        self.say()
+
+    def need(self, what: str, value: float, bound: float, *, least: bool, unit: str = "x") -> None:
+        """A requirement: `value` at least, or at most, `bound`."""
+        met = value >= bound if least else value <= bound
+        self.missed += not met
+        sign = "at least" if least else "at most"
+        self.say(f"- {'**met**' if met else '**MISSED**'}: {what}: {value:.3g}{unit}, wanted {sign} {bound:g}{unit}")
+
+
+def timings(report: Report, found: dict[str, Timing], reference: str) -> None:
+    """A table of times, and of ratios to one of them."""
+    base = found[reference].median
+    rows = [f"| {name} | {t} | {base / t.median:.2f} |" for name, t in found.items()]
+    report.table(f"| | median (least to most) | speed, {reference} = 1 |", rows)
+
+
+def rollouts(report: Report, policy: Policy, peers: Peers, repeats: int) -> None:
+    """Completions per second."""
+    report.say("## Rollouts\n\n4 prompts x 8 completions, 64 tokens.\n")
+    for length in (40, 512):
+        batch = work.Batch(policy.vocabulary, 4, 8, length, 64)
+        runs: dict[str, Callable[[], Any]] = {
+            "vpd-mlx": work.rollouts(policy, batch.groups, 8, 64),
+            "BatchGenerator": work.raw_rollouts(policy, batch.groups, 8, 64),
+        }
+        if peers.there:
+            arguments = {
+                "folder": policy.path,
+                "prompts": [list(g.prompt) for g in batch.groups],
+                "samples": 8,
+                "tokens": 64,
+                "batch": 4,
+            }
+            runs["mlx-lm-lora, batch 4"] = peers.timed("rollouts_lora", **arguments)
+            runs["mlx-tune"] = peers.timed("rollouts_tune", **arguments)
+        found = side_by_side(runs, repeats)
+        report.say(f"Prompts of {length} tokens:\n")
+        timings(report, found, "BatchGenerator")
+        ours = found["vpd-mlx"].median
+        raw = found["BatchGenerator"].median / ours
+        report.need(f"against BatchGenerator, {length} tokens", raw, 1.0 if length == 40 else 3.0, least=True)
+        if peers.there:
+            theirs = found["mlx-lm-lora, batch 4"].median / ours
+            report.need(f"against mlx-lm-lora at batch 4, {length} tokens", theirs, 1.6, least=True)
+        report.say()
+
+
+def vocabulary(report: Report, policies: dict[int, Policy], repeats: int) -> None:
+    """The divergence over a large vocabulary."""
+    report.say("## Divergence over a vocabulary of 151,936\n\n8 sequences of 40 + 32 tokens, full Jensen-Shannon.\n")
+    shape = {"prompts": 1, "samples": 8, "prompt": 40, "completion": 32}
+    u = work.Updates(policies[LARGE], work.Batch(LARGE, **shape))
+    found = side_by_side({"fused": u.fused, "plain": u.plain}, repeats)
+    peaks = {"fused": peak(u.fused), "plain": peak(u.plain)}
+    rows = [f"| {n} | {found[n]} | {peaks[n] / MB:,.0f} MB |" for n in found]
+    report.table("| | median (least to most) | peak above the model |", rows)
+    report.need("peak against plain", peaks["fused"] / peaks["plain"], 0.1, least=False)
+    report.need("time against plain", found["fused"].median / found["plain"].median, 1.0, least=False)
+    report.need("gradient's greatest difference", work.difference(u.fused(), u.plain()), 1e-5, least=False, unit="")
+    twice = peak(work.Updates(policies[2 * LARGE], work.Batch(2 * LARGE, **shape)).fused)
+    report.need("peak at twice the vocabulary", twice / peaks["fused"], 1.1, least=False)
+    report.say()
+
+
+def prompts(report: Report, policy: Policy, repeats: int) -> None:
+    """A prompt read once for its completions."""
+    report.say(
+        "## Shared prompts in training\n\n512-token prompts, 32-token completions, 8 of them; one sibling's context.\n"
+    )
+    u = work.Updates(policy, work.Batch(policy.vocabulary, 1, 8, 512, 32))
+
+    def apart(run: Callable[[], Any]) -> Callable[[], Any]:
+        def separately() -> Any:
+            policy.shares_prompts = False
+            try:
+                return run()
+            finally:
+                policy.shares_prompts = True
+
+        return separately
+
+    for name, run, bound in (
+        ("student, forward and backward", lambda: u.backward_of(u.student), 4.0),
+        ("teacher, forward", u.teacher_states, 3.0),
+    ):
+        found = side_by_side({"shared": run, "apart": apart(run)}, repeats)
+        report.say(f"{name}: shared {found['shared']}, apart {found['apart']}\n")
+        report.need(name, found["apart"].median / found["shared"].median, bound, least=True)
+    shared, each = u.backward_of(u.student), apart(lambda: u.backward_of(u.student))()
+    report.need("gradient's greatest difference", work.difference(shared, each), 1e-5, least=False, unit="")
+    report.say()
+
+
+def grpo(report: Report, policies: dict[int, Policy], peers: Peers, repeats: int) -> None:
+    """A GRPO step, one forward and one backward on either side."""
+    report.say("## GRPO step\n\n8 sequences of 40 + 32 tokens; one forward and one backward pass on either side.\n")
+    recipe = work.recipe_of("grpo")
+    for size in (SMALL, LARGE):
+        policy = policies[size]
+        batch = work.Batch(size, 1, 8, 40, 32)
+        u = work.Updates(policy, batch)
+        runs: dict[str, Callable[[], Any]] = {"vpd-mlx": lambda u=u: u.grpo(recipe)}  # type: ignore[misc]
+        peaks = {"vpd-mlx": float(peak(runs["vpd-mlx"]))}
+        if peers.there:
+            (group,) = batch.groups
+            for chunk in (1, 2, 4, 8):
+                arguments = {
+                    "folder": policy.path,
+                    "prompts": [list(group.prompt)],
+                    "completions": [list(r.tokens) for r in group.rollouts],
+                    "of": [0] * 8,
+                    "chunk": chunk,
+                }
+                name = f"mlx-lm-lora, {chunk} at once"
+                runs[name] = peers.timed("grpo", **arguments)
+                peaks[name] = min(float(peers.ask("grpo", **arguments)["peak"]) for _ in range(3))
+        found = side_by_side(runs, repeats)
+        report.say(f"V = {size:,}:\n")
+        rows = [f"| {n} | {found[n]} | {peaks[n] / MB:,.0f} MB |" for n in found]
+        report.table("| | median (least to most) | peak above the model |", rows)
+        others = [n for n in found if n != "vpd-mlx"]
+        if others and size == LARGE:
+            least = min(others, key=lambda n: peaks[n])
+            quickest = min(others, key=lambda n: found[n].median)
+            report.need(f"peak against {least}", peaks["vpd-mlx"] / peaks[least], 0.5, least=False)
+            report.need(f"time against {quickest}", found["vpd-mlx"].median / found[quickest].median, 1.0, least=False)
+        report.say()
+
+
+def steps(report: Report, policy: Policy, repeats: int) -> None:
+    """Whole steps against the passes that they cannot do without, and against each other."""
+    report.say("## Whole steps\n\n4 prompts x 8 completions, 128 + 64 tokens.\n")
+    batch = work.Batch(policy.vocabulary, 4, 8, 128, 64)
+    u = work.Updates(policy, batch)
+    passes: dict[str, Callable[[], Any]] = {
+        "E: student forward": u.student_forward,
+        "E: teacher forward": u.teacher_forward,
+        "E: teacher forward and backward": u.teacher_backward,
+        "M: teacher forward": u.teacher_states,
+        "M: student forward and backward": u.student_backward,
+    }
+    both = work.whole_step(work.recipe_of("vpd", every=1), policy, batch, sample=False)
+    found = side_by_side({"E-step and M-step": both, **passes}, repeats)
+    report.table("| | median (least to most) |", [f"| {n} | {t} |" for n, t in found.items()])
+    total = sum(found[n].median for n in passes)
+    report.need("a VPD update against its passes", found["E-step and M-step"].median / total, 1.15, least=False)
+    report.say()
+    # F = 5: five steps in a row hold one E-step
+    runs: dict[str, Callable[[], Any]] = {}
+    for name in ("grpo", "sdpo", "vpd"):
+        step = work.whole_step(work.recipe_of(name), policy, batch, sample=True)
+        runs[name] = lambda step=step: sum(step() for _ in range(5)) / 5  # type: ignore[misc]
+    found = side_by_side(runs, repeats)
+    report.say("A step with its rollouts, mean of five at F = 5:\n")
+    timings(report, found, "sdpo")
+    report.need("VPD against SDPO", found["vpd"].median / found["sdpo"].median, 1.2, least=False)
+    report.say()
+
+
+def phases(report: Report, folder: Path) -> None:
+    """What the phase timer of a run accounts for."""
+    report.say("## Phase timer\n\nThe quickstart's first ten steps.\n")
+    recipe = load_recipe(builtin_recipes()["quickstart"], [("steps", 10), ("evaluation.problems", 10)])
+    train(recipe, folder / "phases")
+    rows = [json.loads(line)["seconds"] for line in (folder / "phases" / "metrics.jsonl").read_text().splitlines()]
+    total = sum(r.pop("total") for r in rows)
+    names = sorted({n for r in rows for n in r})
+    report.table(
+        "| phase | share |", [f"| {n} | {100 * sum(r.get(n, 0.0) for r in rows) / total:.1f} % |" for n in names]
+    )
+    share = 100 * sum(sum(r.values()) for r in rows) / total
+    report.need("of the wall time is accounted for", share, 95, least=True, unit=" %")
+    report.say()
+
+
+def growth(report: Report, folders: dict[int, Path], repeats: int) -> None:
+    """Seconds and peak of the M-step's passes as the batch grows in each direction."""
+    report.say(
+        "## Growth\n\nDivergence and gradient; from 8 sequences of 128 + 32 tokens, V = 2,048, in each direction.\n"
+    )
+    base = {"vocabulary": SMALL, "samples": 8, "prompt": 128, "completion": 32}
+    rows = []
+    for key, values in {
+        "samples": (8, 16, 32),
+        "prompt": (128, 256, 512),
+        "completion": (32, 64, 128),
+        "vocabulary": (SMALL, LARGE, 2 * LARGE),
+    }.items():
+        for value in values:
+            shape = {**base, key: value}
+            u = work.Updates(models.load(folders[shape["vocabulary"]]), work.Batch(prompts=1, **shape))
+            found = side_by_side({"fused": u.fused}, repeats)["fused"]
+            rows.append(f"| {key} {value:,} | {found} | {peak(u.fused) / MB:,.1f} MB |")
+    report.table("| | median (least to most) | peak above the model |", rows)
+
+
+PARTS = ("rollouts", "vocabulary", "prompts", "grpo", "steps", "phases", "growth")
+
+
+def measure(parts: list[str], repeats: int, python: str | None) -> Report:
+    """All parts that are asked for."""
+    report = Report()
+    own = {n: importlib.metadata.version(n) for n in ("mlx", "mlx-lm", "numpy")}
+    report.say("# Benchmarks\n\nMade by `make bench`; nothing here is written by hand.\n")
+    peers = Peers(python)
+    try:
+        theirs = peers.ask("versions") if peers.there else {}
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        kind = "GPU" if mx.default_device() == mx.Device(mx.gpu) else "CPU"
+        report.say(
+            f"{platform.system()} {platform.machine()}, {cores} cores, {kind}, Python {platform.python_version()}; "
+            + ", ".join(f"{n} {v}" for n, v in own.items())
+            + ("; peers: " + ", ".join(f"{n} {v}" for n, v in theirs.items()) if theirs else "; **without peers**")
+            + f". Medians of {repeats}, all of a table side by side in one run, alternating.\n\n"
+            "Models: random Qwen3, hidden size 64, 2 blocks, 4 bits, LoRA of rank 8. Ratios count, not seconds.\n"
+        )
+        with tempfile.TemporaryDirectory() as name:
+            folders = {v: models.make(Path(name) / str(v), v) for v in (SMALL, LARGE, 2 * LARGE)}
+            policies = {v: models.load(folder) for v, folder in folders.items()}
+            small = policies[SMALL]
+            jobs: dict[str, Callable[[], None]] = {
+                "rollouts": lambda: rollouts(report, small, peers, repeats),
+                "vocabulary": lambda: vocabulary(report, policies, repeats),
+                "prompts": lambda: prompts(report, small, repeats),
+                "grpo": lambda: grpo(report, policies, peers, repeats),
+                "steps": lambda: steps(report, small, repeats),
+                "phases": lambda: phases(report, Path(name)),
+                "growth": lambda: growth(report, folders, repeats),
+            }
+            for part in parts:
+                jobs[part]()
+    finally:
+        peers.close()
+    report.say(f"{report.missed} requirements missed." if report.missed else "Every requirement is met.")
+    return report
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--peers", metavar="PYTHON")
+    parser.add_argument("--out", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    report = measure(arguments.only, arguments.repeats, arguments.peers)
+    if arguments.out is not None:
+        arguments.out.write_text("\n".join(report.lines) + "\n", encoding="utf-8")
+    sys.exit(1 if report.missed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""The benchmarks run, and what they compare does the same work."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks import models, work
+from benchmarks.measure import peak, side_by_side
+from benchmarks.run import Report
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory):
+    return models.load(models.make(tmp_path_factory.mktemp("models") / "m", 512))
+
+
+def test_both_sides_do_the_same_work(policy):
+    batch = work.Batch(512, 2, 2, 9, 5)
+    assert work.rollouts(policy, batch.groups, 2, 5)() == work.raw_rollouts(policy, batch.groups, 2, 5)() == 20
+    u = work.Updates(policy, batch)
+    assert work.difference(u.fused(), u.plain()) < 1e-5
+    assert work.difference(u.student_backward(), u.fused()) == 0
+    assert work.difference(u.fused(), u.backward_of(u.student)) > 1e-2
+    assert peak(u.fused) > 0
+
+
+def test_a_whole_step_trains(policy):
+    batch = work.Batch(512, 2, 2, 9, 5)
+    before = policy.adapter
+    seconds = work.whole_step(work.recipe_of("vpd", every=1), policy, batch, sample=True)()
+    assert seconds > 0
+    assert any((policy.adapter[k] != before[k]).any() for k in before)
+
+
+def test_runs_take_turns_and_a_number_is_believed():
+    order: list[str] = []
+
+    def run(name: str) -> float | None:
+        order.append(name)
+        return 2.5 if name == "b" else None
+
+    found = side_by_side({"a": lambda: run("a"), "b": lambda: run("b")}, 2)
+    assert order == ["a", "b", "a", "b", "b", "a"]
+    assert found["b"].seconds == (2.5, 2.5)
+    assert found["a"].median < 1
+
+
+def test_a_requirement_that_is_missed_is_counted(capsys: pytest.CaptureFixture[str]):
+    report = Report()
+    report.need("speed", 1.2, 1.0, least=True)
+    assert report.missed == 0
+    report.need("memory", 1.2, 1.0, least=False)
+    assert report.missed == 1
+    assert "MISSED" in capsys.readouterr().out
