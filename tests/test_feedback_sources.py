@@ -623,36 +623,39 @@ def test_grading_and_asking_go_on_while_others_are_decoded(small: Callable[..., 
         memory__rollout_rows=4,  # eight batches, one after another
     )
     trainer = Trainer.build(recipe)
-    events: list[tuple[float, str]] = []
+    graded, asked = threading.Semaphore(0), threading.Semaphore(0)
     verify = trainer.task.verify
 
-    def graded(problem: Problem, completion: str) -> Verdict:
+    def grade(problem: Problem, completion: str) -> Verdict:
         verdict = verify(problem, completion)
-        events.append((time.monotonic(), "graded"))
+        graded.release()
         return verdict
 
     asking = trainer.sources["command"]
     assert isinstance(asking, Asking)
     ask = asking._backend.ask
 
-    def asked(problem: Problem, r: Rollout) -> str | None:
+    def answer(problem: Problem, r: Rollout) -> str | None:
         text = ask(problem, r)
-        events.append((time.monotonic(), "asked"))
+        asked.release()
         return text
 
-    trainer.task.verify = graded  # type: ignore[method-assign]
-    asking._backend.ask = asked  # type: ignore[method-assign]
+    trainer.task.verify = grade  # type: ignore[method-assign]
+    asking._backend.ask = answer  # type: ignore[method-assign]
+    seen: list[str] = []
 
-    class Watch(Silent):
+    class Holds(Silent):
+        """Holds the decoding up, four batches before its end, until five were graded and asked about: others' work."""
+
         def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
-            events.append((time.monotonic(), name))
+            if name == "rollout" and total is not None and done == total - 16:
+                for kind, semaphore in (("graded", graded), ("asked", asked)):
+                    seen.extend(kind for _ in range(5) if semaphore.acquire(timeout=60))
 
-    trainer.progress = Watch()
+    trainer.progress = Holds()
     trainer.roll_out(1, Clock())
     trainer.sources.close()
-    decoded = max(at for at, name in events if name == "rollout")  # the last completion is through
-    assert sum(name == "graded" and at < decoded for at, name in events) > 4
-    assert sum(name == "asked" and at < decoded for at, name in events) > 4
+    assert seen == ["graded"] * 5 + ["asked"] * 5
 
 
 # --- the protocol page
