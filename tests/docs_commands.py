@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "rec
 # What a line of a block must begin with to be a command, where no line of it begins with "$ ".
 PROGRAMS = (
     "vpd-mlx",
+    "mlx.launch",
     "python",
     "make",
     "git",
@@ -46,13 +48,15 @@ EXCEPTIONS = {
     "git clone https://github.com/vpd-mlx/vpd-mlx && cd vpd-mlx": "needs the network; the copy stands for the clone",
     "make test": "runs this test's own suite; CI runs it",
     "vpd-mlx train --set model=mlx-community/Qwen3-0.6B-4bit --set lora.scale=2.0": "fetches a model from the hub",
+    "mlx.launch --hostfile hosts.json --backend ring -- vpd-mlx train mine.yaml": "wants two machines",
+    "vpd-mlx lab recipes/lab/grids/beyond-siblings.yaml": "hours, as above",
     "vpd-mlx lab recipes/lab/grids/paper.yaml": "hours; tests/test_lab.py runs a small grid",
     "vpd-mlx lab recipes/lab/grids/beyond-cold.yaml": "hours, as above",
     "vpd-mlx lab recipes/lab/grids/beyond-words.yaml": "hours, as above",
     "vpd-mlx lab recipes/lab/grids/spelling.yaml": "hours, as above",
     "vpd-mlx lab recipes/lab/grids/why.yaml": "hours, as above",
     **{
-        f"vpd-mlx {verb} recipes/{name}/{name}.yaml": "fetches a model from the hub; tests/test_recipes.py puts in the embedded one"
+        f"vpd-mlx {verb} recipes/{name}/{name}.yaml": "fetches a model; tests/test_recipes.py puts in the embedded one"
         for name in ("gsm8k", "dapo_math", "livecodebench", "own_task", "sciknoweval")
         for verb in ("data check", "train")
     },
@@ -62,10 +66,10 @@ EXCEPTIONS = {
 def commands(text: str) -> list[str]:
     """The commands in a page's fenced blocks, comments and prompts taken off, continued lines joined."""
     found = []
-    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+    for language, block in re.findall(r"^ *```(\w*)\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL):
         if language not in SHELL:
             continue
-        lines = list(_lines(block))
+        lines = list(_lines(textwrap.dedent(block)))
         prompted = [line[2:] for line in lines if line.startswith("$ ")]
         found += prompted or [line for line in lines if line.startswith(PROGRAMS) and _first(line)]
     return [_without_comment(line) for line in found]
@@ -111,7 +115,11 @@ def checkout(folder: Path) -> None:
             shutil.copymode(ROOT / name, folder / name)
     programs = folder / ".venv" / "bin"
     programs.mkdir(parents=True)
-    for name, start in (("python", ""), ("vpd-mlx", "-m vpd_mlx ")):
+    for name, start in (
+        ("python", ""),
+        ("vpd-mlx", "-m vpd_mlx "),
+        ("mlx.launch", "-c 'from mlx._distributed_utils.launch import main; main()' "),
+    ):
         (programs / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {start}"$@"\n')
         (programs / name).chmod(0o755)
     (programs / "activate").write_text(f"export PATH={shlex.quote(str(programs))}:$PATH\n")

@@ -13,7 +13,7 @@ import vpd_mlx
 ROOT = Path(vpd_mlx.__file__).parent
 LAYERS = {
     0: ["__init__", "types", "config", "errors"],
-    1: ["losses", "heads", "prompts", "batching", "metrics", "progress", "prefix", "watch"],
+    1: ["losses", "heads", "prompts", "batching", "metrics", "progress", "prefix", "ranks", "heartbeat", "watch"],
     2: ["tasks", "feedback", "runlog", "loggers", "sandbox", "_sandbox_child", "_sandbox_values"],
     3: ["policy", "rollout", "checkpoint"],
     4: ["teacher", "updates", "algos", "collect"],

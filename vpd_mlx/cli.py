@@ -25,6 +25,7 @@ from vpd_mlx.commands.show import show
 from vpd_mlx.commands.task import data, new, verify
 from vpd_mlx.config import Recipe, builtin_recipes, load_recipe, parse_set, resolve_recipe_path
 from vpd_mlx.errors import ConfigError, Fault, VpdError
+from vpd_mlx.ranks import Ranks
 from vpd_mlx.runlog import MARK, free_run_folder
 from vpd_mlx.view import duration, make_view, percent
 
@@ -85,19 +86,28 @@ def train(
     Ctrl-C ends the run at the next safe moment with a checkpoint and adapters; a second one leaves at once.
     """
     overrides = overridden(sets, steps=steps, seed=seed)
-    if resume is not None:
-        folder, cfg = resume, _resumed(resume, overrides, recipe, out, overwrite)
-    else:
+
+    def asked() -> tuple[Recipe, Path]:
+        if resume is not None:
+            return _resumed(resume, overrides, recipe, out, overwrite), resume
         cfg = load_recipe(resolve_recipe_path(recipe), overrides)
-        folder = out if out is not None else free_run_folder(Path("runs"), cfg.name)
-    # Late, so that a wrong recipe is told at once: MLX and the tokenizers take two seconds to load.
+        return cfg, out if out is not None else free_run_folder(Path("runs"), cfg.name)
+
+    ranks = Ranks.of_environment()
+    # Of several ranks the first one's recipe and folder hold for all: the others' machines need not have the run.
+    cfg, folder = ranks.from_first(asked)
+    # Late, so that a wrong recipe is told at once: mlx-lm and the tokenizers take two seconds to load.
     from vpd_mlx.train import Stop
     from vpd_mlx.train import train as run
 
+    quiet = quiet or not ranks.first
+    as_json = as_json and ranks.first
     stop = Stop()
     _handle_signals(stop)
     with make_view(f"{cfg.name} ({cfg.algorithm})", quiet=quiet or as_json) as view:
-        summary = run(cfg, folder, resume=resume is not None, overwrite=overwrite, progress=view, stop=stop)
+        summary = run(
+            cfg, folder, resume=resume is not None, overwrite=overwrite, progress=view, stop=stop, ranks=ranks
+        )
     if "interrupted" in summary:
         if not quiet and not as_json:
             typer.echo(f"go on with: vpd-mlx train --resume {folder}")

@@ -135,12 +135,14 @@ def measure(
     Raises:
         SourceError: the verifier failed on more than half of the completions.
     """
-    seed = phase_seed(recipe.seed, 0, "evaluation")  # every evaluation of a run draws alike
+    seed = policy.ranks.seed(phase_seed(recipe.seed, 0, "evaluation"))  # every evaluation of a run draws alike
     k = 1 if greedy_only else recipe.evaluation.samples
-    keys = names(problems)
+    own = policy.ranks.own(len(problems))
+    keys = [names(problems)[i] for i in own]
+    problems = [problems[i] for i in own]
 
     def run(name: str, samples: int, greedy: bool) -> Batch:
-        batch = collect(
+        return collect(
             policy,
             prompter,
             lambda problem, completion: examine(task, problem, completion),
@@ -151,9 +153,6 @@ def measure(
             seed=phase_seed(seed, 0, name),
             moved=lambda done, total: progress.phase(f"evaluation, {name}", done, total),
         )
-        if len(batch.failures) > len(problems) * samples // 2:
-            raise SourceError(f"the verifier failed on {len(batch.failures)} completions, first {batch.failures[0]}")
-        return batch
 
     sampled = None if greedy_only else run("student", k, False)
     greedy = run("greedy", 1, True)
@@ -165,18 +164,48 @@ def measure(
     alone = {n: g.rollouts for n, g in zip(keys, greedy.groups, strict=True) if g.rollouts}
     figures = {} if sampled is None else sampled_figures(task, named, k)
     figures |= {"student_greedy": {n: _scores(rollouts)[0] for n, rollouts in alone.items()}, "teacher": teacher}
-    gap = paired(figures["student_greedy" if sampled is None else "student"], teacher)
+    part = _Part(
+        figures,
+        lengths=[len(r.tokens) for r in student.rollouts],
+        truncated=[r.finish == "length" for r in student.rollouts],
+        contexts_failed=sum(bool(r.source_errors) for g in groups for r in g.rollouts),
+        failures=[*greedy.failures, *([] if sampled is None else sampled.failures)],
+        completions=len(problems) * (1 if sampled is None else 1 + k),
+    )
+    return _whole(policy.ranks.gather(part), k, greedy_only=greedy_only)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a rank found on its share of the problems."""
+
+    figures: Mapping[str, Values]
+    lengths: list[int]
+    truncated: list[bool]
+    contexts_failed: int
+    failures: list[str]
+    completions: int
+
+
+def _whole(parts: Sequence[_Part], k: int, *, greedy_only: bool) -> Measured:
+    """All ranks' parts as one; their problems follow one another."""
+    failures = [f for p in parts for f in p.failures]
+    if len(failures) > sum(p.completions for p in parts) // 2:
+        raise SourceError(f"the verifier failed on {len(failures)} completions, first {failures[0]}")
+    figures = {name: {n: v for p in parts for n, v in p.figures[name].items()} for name in parts[0].figures}
+    teacher = figures["teacher"]
+    gap = paired(figures["student_greedy" if greedy_only else "student"], teacher)
     facts = {
         "teacher_problems": len(teacher),
-        "contexts_failed": sum(bool(r.source_errors) for g in groups for r in g.rollouts),
+        "contexts_failed": sum(p.contexts_failed for p in parts),
         "student_there": None if gap is None else float(np.mean(list(teacher.values()))) - gap.difference,
         "gap": None if gap is None else gap.difference,
         "gap_interval": None if gap is None else (gap.low, gap.high),
-        "length": mean([float(len(r.tokens)) for r in student.rollouts]),
-        "truncated": mean([float(r.finish == "length") for r in student.rollouts]),
-        "verifier_failures": len(greedy.failures) + (0 if sampled is None else len(sampled.failures)),
+        "length": mean([float(n) for p in parts for n in p.lengths]),
+        "truncated": mean([float(t) for p in parts for t in p.truncated]),
+        "verifier_failures": len(failures),
     }
-    return Measured(len(problems), k, figures, facts)
+    return Measured(sum(p.completions for p in parts) // (1 if greedy_only else 1 + k), k, figures, facts)
 
 
 def _teacher(

@@ -33,6 +33,7 @@ from vpd_mlx.config import Lora
 from vpd_mlx.errors import ConfigError, Fault, ModelError, RunError
 from vpd_mlx.heads import Head, chunk_size, map_tokens
 from vpd_mlx.prefix import Capture, extended
+from vpd_mlx.ranks import ALONE, Ranks
 from vpd_mlx.types import Row
 
 __all__ = ["Adapter", "Policy", "lora_of", "phase_seed"]
@@ -64,6 +65,7 @@ class Policy:
         shares_prompts: whether one pass over a prompt serves all its completions in updates.
         widest: most rows that may be decoded side by side; None has no bound.
         notes: what a user should know of how this model is handled, e.g. a fallback.
+        ranks: who else holds this policy and shares its passes.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, path: str, *, micro_batch_tokens: int = 8192) -> None:
@@ -71,6 +73,7 @@ class Policy:
         self.tokenizer = tokenizer
         self.path = path
         self.notes: list[str] = []
+        self.ranks: Ranks = ALONE
         self.widest: int | None = None
         self._lora_config: dict[str, Any] = {}
         self._micro_batch_tokens = micro_batch_tokens

@@ -41,8 +41,10 @@ def generate(
     The same seed, prompts and counts give the same tokens. Log-probabilities are those of the untempered distribution
     that the sampler saw.
     """
-    mx.random.seed(seed)
     total = len(prompts) * samples
+    if not total:
+        return
+    mx.random.seed(seed)
     width = min(total, how.rows or total, policy.widest or total)
     generator = BatchGenerator(
         policy.model,

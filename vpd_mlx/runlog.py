@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from vpd_mlx.errors import RunError
 
-__all__ = ["LOGS", "RunLog", "free_run_folder", "read_rows", "write_atomic"]
+__all__ = ["LOGS", "NoLog", "RunLog", "free_run_folder", "read_rows", "write_atomic"]
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl", "evals.jsonl")
 MARK = "config.yaml"  # a folder that holds it is a run
@@ -109,6 +109,14 @@ class RunLog:
     def _open(self, name: str) -> None:
         self._files[name] = (self.path / name).open("a", encoding="utf-8")
 
+    def read(self, name: str) -> list[dict[str, Any]]:
+        """The rows of a log as it stands."""
+        return read_rows(self.path / name)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """The run's last word."""
+        write_atomic(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+
     def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add rows to a log and see them to the disk's cache.
 
@@ -162,6 +170,41 @@ class RunLog:
         for f in self._files.values():
             f.close()
         self._lock.close()
+
+
+class NoLog:
+    """The log of a rank that does not write."""
+
+    path = Path()
+
+    def read(self, _name: str) -> list[dict[str, Any]]:
+        """Nothing was written."""
+        return []
+
+    def offsets(self) -> dict[str, int]:
+        """Nothing was written."""
+        return {}
+
+    def append(self, _name: str, _rows: Sequence[Mapping[str, Any]]) -> None:
+        """The first rank does it."""
+
+    def cut_back(self, _offsets: Mapping[str, int]) -> None:
+        """The first rank does it."""
+
+    def keep(self, _folder: str, _name: str, _rows: Sequence[Mapping[str, Any]]) -> None:
+        """The first rank does it."""
+
+    def finish(self, _summary: Mapping[str, Any]) -> None:
+        """The first rank does it."""
+
+    def sync(self) -> None:
+        """The first rank does it."""
+
+    def check_space(self) -> None:
+        """The first rank does it."""
+
+    def close(self) -> None:
+        """There is nothing to close."""
 
 
 @contextlib.contextmanager

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import platform
 import random
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -21,17 +21,19 @@ from vpd_mlx.algos import ALGORITHMS, Algorithm, State, Step
 from vpd_mlx.checkpoint import Checkpoint, find_checkpoint, write_checkpoint
 from vpd_mlx.collect import Batch, collect
 from vpd_mlx.config import Recipe, dump
-from vpd_mlx.errors import DataError, RunError, SourceError
+from vpd_mlx.errors import ConfigError, DataError, Fault, RunError, SourceError, VpdError
 from vpd_mlx.evaluate import Measured, evaluate, measure
 from vpd_mlx.feedback import Host, Sources, add_context, build_sources
+from vpd_mlx.heartbeat import Heartbeat
 from vpd_mlx.loggers import Told
 from vpd_mlx.metrics import Clock, overlap
 from vpd_mlx.plan import check_fits, memory_limit, plan
 from vpd_mlx.policy import Policy, phase_seed
 from vpd_mlx.progress import Progress, Silent
 from vpd_mlx.prompts import Prompter
+from vpd_mlx.ranks import ALONE, Ranks
 from vpd_mlx.rollout import Sampling, generate, probe_batches
-from vpd_mlx.runlog import RunLog, read_rows, write_atomic
+from vpd_mlx.runlog import NoLog, RunLog, write_atomic
 from vpd_mlx.tasks import Task, build_task, notices, prove
 from vpd_mlx.types import Group, Problem, Rollout
 from vpd_mlx.watch import Warnings
@@ -51,6 +53,17 @@ class Stop:
 
 class _Interrupted(Exception):
     pass
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What a rank's part of a step's rollouts came to: groups with contexts, or why there are none."""
+
+    batch: Batch = field(default_factory=lambda: Batch([], []))
+    groups: Sequence[Group] = ()
+    stop: int | None = None
+    source_error: str | None = None
+    error: str | None = None
 
 
 def problems_of_step(problems: Sequence[Problem], step: int, count: int, seed: int) -> list[Problem]:
@@ -87,7 +100,9 @@ class Trainer:
         self._said = len(self.policy.notes)
 
     @classmethod
-    def build(cls, recipe: Recipe, progress: Progress | None = None, stop: Stop | None = None) -> Trainer:
+    def build(
+        cls, recipe: Recipe, progress: Progress | None = None, stop: Stop | None = None, ranks: Ranks = ALONE
+    ) -> Trainer:
         """Load and check everything that a run needs; writes nothing.
 
         Raises:
@@ -100,6 +115,8 @@ class Trainer:
             raise DataError(f"task: no problem to {side}; widen the task's filter or add rows")
         prove(task)
         policy = load_policy(recipe)
+        policy.ranks = ranks
+        _check_ranks(recipe, policy, task)
         prompter = build_prompter(recipe, policy)
         _check_prompts(prompter, (*task.train, *task.held_out))
 
@@ -125,10 +142,53 @@ class Trainer:
 
     # --- one step
 
+    @property
+    def ranks(self) -> Ranks:
+        """Who else takes part."""
+        return self.policy.ranks
+
     def roll_out(self, step: int, clock: Clock) -> tuple[Batch, list[Group]]:
-        """Graded rollouts of a step, and the same with contexts."""
+        """Graded rollouts of a step, and the same with contexts: those of all ranks."""
+        problems = problems_of_step(self.task.train, step, self.recipe.rollout.prompts, self.recipe.seed)
+        if self.ranks.size == 1:
+            batch, groups = self._roll_out(problems, step, clock)
+        else:
+            share = self._share(problems, step, clock)
+            with clock("ranks"):
+                batch, groups = self._together(self.ranks.gather(share))
+        self._count_failures(batch)
+        self._say_failures(groups)
+        self._show_one(groups)
+        return batch, groups
+
+    def _share(self, problems: Sequence[Problem], step: int, clock: Clock) -> _Share:
+        """This rank's part. What ends it must reach the others, who wait for it."""
+        try:
+            batch, groups = self._roll_out([problems[i] for i in self.ranks.own(len(problems))], step, clock)
+            return _Share(batch, groups, stop=self.stop.signal)
+        except _Interrupted:
+            return _Share(stop=self.stop.signal)
+        except SourceError as error:
+            return _Share(source_error=str(error))
+        except VpdError as error:
+            return _Share(error=str(error))
+
+    def _together(self, shares: Sequence[_Share]) -> tuple[Batch, list[Group]]:
+        for rank, share in enumerate(shares):
+            if share.source_error is not None:
+                raise SourceError(f"rank {rank}: {share.source_error}")
+            if share.error is not None:
+                raise RunError(f"rank {rank}: {share.error}")
+        self._stop_together([s.stop for s in shares])
+        batch = Batch([g for s in shares for g in s.batch.groups], [f for s in shares for f in s.batch.failures])
+        return batch, [g for s in shares for g in s.groups]
+
+    def _stop_together(self, signals: Sequence[int | None]) -> None:
+        self.stop.signal = next((s for s in signals if s is not None), None)
+        self._interruptible()
+
+    def _roll_out(self, problems: Sequence[Problem], step: int, clock: Clock) -> tuple[Batch, list[Group]]:
         cfg = self.recipe.rollout
-        problems = problems_of_step(self.task.train, step, cfg.prompts, self.recipe.seed)
 
         def moved(done: int, total: int) -> None:
             self._interruptible()
@@ -143,17 +203,13 @@ class Trainer:
                 cfg.group_size,
                 Sampling(cfg.temperature, cfg.top_p, cfg.max_completion_tokens, self.recipe.memory.rollout_rows),
                 threshold=cfg.success_threshold,
-                seed=phase_seed(self.recipe.seed, step, "rollout"),
+                seed=self.ranks.seed(phase_seed(self.recipe.seed, step, "rollout")),
                 moved=moved,
                 heard=self.sources.early,
             )
-        self._count_failures(batch)
         with clock("feedback"):
             self.progress.phase("feedback")
-            groups = add_context(self.sources, batch.groups, self.prompter, self.recipe.feedback)
-        self._say_failures(groups)
-        self._show_one(groups)
-        return batch, groups
+            return batch, add_context(self.sources, batch.groups, self.prompter, self.recipe.feedback)
 
     def _show_one(self, groups: Sequence[Group]) -> None:
         """To whoever watches: a failure of which something was said, where there is one."""
@@ -181,7 +237,8 @@ class Trainer:
         mx.reset_peak_memory()
         batch, groups = self.roll_out(number, clock)
         mx.clear_cache()
-        self._interruptible()
+        if self.ranks.size == 1:  # several have just agreed to go on
+            self._interruptible()
         self.progress.phase("update")
         step = Step(number, self.recipe.seed, clock)
         metrics = self.algorithm(self.policy, groups, step)
@@ -239,6 +296,10 @@ class Trainer:
         )
         mx.clear_cache()
         return found
+
+    def go_on(self) -> None:
+        """Between steps: ends the run here if any rank is to stop."""
+        self._stop_together(self.ranks.gather(self.stop.signal))
 
     def _interruptible(self) -> None:
         if self.stop.signal is not None:
@@ -336,8 +397,9 @@ def train(
     overwrite: bool = False,
     progress: Progress | None = None,
     stop: Stop | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """Train as the recipe says, into the folder `out`; returns the summary.
+    """Train as the recipe says, into the folder `out`; returns the summary. Of several ranks only the first writes there.
 
     Returns early, with `"interrupted": signal` in it, when `stop` is set: the run can then be resumed.
 
@@ -349,31 +411,39 @@ def train(
     progress = told
     started = time.perf_counter()
     refuse_what_cannot_fit(recipe)
-    trainer = Trainer.build(recipe, progress, stop)
+    trainer = Trainer.build(recipe, progress, stop, ranks)
     for note in (*trainer.policy.notes, *notices(trainer.task)):
         progress.note(note)
     trainer.sources.ready()
-    log = RunLog.reopen(out) if resume else RunLog.create(out, dump(recipe), overwrite=overwrite)
+    log: RunLog | NoLog = NoLog()
+    if ranks.first:
+        log = RunLog.reopen(out) if resume else RunLog.create(out, dump(recipe), overwrite=overwrite)
     try:
-        if resume:
+        if resume and ranks.first:
             write_atomic(out / "config.yaml", dump(recipe))
-        trainer.sources.open(out)
-        told.open(out, recipe.model_dump(mode="json"))
-        return _run(trainer, log, resume, started)
+        ranks.gather(None)  # the first has the folder
+        if ranks.first:
+            trainer.sources.open(out)
+        elif trainer.sources.outside():
+            trainer.sources.open(_folder_of(out, ranks))
+        if ranks.first:
+            told.open(out, recipe.model_dump(mode="json"))
+        with Heartbeat(ranks):
+            return _run(trainer, log, resume, started)
     finally:
         trainer.sources.close()
         told.close()
         log.close()
 
 
-def _run(trainer: Trainer, log: RunLog, resume: bool, started: float) -> dict[str, Any]:
+def _run(trainer: Trainer, log: RunLog | NoLog, resume: bool, started: float) -> dict[str, Any]:
     recipe, progress = trainer.recipe, trainer.progress
     run = _Run(trainer, log)
     try:
         run.begin(resume)
         run.evaluate_if_due()
         while run.done < recipe.steps:
-            trainer._interruptible()
+            trainer.go_on()
             log.check_space()
             run.advance()
             run.evaluate_if_due()
@@ -385,13 +455,13 @@ def _run(trainer: Trainer, log: RunLog, resume: bool, started: float) -> dict[st
         result = run.result
     except _Interrupted:
         run.checkpoint()
-        trainer.policy.save_adapter(log.path / "adapters")
+        run.save_adapter()
         progress.note(f"stopped after step {run.done} of {recipe.steps}; the run can go on with --resume")
         return {"interrupted": trainer.stop.signal, "steps": run.done}
     except (SourceError, RunError):
         run.checkpoint()
         raise
-    trainer.policy.save_adapter(log.path / "adapters")
+    run.save_adapter()
     summary = {
         "name": recipe.name,
         "algorithm": recipe.algorithm,
@@ -406,6 +476,7 @@ def _run(trainer: Trainer, log: RunLog, resume: bool, started: float) -> dict[st
             k: round(v, 2) for k, v in {**run.seconds, "wall": run.wall + time.perf_counter() - started}.items()
         },
         "nonfinite_updates": run.nonfinite,
+        "ranks": trainer.ranks.size,
         "versions": {
             "vpd-mlx": __version__,
             "mlx": version("mlx"),
@@ -415,14 +486,14 @@ def _run(trainer: Trainer, log: RunLog, resume: bool, started: float) -> dict[st
             "device": str(mx.default_device()),
         },
     }
-    write_atomic(log.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+    log.finish(summary)
     return summary
 
 
 class _Run:
     """Where a run stands, and what a checkpoint must say of it."""
 
-    def __init__(self, trainer: Trainer, log: RunLog) -> None:
+    def __init__(self, trainer: Trainer, log: RunLog | NoLog) -> None:
         self.trainer = trainer
         self.log = log
         self.done = 0
@@ -433,7 +504,7 @@ class _Run:
         self.nonfinite = 0
         self.result: dict[str, Any] = {}
         self._warnings = Warnings()
-        self._rows = read_rows(log.path / "metrics.jsonl")
+        self._rows = log.read("metrics.jsonl")
         self._best: tuple[int, dict[str, mx.array]] | None = None
         self._snapshot: Checkpoint | None = None
         self._saved: Checkpoint | None = None
@@ -446,7 +517,9 @@ class _Run:
 
     def begin(self, resume: bool) -> None:
         """Take up the newest checkpoint, or start with an evaluation of the student as it is."""
-        found, notes = find_checkpoint(self.log.path / "checkpoints") if resume else (None, [])
+        found, notes = self.trainer.ranks.from_first(
+            lambda: find_checkpoint(self.log.path / "checkpoints") if resume else (None, [])
+        )
         for note in notes:
             self.trainer.progress.note(note)
         if found is not None:
@@ -518,8 +591,15 @@ class _Run:
         self._snapshot = self._state()
 
     def _state(self) -> Checkpoint:
-        """All of the run as it stands after a whole step. Arrays are immutable, so this copies nothing."""
-        state = self.trainer.algorithm.state()
+        """All of the run as it stands after a whole step. Arrays are immutable, so this copies nothing.
+
+        Raises:
+            RunError: the ranks' adapters have drifted apart.
+        """
+        state, ranks = self.trainer.algorithm.state(), self.trainer.ranks
+        if ranks.size > 1:
+            ranks.agree(f"the adapter after step {self.done}", _digest(self.trainer.policy.adapter))
+        sources = ranks.gather(self.trainer.sources.state())
         return Checkpoint(
             self.done,
             {
@@ -537,7 +617,8 @@ class _Run:
                 "tokens": self.tokens,
                 "nonfinite": self.nonfinite,
                 "nonfinite_in_a_row": self.trainer.nonfinite_in_a_row,
-                "sources": self.trainer.sources.state(),
+                "sources": sources[0],
+                **({"sources_of_ranks": sources} if ranks.size > 1 else {}),
             },
         )
 
@@ -545,9 +626,15 @@ class _Run:
         """Write the last snapshot, unless it is on the disk: whatever a broken-off step did since has no part in it."""
         if self._snapshot is None or self._snapshot is self._saved:
             return
-        self.log.sync()
-        write_checkpoint(self.log.path / "checkpoints", self._snapshot, keep=self.trainer.recipe.checkpoint.keep)
+        if self.trainer.ranks.first:
+            self.log.sync()
+            write_checkpoint(self.log.path / "checkpoints", self._snapshot, keep=self.trainer.recipe.checkpoint.keep)
         self._saved = self._snapshot
+
+    def save_adapter(self) -> None:
+        """Write the adapter, on the rank that writes."""
+        if self.trainer.ranks.first:
+            self.trainer.policy.save_adapter(self.log.path / "adapters")
 
     def _restore(self, found: Checkpoint) -> None:
         def part(name: str) -> dict[str, mx.array]:
@@ -556,7 +643,8 @@ class _Run:
         self.trainer.policy.set_adapter(part("adapter"))
         self.trainer.algorithm.restore(State(part("algorithm"), found.state["algorithm"]))
         self.trainer.nonfinite_in_a_row = found.state["nonfinite_in_a_row"]
-        self.trainer.sources.restore(found.state.get("sources", {}))
+        of_ranks = found.state.get("sources_of_ranks", [found.state.get("sources", {})])
+        self.trainer.sources.restore(dict(enumerate(of_ranks)).get(self.trainer.ranks.index, {}))
         self._best = None if found.state["best"] is None else (found.state["best"], part("best"))
         self.done = found.step
         self._snapshot = self._saved = found
@@ -566,11 +654,52 @@ class _Run:
         self.tokens = found.state["tokens"]
         self.nonfinite = found.state["nonfinite"]
         self.log.cut_back(found.state["offsets"])
-        self._rows = read_rows(self.log.path / "metrics.jsonl")
+        self._rows = self.log.read("metrics.jsonl")
 
 
 def _three(result: dict[str, Any]) -> dict[str, float | None]:
     return {k: result[k] for k in ("student", "student_greedy", "teacher")}
+
+
+def _folder_of(out: Path, ranks: Ranks) -> Path:
+    """Where a rank that does not write keeps what its feedback sources must keep."""
+    folder = out / f"rank-{ranks.index}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _digest(arrays: Mapping[str, mx.array]) -> str:
+    found = hashlib.sha256()
+    for name in sorted(arrays):
+        found.update(name.encode())
+        found.update(np.array(arrays[name].astype(mx.float32)).tobytes())
+    return found.hexdigest()[:16]
+
+
+def _check_ranks(recipe: Recipe, policy: Policy, task: Task) -> None:
+    """Several ranks must have the same to work with, and each something to do.
+
+    Raises:
+        ConfigError: the recipe is not for so many.
+        RunError: versions, model or data differ.
+    """
+    ranks, faults = policy.ranks, []
+    if ranks.size == 1:
+        return
+    if recipe.rollout.prompts < ranks.size:
+        faults.append(
+            Fault("rollout.prompts", f"{recipe.rollout.prompts} for {ranks.size} ranks", "one a rank at least")
+        )
+    if "human" in recipe.feedback.sources:
+        faults.append(
+            Fault("feedback.sources", "human sits at one terminal, not at several ranks", "train on one machine")
+        )
+    if faults:
+        raise ConfigError(faults)
+    ranks.agree("versions", f"vpd-mlx {__version__}, mlx {version('mlx')}, mlx-lm {version('mlx-lm')}")
+    ranks.agree("the model", _digest(policy.adapter) + f", {policy.architecture}, vocabulary {policy.vocabulary}")
+    rows = [(p.id, p.prompt, p.answer) for p in (*task.train, *task.held_out)]
+    ranks.agree("the data", hashlib.sha256(repr(rows).encode()).hexdigest()[:16])
 
 
 def _check_prompts(prompter: Prompter, problems: Sequence[Problem]) -> None:

@@ -23,6 +23,7 @@ from vpd_mlx.updates.learner import (
     Sample,
     accumulate,
     minibatches,
+    scored,
     teacher_row,
     update_metrics,
 )
@@ -69,13 +70,13 @@ def bco_update(
     lengths = np.array([len(r.completion) for r in student_rows], np.float32)
     if cfg.prior == "fixed":
         with policy.adapter_off():
-            anchor = policy.logps(student_rows)
+            anchor = scored(policy, student_rows)
     else:
-        anchor = policy.logps(student_rows)
+        anchor = scored(policy, student_rows)
     base = np.array([a.sum() for a in anchor], np.float32)
 
     def rewards(indices: Sequence[int]) -> Floats:
-        teacher_sums = np.array([t.sum() for t in policy.logps([teacher_rows[i] for i in indices])], np.float32)
+        teacher_sums = np.array([t.sum() for t in scored(policy, [teacher_rows[i] for i in indices])], np.float32)
         r = losses.implicit_rewards(
             mx.array(teacher_sums),
             mx.array(base[indices]),
@@ -109,7 +110,7 @@ def bco_update(
             ]
             rows = [teacher_rows[i] for i in indices]
             done = accumulate(
-                policy, rows, weights, [{} for _ in rows], _signed_logps, phase_seed(seed, number, "e_step")
+                policy, rows, weights, lambda own: [{} for _ in own], _signed_logps, phase_seed(seed, number, "e_step")
             )
             updates.append(learner.apply(policy, done.gradients))
     loss = losses.bco_loss(

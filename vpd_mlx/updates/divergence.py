@@ -63,12 +63,11 @@ class Distillation:
             "mass": mx.topk(p, k, axis=-1).sum(-1),
         }
 
-    def constants(
-        self, samples: Sequence[Sample], states: Sequence[Mapping[str, mx.array]]
-    ) -> list[dict[str, mx.array]]:
-        """What the loss needs beside the targets, per sample."""
+    def constants(self, policy: Policy, samples: Sequence[Sample]) -> list[dict[str, mx.array]]:
+        """What the loss needs beside the targets, per sample: a teacher's pass, and the sampler's log-probabilities."""
+        states = self.teacher.states(policy, [teacher_row(s) for s in samples])
         if self.cfg.importance_clip is None:
-            return [dict(s) for s in states]
+            return states
         return [{**s, "old": mx.array(x.rollout.logps)} for s, x in zip(states, samples, strict=True)]
 
 
@@ -90,9 +89,12 @@ def divergence_update(
         part = [samples[i] for i in chosen]
         rows = [s.student for s in part]
         lengths = [len(r.completion) for r in rows]
-        states = teacher.states(policy, [teacher_row(s) for s in part])
         weights = token_weights(lengths, cfg.weighting, sequences=len(indices), tokens=sum(lengths))
-        done = accumulate(policy, rows, weights, loss.constants(part, states), loss, phase_seed(seed, number, "m_step"))
+
+        def constants(own: Sequence[int], part: list[Sample] = part) -> list[dict[str, mx.array]]:
+            return loss.constants(policy, [part[i] for i in own])
+
+        done = accumulate(policy, rows, weights, constants, loss, phase_seed(seed, number, "m_step"))
         updates.append(learner.apply(policy, done.gradients))
         values.append(done.loss)
         for i, columns in zip(chosen, done.columns, strict=True):

@@ -7,7 +7,7 @@ totals over the whole minibatch, so that any split into micro-batches gives the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ __all__ = [
     "epochs",
     "gather",
     "minibatches",
+    "scored",
     "teacher_row",
     "unit_weights",
     "update_metrics",
@@ -116,7 +117,8 @@ class Learner:
         mx.eval(self._adam.state)
 
     def apply(self, policy: Policy, gradients: Any) -> Metrics:
-        """Move the policy's adapter by one update; returns `grad_norm`, `rate` and `applied`."""
+        """Move the policy's adapter by one update, by the gradients of all ranks; returns `grad_norm`, `rate`, `applied`."""
+        gradients = policy.ranks.sum(gradients)
         norm = math.sqrt(sum(float(mx.square(g).sum()) for _, g in tree_flatten(gradients)))
         if not math.isfinite(norm):
             self.skipped += 1
@@ -143,27 +145,51 @@ class Learner:
 
 @dataclass
 class Pass:
-    """What one walk over a minibatch leaves: gradients, the loss, and per row each token's figures."""
+    """What one walk over a minibatch leaves: this rank's gradients, the loss, and per row each token's figures."""
 
     gradients: Any
     loss: float
     columns: list[dict[str, Floats]]
 
 
+Constants = Callable[[Sequence[int]], Sequence[Mapping[str, mx.array]]]
+"""Indices of rows -> what the token loss needs for each beside its targets, token by token."""
+
+
 def accumulate(
     policy: Policy,
     rows: Sequence[Row],
     weights: Sequence[Floats],
-    constants: Sequence[Mapping[str, mx.array]],
+    constants: Constants,
     token_loss: TokenLoss,
     seed: int,
     into: Pass | None = None,
 ) -> Pass:
     """Sum of weighted token losses over rows and its gradient, micro-batch by micro-batch, on top of `into`.
 
-    Where memory runs out it starts over with smaller micro-batches, to the same sum.
+    With several ranks each walks its share: loss and figures are those of all rows, the gradients are summed by
+    `Learner.apply`. Where memory runs out the walk starts over with smaller micro-batches, to the same sum.
     """
-    return policy.within_memory(lambda: _accumulate(policy, rows, weights, constants, token_loss, seed, into))
+    own = policy.ranks.share(rows)
+    mine = [rows[i] for i in own]
+    fixed = constants(own)
+    start = into.gradients if into else None
+    gradients, loss, columns = policy.within_memory(
+        lambda: _accumulate(policy, mine, [weights[i] for i in own], fixed, token_loss, seed, start)
+    )
+    if gradients is None:  # more ranks than rows
+        gradients = tree_map(mx.zeros_like, policy.model.trainable_parameters())
+    return Pass(
+        gradients,
+        (into.loss if into else 0.0) + sum(policy.ranks.gather(loss)),
+        policy.ranks.collect(own, columns, len(rows)),
+    )
+
+
+def scored(policy: Policy, rows: Sequence[Row]) -> list[Floats]:
+    """`Policy.logps` of all rows, each rank scoring its share."""
+    own = policy.ranks.share(rows)
+    return policy.ranks.collect(own, policy.logps([rows[i] for i in own]), len(rows))
 
 
 def _accumulate(
@@ -173,10 +199,9 @@ def _accumulate(
     constants: Sequence[Mapping[str, mx.array]],
     token_loss: TokenLoss,
     seed: int,
-    into: Pass | None,
-) -> Pass:
-    total = into.loss if into else 0.0
-    gradients = into.gradients if into else None
+    gradients: Any,
+) -> tuple[Any, float, list[dict[str, Floats]]]:
+    total = 0.0
     columns: list[dict[str, Floats]] = [{} for _ in rows]
     mx.random.seed(seed)  # dropout's masks, where there is any
     for indices in policy.split(rows):
@@ -203,7 +228,7 @@ def _accumulate(
             stop = start + len(rows[i].completion)
             columns[i] = {name: column[start:stop] for name, column in values.items()}
             start = stop
-    return Pass(gradients, total, columns)
+    return gradients, total, columns
 
 
 def unit_weights(rows: Sequence[Row]) -> list[Floats]:

@@ -25,6 +25,7 @@ from vpd_mlx.updates.learner import (
     accumulate,
     epochs,
     minibatches,
+    scored,
     teacher_row,
     unit_weights,
     update_metrics,
@@ -94,11 +95,11 @@ def policy_gradient_update(
     several = len(batches) * cfg.epochs > 1
     rows = [s.student for s in samples]
     # With a single update the ratio is 1 by definition; with several the sampler's log-probabilities are needed.
-    old = policy.logps(rows) if several else None
+    old = scored(policy, rows) if several else None
     reference = None
     if cfg.kl > 0:
         with policy.adapter_off():
-            reference = policy.logps(rows)
+            reference = scored(policy, rows)
     updates, values = [], []
     seen: dict[int, dict[str, Floats]] = {}
     ratios: list[Floats] = []
@@ -114,25 +115,35 @@ def policy_gradient_update(
             part = [i for i in indices if (samples[i].teacher is not None and teacher is not None) == with_context]
             if not part:
                 continue
-            chosen = [samples[i] for i in part]
-            constants: list[dict[str, mx.array]] = [{} for _ in part]
-            if uses_teacher and teacher is not None:
-                constants = [dict(s) for s in teacher.states(policy, [teacher_row(s) for s in chosen])]
-                if distill is not None:
-                    constants = distill[2].constants(chosen, constants)
-            for c, i in zip(constants, part, strict=True):
-                n = len(rows[i].completion)
-                c["advantage"] = mx.full(n, float(advantages[i]))
-                c["pg_weight"] = mx.array(weight_of[i])
-                if distill is not None and uses_teacher:
-                    per_token = token_weights(
-                        [n], distill[2].cfg.weighting, len(indices), _context_tokens(samples, indices)
-                    )
-                    c["distill_weight"] = mx.array(per_token[0])
-                if old is not None:
-                    c["old_logp"] = mx.array(old[i])
-                if reference is not None:
-                    c["reference"] = mx.array(reference[i])
+
+            def constants(
+                own: Sequence[int],
+                part: list[int] = part,
+                indices: list[int] = indices,
+                weight_of: Mapping[int, Floats] = weight_of,
+                uses_teacher: bool = uses_teacher,
+            ) -> list[dict[str, mx.array]]:
+                mine = [part[i] for i in own]
+                out: list[dict[str, mx.array]] = [{} for _ in mine]
+                if uses_teacher and distill is not None:
+                    out = distill[2].constants(policy, [samples[i] for i in mine])
+                elif uses_teacher and teacher is not None:
+                    out = teacher.states(policy, [teacher_row(samples[i]) for i in mine])
+                for c, i in zip(out, mine, strict=True):
+                    n = len(rows[i].completion)
+                    c["advantage"] = mx.full(n, float(advantages[i]))
+                    c["pg_weight"] = mx.array(weight_of[i])
+                    if distill is not None and uses_teacher:
+                        per_token = token_weights(
+                            [n], distill[2].cfg.weighting, len(indices), _context_tokens(samples, indices)
+                        )
+                        c["distill_weight"] = mx.array(per_token[0])
+                    if old is not None:
+                        c["old_logp"] = mx.array(old[i])
+                    if reference is not None:
+                        c["reference"] = mx.array(reference[i])
+                return out
+
             loss = _PolicyGradient(
                 cfg,
                 teacher if uses_teacher else None,
