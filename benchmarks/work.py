@@ -127,7 +127,7 @@ class Updates:
     def fused(self) -> Any:
         """Divergence and gradient as the M-step makes them: teacher forward, student forward and backward."""
         states = self.loss.teacher.states(self.policy, self.taught)
-        return accumulate(self.policy, self.student, self.weights, states, self.loss, 0).gradients
+        return accumulate(self.policy, self.student, self.weights, lambda own: states, self.loss, 0).gradients
 
     def plain(self) -> Any:
         """The same from whole logits of the completion positions and automatic differentiation."""
@@ -160,7 +160,7 @@ class Updates:
         """Forward and backward of the divergence, the teacher's states given."""
         if not hasattr(self, "_states"):
             self._states = self.teacher_states()
-        return accumulate(self.policy, self.student, self.weights, self._states, self.loss, 0).gradients
+        return accumulate(self.policy, self.student, self.weights, lambda own: self._states, self.loss, 0).gradients
 
     def backward_of(self, rows: Any) -> Any:
         """Forward and backward of the log-probability alone."""
@@ -168,7 +168,7 @@ class Updates:
         def loss(logits: mx.array, fixed: Any, _head: Any) -> tuple[mx.array, dict[str, mx.array]]:
             return losses.token_logps(logits, fixed["targets"]), {}
 
-        return accumulate(self.policy, rows, self.weights, [{} for _ in rows], loss, 0).gradients
+        return accumulate(self.policy, rows, self.weights, lambda own: [{} for _ in own], loss, 0).gradients
 
     def teacher_backward(self) -> Any:
         """Forward and backward under the teacher's prompt, as an E-step needs."""

@@ -93,7 +93,7 @@ def test_scores_and_gradients_are_those_of_the_plain_model(tmp_path: Path, kind,
         policy,
         rows,
         [np.ones(len(r.completion), np.float32) for r in rows],
-        [{} for _ in rows],
+        lambda own: [{} for _ in own],
         lambda logits, fixed, _head: (losses.token_logps(logits, fixed["targets"]), {}),
         seed=0,
     )

@@ -415,7 +415,8 @@ def curves(grid: Grid, found: Sequence[Result], path: Path) -> None:
     """The student's accuracy over steps, mean and 95 % band over seeds, a panel a setting, as a PNG or SVG file."""
     figure, axes = plt.subplots(1, len(grid.parts), figsize=(4.6 * len(grid.parts), 3.6), sharey=True, squeeze=False)
     for axis, part in zip(axes[0], grid.parts, strict=True):
-        for number, method in enumerate(part.methods):
+        for method in part.methods:
+            number = list(grid.methods).index(method)  # a method's colour is the same in every panel
             runs = [r.curve for r in found if (r.cell.setting, r.cell.method) == (part.setting, method)]
             steps = [s for s, _ in runs[0]]
             bands = [interval([dict(curve)[s] for curve in runs]) for s in steps]
