@@ -20,7 +20,7 @@ from vpd_mlx.algos import ALGORITHMS, Step
 from vpd_mlx.config import Grpo, MStep, Recipe, Teacher, load_recipe
 from vpd_mlx.metrics import Clock
 from vpd_mlx.policy import Policy
-from vpd_mlx.rollout import Sampling, generate
+from vpd_mlx.rollout import Sampling, default_streams, generate
 from vpd_mlx.teacher import Teacher as Weights
 from vpd_mlx.types import Context, Group, Problem, Rollout, Verdict
 from vpd_mlx.updates import Learner, gather
@@ -79,7 +79,7 @@ class Batch:
 def rollouts(policy: Policy, groups: Sequence[Group], samples: int, tokens: int) -> Callable[[], int]:
     """This project's: prompts read once, every token's log-probability kept."""
     prompts = [g.prompt for g in groups]
-    how = Sampling(1.0, 1.0, tokens)
+    how = Sampling(1.0, 1.0, tokens, streams=default_streams())
     return lambda: sum(len(r.tokens) for _, _, r in generate(policy, prompts, samples, how, 0))
 
 

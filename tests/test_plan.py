@@ -140,3 +140,20 @@ def test_limits_are_set(small):
     finally:
         mx.set_cache_limit(1 << 34)
         mx.set_memory_limit(1 << 34)
+
+
+def test_the_wired_limit_is_set_where_there_is_one(small, monkeypatch):
+    from vpd_mlx.train import load_policy
+
+    with pytest.raises(
+        ConfigError, match=r"memory.wired_limit_gb: 8: Device\(cpu, 0\) has no wired memory; leave it null"
+    ):
+        load_policy(small(memory__wired_limit_gb=8.0))
+    given: list[int] = []
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 12 << 30})
+    monkeypatch.setattr(mx, "set_wired_limit", given.append)
+    load_policy(small(memory__wired_limit_gb=8.0))
+    load_policy(small())
+    assert given == [8 << 30, 12 << 30]
+    with pytest.raises(ConfigError, match=r"13 is more than this machine's 12\.0; lower it"):
+        load_policy(small(memory__wired_limit_gb=13.0))

@@ -238,7 +238,7 @@ def own(own_task, tmp_path: Path, body: str, rows: str | None = None):
 
 def test_a_verifier_of_ones_own_trains(own_task, tmp_path: Path):
     body = "return (1.0, '') if completion == problem.answer else (0.0, 'ones right, tens too low')"
-    recipe = load_recipe(own(own_task, tmp_path, body))
+    recipe = load_recipe(own(own_task, tmp_path, body), [("rollout.prompts", 8), ("rollout.group_size", 4)])
     train(recipe, tmp_path / "run")
     rows = read_rows(tmp_path / "run" / "rollouts.jsonl")
     assert {r["verdict"] for r in rows if not r["success"]} == {"ones right, tens too low"}

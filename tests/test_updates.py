@@ -583,3 +583,34 @@ def test_when_memory_runs_out_micro_batches_are_halved_to_the_same_result(world,
             policy.logps([samples[0].student])
     finally:
         policy._micro_batch_tokens, policy.notes = before, notes
+
+
+def test_checkpointed_blocks_are_one_models_own():
+    """Recomputing blocks changes no gradient, and no other model of the process."""
+    from conftest import QUICKSTART
+
+    from vpd_mlx.config import Lora
+    from vpd_mlx.policy import Policy
+
+    plain = Policy.load(str(QUICKSTART.parent / "model"), Lora(rank=4), seed=1)
+    before = type(plain.model.layers[0]).__call__
+    thrifty = Policy.load(str(QUICKSTART.parent / "model"), Lora(rank=4), seed=1, gradient_checkpointing=True)
+    assert type(plain.model.layers[0]).__call__ is before
+    assert type(thrifty.model.layers[0]).__call__ is not before
+    assert plain.shares_prompts
+    assert not thrifty.shares_prompts
+    moved = {k: v + 0.05 for k, v in plain.adapter.items()}
+    rows = [Row((5, 6, 7), (8, 9)), Row((5, 6, 7), (3, 4, 2))]
+    found = []
+    for policy in (plain, thrifty):
+        policy.set_adapter(moved)
+        done = accumulate(
+            policy,
+            rows,
+            [np.ones(len(r.completion), np.float32) for r in rows],
+            lambda own: [{} for _ in own],
+            lambda logits, fixed, _head: (losses.token_logps(logits, fixed["targets"]), {}),
+            seed=0,
+        )
+        found.append(dict(tree_flatten(done.gradients)))
+    assert_close(found[1], found[0], 1e-5)

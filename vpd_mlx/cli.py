@@ -148,6 +148,7 @@ MAY_CHANGE = (
     "checkpoint.",
     "memory.limit_gb",
     "memory.cache_limit_gb",
+    "memory.wired_limit_gb",
     "description",
     "logging.",
 )

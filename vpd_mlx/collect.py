@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 
 from vpd_mlx.policy import Policy
@@ -58,8 +59,9 @@ def collect(
         return rollout
 
     waiting: dict[tuple[int, int], Future[Rollout]] = {}
-    with ThreadPoolExecutor(WORKERS) as pool:
-        for p, n, rollout in generate(policy, prompts, group_size, how, seed):
+    # Closed at once when `moved` ends the run: an exception's traceback would keep it, and its threads, alive.
+    with ThreadPoolExecutor(WORKERS) as pool, closing(generate(policy, prompts, group_size, how, seed)) as finished:
+        for p, n, rollout in finished:
             waiting[p, n] = pool.submit(grade, problems[p], rollout)
             moved(len(waiting), total)
         graded = {at: rollout.result() for at, rollout in waiting.items()}

@@ -409,8 +409,18 @@ class Memory(_Section):
     )
     gradient_checkpointing: bool = Field(False, description="Recompute blocks in the backward pass to save memory.")
     rollout_rows: Positive | None = Field(None, description="Most sequences decoded side by side; null decodes all.")
+    rollout_streams: Positive | None = Field(
+        None,
+        description="Threads among which the prompts are divided for decoding; null takes 2 on a CPU and 1 on a GPU. "
+        "Another number draws other completions.",
+    )
     cache_limit_gb: float | None = Field(None, gt=0, description="Limit of MLX's buffer cache; null leaves it.")
     limit_gb: float | None = Field(None, gt=0, description="Limit of MLX's memory; null leaves it.")
+    wired_limit_gb: float | None = Field(
+        None,
+        gt=0,
+        description="Memory that macOS may not page out; null takes what the GPU's driver recommends. Macs only.",
+    )
 
 
 class Evaluation(_Section):

@@ -21,7 +21,7 @@ from vpd_mlx.metrics import Paired, bootstrap_interval, majority, mean, paired, 
 from vpd_mlx.policy import Policy, phase_seed
 from vpd_mlx.progress import Progress
 from vpd_mlx.prompts import Prompter
-from vpd_mlx.rollout import Sampling, generate
+from vpd_mlx.rollout import Sampling, default_streams, generate
 from vpd_mlx.tasks import Task, answer_of, examine
 from vpd_mlx.types import Group, Problem, Rollout
 
@@ -54,6 +54,7 @@ def evaluation_sampling(recipe: Recipe, *, greedy: bool) -> Sampling:
         top_p=1.0 if greedy else cfg.top_p,
         max_tokens=rollout.max_completion_tokens,
         rows=recipe.memory.rollout_rows or rollout.prompts * rollout.group_size,
+        streams=recipe.memory.rollout_streams or default_streams(),
     )
 
 

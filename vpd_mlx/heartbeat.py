@@ -110,6 +110,8 @@ class Heartbeat:
             while line.recv(64):
                 pass
             return  # it has ended; mlx tells whoever waits for it
+        except ConnectionResetError:
+            return  # the same, in the middle of a word
         except TimeoutError:
             pass
         except OSError as error:

@@ -114,7 +114,7 @@ class Policy:
         if gradient_checkpointing:
             # A checkpointed block takes its cache for a constant: the prompt's share of the gradient would be lost.
             policy.shares_prompts = False
-            grad_checkpoint(model.layers[0])
+            _checkpoint_blocks(model)
         return policy
 
     def adapt(self, lora: Lora, seed: int) -> None:
@@ -419,6 +419,21 @@ def _scaled(linear: Head, factor: float) -> Head:
 
 def _capped(linear: Head, cap: float) -> Head:
     return lambda h: mx.tanh(linear(h) / cap) * cap
+
+
+def _checkpoint_blocks(model: nn.Module) -> None:
+    """Recompute this model's blocks in the backward pass.
+
+    mlx-lm's function changes the blocks' class, for every model of the process: these blocks get a class of their own first.
+    """
+    own: dict[type, type] = {}
+    for block in model.layers:
+        kind = type(block)
+        if kind not in own:
+            own[kind] = type(kind.__name__, (kind,), {"__module__": kind.__module__})
+            block.__class__ = own[kind]
+            grad_checkpoint(block)
+        block.__class__ = own[kind]
 
 
 def _is_adapted(module: Any) -> bool:

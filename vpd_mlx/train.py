@@ -32,7 +32,7 @@ from vpd_mlx.policy import Policy, phase_seed
 from vpd_mlx.progress import Progress, Silent
 from vpd_mlx.prompts import Prompter
 from vpd_mlx.ranks import ALONE, Ranks
-from vpd_mlx.rollout import Sampling, generate, probe_batches
+from vpd_mlx.rollout import Sampling, default_streams, generate, probe_batches
 from vpd_mlx.runlog import NoLog, RunLog, write_atomic
 from vpd_mlx.tasks import Task, build_task, notices, prove
 from vpd_mlx.types import Group, Problem, Rollout
@@ -122,7 +122,12 @@ class Trainer:
 
         def ask(prompts: Sequence[tuple[int, ...]]) -> list[str]:
             # The model's own critiques: sampled like rollouts, seeded by what is asked.
-            how = Sampling(recipe.rollout.temperature, recipe.rollout.top_p, recipe.feedback.critique_tokens)
+            how = Sampling(
+                recipe.rollout.temperature,
+                recipe.rollout.top_p,
+                recipe.feedback.critique_tokens,
+                streams=recipe.memory.rollout_streams or default_streams(),
+            )
             seed = phase_seed(recipe.seed, hash(tuple(prompts)) & 0xFFFFFFFF, "critique")
             texts = {p: r.text for p, _, r in generate(policy, prompts, 1, how, seed)}
             return [texts[i] for i in range(len(prompts))]
@@ -184,8 +189,11 @@ class Trainer:
         return batch, [g for s in shares for g in s.groups]
 
     def _stop_together(self, signals: Sequence[int | None]) -> None:
-        self.stop.signal = next((s for s in signals if s is not None), None)
-        self._interruptible()
+        """Stop where all know of it; a signal that came in since then waits for the next time."""
+        told = next((s for s in signals if s is not None), None)
+        if told is not None:
+            self.stop.signal = told
+            raise _Interrupted
 
     def _roll_out(self, problems: Sequence[Problem], step: int, clock: Clock) -> tuple[Batch, list[Group]]:
         cfg = self.recipe.rollout
@@ -201,7 +209,13 @@ class Trainer:
                 self.task.verify,
                 problems,
                 cfg.group_size,
-                Sampling(cfg.temperature, cfg.top_p, cfg.max_completion_tokens, self.recipe.memory.rollout_rows),
+                Sampling(
+                    cfg.temperature,
+                    cfg.top_p,
+                    cfg.max_completion_tokens,
+                    self.recipe.memory.rollout_rows,
+                    self.recipe.memory.rollout_streams or default_streams(),
+                ),
                 threshold=cfg.success_threshold,
                 seed=self.ranks.seed(phase_seed(self.recipe.seed, step, "rollout")),
                 moved=moved,
@@ -236,14 +250,15 @@ class Trainer:
         start = time.perf_counter()
         mx.reset_peak_memory()
         batch, groups = self.roll_out(number, clock)
-        mx.clear_cache()
+        with clock("rollout"):
+            mx.clear_cache()
         if self.ranks.size == 1:  # several have just agreed to go on
             self._interruptible()
         self.progress.phase("update")
         step = Step(number, self.recipe.seed, clock)
         metrics = self.algorithm(self.policy, groups, step)
-        mx.clear_cache()
         with clock("log"):
+            mx.clear_cache()
             row = {
                 "step": number,
                 **_rollout_metrics(batch, groups),
@@ -358,6 +373,26 @@ def refuse_what_cannot_fit(recipe: Recipe) -> None:
     check_fits(recipe, plan(recipe), limit)
 
 
+def _wire(limit_gb: float | None) -> None:
+    """Keep the model from being paged out, where the device knows such a limit.
+
+    Raises:
+        ConfigError: a limit is asked for, and there is none here, or it is more than the device allows.
+    """
+    most = mx.device_info().get("max_recommended_working_set_size")
+    if most is None and limit_gb is not None:
+        fault = Fault(
+            "memory.wired_limit_gb", f"{limit_gb:g}: {mx.default_device()} has no wired memory", "leave it null here"
+        )
+        raise ConfigError([fault])
+    if most is None:
+        return
+    if limit_gb is not None and limit_gb * 2**30 > int(most):
+        much = f"{limit_gb:g} is more than this machine's {int(most) / 2**30:.1f}"
+        raise ConfigError([Fault("memory.wired_limit_gb", much, "lower it, or leave it null")])
+    mx.set_wired_limit(int(most) if limit_gb is None else int(limit_gb * 2**30))
+
+
 def load_policy(recipe: Recipe) -> Policy:
     """The recipe's model with a fresh adapter."""
     memory = recipe.memory
@@ -365,6 +400,7 @@ def load_policy(recipe: Recipe) -> Policy:
         mx.set_memory_limit(int(memory.limit_gb * 2**30))
     if memory.cache_limit_gb is not None:
         mx.set_cache_limit(int(memory.cache_limit_gb * 2**30))
+    _wire(memory.wired_limit_gb)
     policy = Policy.load(
         recipe.model,
         recipe.lora,
