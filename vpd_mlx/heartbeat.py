@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from vpd_mlx.errors import RunError
@@ -33,16 +33,14 @@ class Heartbeat:
     """Lines between the first rank and the others. Use it as a context manager, on all ranks at once.
 
     Args:
-        ranks: those that train together; alone, nothing is done.
-        lost: called in a thread of its own with a sentence when a rank is silent; by default the process ends with it.
+        ranks: those that train together; alone, nothing is done. When one falls silent the process ends with a sentence.
 
     Raises:
         RunError: on entry, a rank cannot be reached.
     """
 
-    def __init__(self, ranks: Ranks, lost: Callable[[str], None] | None = None) -> None:
+    def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._lost = lost or _end
         self._lines: dict[int, socket.socket] = {}
         self._over = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -117,7 +115,7 @@ class Heartbeat:
         except OSError as error:
             why = f"cannot be heard ({error})"
         if not self._over.is_set():
-            self._lost(f"rank {self._ranks.index} has lost rank {rank}, which {why}. Go on with --resume")
+            _end(f"rank {self._ranks.index} has lost rank {rank}, which {why}. Go on with --resume")
 
 
 def _end(text: str) -> None:

@@ -62,7 +62,7 @@ def generate(
     if parts > 1:
         yield from _side_by_side(policy, prompts, samples, how, seed, parts)
         return
-    for finished in _steps(policy, prompts, samples, how, seed):
+    for finished in _steps(policy, prompts, samples, replace(how, streams=1), seed):
         yield from finished
 
 
@@ -124,13 +124,10 @@ def _steps(
         return
     mx.random.seed(seed)
     width = min(total, how.rows or total, policy.widest or total)
-    caches = None
-    if samples > 1 and width == total and all(len(p) > 1 for p in prompts):
-        caches = [_read(policy, p) for p in prompts]
-        if any(c is None for c in caches):
-            caches = None
-    if caches is not None:
-        yield from _all_at_once(policy, prompts, [c for c in caches if c is not None], samples, how)
+    together = samples > 1 and width == total and all(len(p) > 1 for p in prompts)
+    cache = _behind_prompts(policy, prompts, samples) if together else None
+    if cache is not None:
+        yield from _all_at_once(policy, prompts, cache, samples, how)
     else:
         yield from _continuous(policy, prompts, samples, how, width)
 
@@ -143,7 +140,7 @@ def _sampler(how: Sampling) -> Callable[[mx.array], mx.array]:
 
 
 def _all_at_once(
-    policy: Policy, prompts: Sequence[tuple[int, ...]], caches: Sequence[list[Any]], samples: int, how: Sampling
+    policy: Policy, prompts: Sequence[tuple[int, ...]], cache: list[Any], samples: int, how: Sampling
 ) -> Generator[list[Finished], None, None]:
     """All rows from first to last, behind prompts that were read once.
 
@@ -152,9 +149,6 @@ def _all_at_once(
     """
     sampler, stops = _sampler(how), set(policy.tokenizer.eos_token_ids)
     rows = [(p, n) for p in range(len(prompts)) for n in range(samples)]
-    cache = [
-        layers[0].merge([layer for layer in layers for _ in range(samples)]) for layers in zip(*caches, strict=True)
-    ]
     done: dict[tuple[int, int], tuple[list[int], list[float]]] = {at: ([], []) for at in rows}
     # mlx lets few tasks wait, counted over all streams: beside another thread, async_eval waits for that one's.
     start: Callable[..., None] = mx.async_eval if how.streams == 1 else mx.eval
@@ -243,6 +237,19 @@ def _continuous(
             ]
     finally:
         generator.close()
+
+
+def _behind_prompts(policy: Policy, prompts: Sequence[tuple[int, ...]], samples: int) -> list[Any] | None:
+    """One cache for all rows, each prompt read once and nothing kept of it but the rows' own copies."""
+    caches = []
+    for prompt in prompts:
+        cache = _read(policy, prompt)
+        if cache is None:
+            return None
+        caches.append(cache)
+    return [
+        layers[0].merge([layer for layer in layers for _ in range(samples)]) for layers in zip(*caches, strict=True)
+    ]
 
 
 def _read(policy: Policy, prompt: tuple[int, ...]) -> list[Any] | None:
