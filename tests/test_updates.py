@@ -131,6 +131,26 @@ def test_e_step_is_the_autograd_of_the_bco_loss(world, budget, length_normalise,
     assert result.metrics["n_right"] + result.metrics["n_wrong"] == len(chosen) < len(samples)
 
 
+def test_the_e_step_goes_on_from_its_own_forward_pass(world, monkeypatch):
+    trainer, groups = world
+    policy, samples, learner = trainer.policy, gather(groups), Recorder()
+    teacher = Teacher(trainer.recipe.teacher, "live", policy)
+    passes, whole = [], policy.hidden
+    monkeypatch.setattr(policy, "hidden", lambda rows: passes.append(len(rows)) or whole(rows))
+
+    def e_step() -> int:
+        passes.clear()
+        bco_update(policy, samples, learner, trainer.recipe.e_step, previous_delta=None, seed=0, teacher=teacher)
+        return len(passes)
+
+    assert e_step() == 2  # the student's and the teacher's
+    monkeypatch.setattr(type(policy), "has_dropout", True)  # whose rewards come from a pass of their own
+    assert e_step() == 3
+    one, two = learner.gradients
+    assert all(np.array_equal(one[k], two[k]) for k in one)
+    assert any(np.array(v).any() for v in one.values())
+
+
 @pytest.mark.parametrize("budget", [64, 10**6])
 @pytest.mark.parametrize("chunk", [1, 7, 4096])
 @pytest.mark.parametrize("options", [{}, {"weighting": "token"}, {"top_k": 5}, {"importance_clip": 2.0, "alpha": 1.0}])

@@ -218,6 +218,10 @@ class Policy:
         """Indices of rows per micro-batch."""
         return micro_batches(rows, self._micro_batch_tokens, shared=self.shares_prompts)
 
+    def fit_half(self, rows: Sequence[Row]) -> bool:
+        """Whether rows fit half a micro-batch."""
+        return len(micro_batches(rows, self._micro_batch_tokens // 2, shared=self.shares_prompts)) == 1
+
     def within_memory(self, run: Callable[[], T]) -> T:
         """What `run` returns. Where memory runs out, micro-batches are halved for good and `run` starts over.
 
@@ -260,16 +264,24 @@ class Policy:
     def logps(self, rows: Sequence[Row]) -> list[npt.NDArray[np.float32]]:
         """Log-probability of every completion token, float32, by a forward pass without gradient: per row (T_i,)."""
 
+        return self._map_rows(rows, lambda part: self._logps(*self.hidden(part)))
+
+    def scores(self, rows: Sequence[Row], states: mx.array, targets: mx.array) -> list[npt.NDArray[np.float32]]:
+        """`logps` from what `hidden` gave for these rows, also within a function whose gradient is being taken.
+
+        There every array that hangs together with the states would keep what it was made from until the end, whole logits
+        among it: they are copied first.
+        """
+        loose = mx.array(np.array(states.astype(mx.float32))).astype(states.dtype)
+        return _per_row(self._logps(loose, targets), rows)
+
+    def _logps(self, states: mx.array, targets: mx.array) -> npt.NDArray[np.float32]:
         def token_logps(
             logits: mx.array, fixed: Mapping[str, mx.array], _head: Head
         ) -> tuple[mx.array, dict[str, mx.array]]:
             return losses.token_logps(logits, fixed["targets"]), {}
 
-        def score(part: list[Row]) -> Any:
-            states, targets = self.hidden(part)
-            return np.array(map_tokens(self.head, token_logps, states, {"targets": targets}, self.head_chunk)["loss"])
-
-        return self._map_rows(rows, score)
+        return np.array(map_tokens(self.head, token_logps, states, {"targets": targets}, self.head_chunk)["loss"])
 
     def _map_rows(self, rows: Sequence[Row], values_of: Callable[[list[Row]], Any]) -> list[Any]:
         """Values of all completion tokens, micro-batch by micro-batch, cut up by row again."""
@@ -327,6 +339,11 @@ class Policy:
         finally:
             for m, scale in zip(modules, scales, strict=True):
                 m.scale = scale
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether a pass with dropout on differs from one without."""
+        return bool(self._lora_config.get("lora_parameters", {}).get("dropout"))
 
     @contextlib.contextmanager
     def dropout_on(self) -> Iterator[None]:

@@ -571,6 +571,7 @@ class _Run:
         recipe, trainer = self.trainer.recipe, self.trainer
         row, rollouts = trainer.step(self.done + 1)
         self.done += 1
+        sources = self._settle()
         self.log.append("metrics.jsonl", [row])
         self.log.append("rollouts.jsonl", rollouts)
         for phase, seconds in row["seconds"].items():
@@ -587,7 +588,7 @@ class _Run:
         if any(v for k, v in row.items() if k.endswith("/nonfinite")):
             # for whoever looks for the reason
             self.log.keep("nonfinite", f"step-{self.done:06d}.jsonl", rollouts)
-        self._snapshot = self._state()
+        self._snapshot = self._state(sources)
 
     def patience_is_out(self) -> bool:
         """Whether the recipe's number of evaluations has passed without a better student."""
@@ -617,6 +618,7 @@ class _Run:
         if not due or self.last_evaluated == self.done:
             return
         result = self.trainer.evaluate(self.done)
+        sources = self._settle()
         self.evaluations.append(result)
         best = max(e["student"] or 0.0 for e in self.evaluations[:-1]) if self.evaluations[:-1] else -1.0
         if (result["student"] or 0.0) > best:
@@ -624,18 +626,22 @@ class _Run:
         self.seconds["evaluation"] = self.seconds.get("evaluation", 0.0) + result["seconds"]
         self.log.append("evals.jsonl", [result])
         self.trainer.progress.evaluation(result["step"], result)
-        self._snapshot = self._state()
+        self._snapshot = self._state(sources)
 
-    def _state(self) -> Checkpoint:
-        """All of the run as it stands after a whole step. Arrays are immutable, so this copies nothing.
+    def _settle(self) -> list[dict[str, Any]]:
+        """The state of each rank's sources, once all ranks have come this far: what is logged has a snapshot, whoever is lost.
 
         Raises:
-            RunError: the ranks' adapters have drifted apart.
+            RunError: a rank is lost, or the ranks' adapters have drifted apart.
         """
-        state, ranks = self.trainer.algorithm.state(), self.trainer.ranks
+        ranks = self.trainer.ranks
         if ranks.size > 1:
             ranks.agree(f"the adapter after step {self.done}", _digest(self.trainer.policy.adapter))
-        sources = ranks.gather(self.trainer.sources.state())
+        return ranks.gather(self.trainer.sources.state())
+
+    def _state(self, sources: list[dict[str, Any]]) -> Checkpoint:
+        """All of the run as it stands after a whole step. Arrays are immutable, so this copies nothing."""
+        state = self.trainer.algorithm.state()
         return Checkpoint(
             self.done,
             {
@@ -654,7 +660,7 @@ class _Run:
                 "nonfinite": self.nonfinite,
                 "nonfinite_in_a_row": self.trainer.nonfinite_in_a_row,
                 "sources": sources[0],
-                **({"sources_of_ranks": sources} if ranks.size > 1 else {}),
+                **({"sources_of_ranks": sources} if len(sources) > 1 else {}),
             },
         )
 

@@ -22,6 +22,7 @@ from vpd_mlx.updates.learner import (
     Metrics,
     Sample,
     accumulate,
+    accumulate_weighed,
     minibatches,
     scored,
     teacher_row,
@@ -43,6 +44,62 @@ class EStepResult:
     anchor: dict[int, Floats] = field(default_factory=dict)
 
 
+class _Bco:
+    """Rewards, delta and weights of one batch of B contexted samples.
+
+    Attributes:
+        first: (B,) implicit rewards before the first update.
+        delta: the reward shift.
+    """
+
+    first: Floats
+    delta: float
+
+    def __init__(
+        self, cfg: EStep, labels: npt.NDArray[np.bool_], lengths: Floats, base: Floats, previous_delta: float | None
+    ) -> None:
+        """(B,) each: success, tokens, log-probability under the prior."""
+        self.cfg, self.labels, self.lengths, self.base = cfg, labels, lengths, base
+        self.previous_delta = previous_delta
+
+    def rewards(self, indices: Sequence[int], teacher: Sequence[Floats]) -> Floats:
+        """Implicit rewards of these samples from the teacher's log-probabilities of their tokens."""
+        r = losses.implicit_rewards(
+            mx.array(np.array([t.sum() for t in teacher], np.float32)),
+            mx.array(self.base[indices]),
+            beta=self.cfg.beta,
+            lengths=mx.array(self.lengths[indices]) if self.cfg.length_normalise else None,
+        )
+        return np.array(r)
+
+    def survey(self, teacher: Sequence[Floats]) -> None:
+        """Take the whole batch's first rewards, and delta from them."""
+        self.first = self.rewards(list(range(len(teacher))), teacher)
+        midpoint = float(losses.class_midpoint(mx.array(self.first), mx.array(self.labels)))
+        self.delta = midpoint
+        if self.cfg.delta == "ema" and self.previous_delta is not None:
+            self.delta = (1 - self.cfg.delta_rate) * self.previous_delta + self.cfg.delta_rate * midpoint
+
+    def weights(self, indices: Sequence[int], rewards: Floats) -> list[Floats]:
+        """dL/dlog q of every token of a minibatch, (T_i,) each."""
+        right, lengths = self.labels[indices], self.lengths[indices]
+        slopes = losses.bco_gradient(
+            mx.array(rewards),
+            mx.array(right),
+            self.delta,
+            beta=self.cfg.beta,
+            n_pos=int(right.sum()),
+            n_neg=int((~right).sum()),
+        )
+        scale = lengths if self.cfg.length_normalise else np.ones(len(indices), np.float32)
+        # The anchor: -log q per token of each success, a mean over successes.
+        pull = np.where(right, -self.cfg.anchor / (lengths * max(1, int(right.sum()))), 0.0)
+        return [
+            np.full(int(length), slope / n + hold, np.float32)
+            for length, slope, n, hold in zip(lengths, np.array(slopes), scale, pull, strict=True)
+        ]
+
+
 def bco_update(
     policy: Policy,
     samples: Sequence[Sample],
@@ -55,8 +112,8 @@ def bco_update(
 ) -> EStepResult:
     """E-step: BCO on the teacher's prompt, anchored to the student as it stands (arXiv 2605.15113, Eq. 7 to 9).
 
-    Two passes: implicit rewards and delta of the whole batch without gradient, then a backward pass weighted by the
-    analytic gradient, exact in any split. A batch that lacks a class is left alone.
+    Implicit rewards and delta of the whole batch first, then a backward pass weighted by the analytic gradient, exact in
+    any split. A batch that lacks a class is left alone.
     """
     if cfg.contexts == "crossed":
         samples = crossed(samples)
@@ -67,52 +124,36 @@ def bco_update(
         return EStepResult({**counts, "skipped": 1}, previous_delta)
     student_rows = [samples[i].student for i in chosen]
     teacher_rows = [teacher_row(samples[i]) for i in chosen]
-    lengths = np.array([len(r.completion) for r in student_rows], np.float32)
     if cfg.prior == "fixed":
         with policy.adapter_off():
             anchor = scored(policy, student_rows)
     else:
         anchor = scored(policy, student_rows)
-    base = np.array([a.sum() for a in anchor], np.float32)
-
-    def rewards(indices: Sequence[int]) -> Floats:
-        teacher_sums = np.array([t.sum() for t in scored(policy, [teacher_rows[i] for i in indices])], np.float32)
-        r = losses.implicit_rewards(
-            mx.array(teacher_sums),
-            mx.array(base[indices]),
-            beta=cfg.beta,
-            lengths=mx.array(lengths[indices]) if cfg.length_normalise else None,
-        )
-        return np.array(r)
-
+    lengths = np.array([len(r.completion) for r in student_rows], np.float32)
+    bco = _Bco(cfg, labels, lengths, np.array([a.sum() for a in anchor], np.float32), previous_delta)
     everyone = list(range(len(chosen)))
+    batches = minibatches([samples[i] for i in chosen], cfg.minibatch_prompts)
+    updates = []
     with teacher.e_step_weights(policy):
-        first = rewards(everyone)
-        midpoint = float(losses.class_midpoint(mx.array(first), mx.array(labels)))
-        delta = midpoint
-        if cfg.delta == "ema" and previous_delta is not None:
-            delta = (1 - cfg.delta_rate) * previous_delta + cfg.delta_rate * midpoint
-        updates = []
-        batches = minibatches([samples[i] for i in chosen], cfg.minibatch_prompts)
+        if len(batches) > 1:
+            bco.survey(scored(policy, teacher_rows))
         for number, indices in enumerate(batches):
-            # Until the first update the rewards of the whole batch still hold.
-            r = first[indices] if number == 0 else rewards(indices)
-            right = labels[indices]
-            slopes = losses.bco_gradient(
-                mx.array(r), mx.array(right), delta, beta=cfg.beta, n_pos=int(right.sum()), n_neg=int((~right).sum())
-            )
-            scale = lengths[indices] if cfg.length_normalise else np.ones(len(indices), np.float32)
-            # The anchor: -log q per token of each success, a mean over successes.
-            pull = np.where(right, -cfg.anchor / (lengths[indices] * max(1, int(right.sum()))), 0.0)
-            weights = [
-                np.full(int(lengths[i]), slope / n + hold, np.float32)
-                for i, slope, n, hold in zip(indices, np.array(slopes), scale, pull, strict=True)
-            ]
             rows = [teacher_rows[i] for i in indices]
-            done = accumulate(
-                policy, rows, weights, lambda own: [{} for _ in own], _signed_logps, phase_seed(seed, number, "e_step")
-            )
+            of_step = phase_seed(seed, number, "e_step")
+
+            def weigh(teacher: list[Floats], indices: list[int] = indices) -> list[Floats]:
+                if indices == everyone:
+                    bco.survey(teacher)
+                return bco.weights(indices, bco.rewards(indices, teacher))
+
+            if number == 0 and len(batches) > 1:
+                # Until the first update the rewards of the whole batch still hold.
+                weights = bco.weights(indices, bco.first[indices])
+                done = accumulate(policy, rows, weights, lambda own: [{} for _ in own], _signed_logps, of_step)
+            else:
+                done = accumulate_weighed(policy, rows, weigh, _signed_logps, of_step)
             updates.append(learner.apply(policy, done.gradients))
+    first, delta = bco.first, bco.delta
     loss = losses.bco_loss(
         mx.array(first / cfg.beta), mx.zeros(len(first)), mx.array(labels), beta=cfg.beta, delta=delta
     )[0]

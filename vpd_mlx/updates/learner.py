@@ -31,6 +31,7 @@ __all__ = [
     "Pass",
     "Sample",
     "accumulate",
+    "accumulate_weighed",
     "epochs",
     "gather",
     "minibatches",
@@ -155,6 +156,9 @@ class Pass:
 Constants = Callable[[Sequence[int]], Sequence[Mapping[str, mx.array]]]
 """Indices of rows -> what the token loss needs for each beside its targets, token by token."""
 
+Weigh = Callable[[list[Floats]], Sequence[Floats]]
+"""Log-probabilities of every row's tokens -> their weights. A pure function: it may be asked again."""
+
 
 def accumulate(
     policy: Policy,
@@ -186,6 +190,25 @@ def accumulate(
     )
 
 
+def accumulate_weighed(policy: Policy, rows: Sequence[Row], weigh: Weigh, token_loss: TokenLoss, seed: int) -> Pass:
+    """`accumulate` with weights that follow from the log-probabilities of all rows, which a forward pass must find first.
+
+    Where all rows of one rank fill half a micro-batch at most, that forward pass is the one that the backward pass goes on
+    from: a pass over the blocks less, and the same bits. Half, since looking at a forward pass midway keeps all that it made,
+    some two thirds more than its gradient needs: so the peak stays below that of a full micro-batch.
+    """
+
+    def in_one() -> tuple[Any, float, list[dict[str, Floats]]] | None:
+        if policy.ranks.size > 1 or policy.has_dropout or not policy.fit_half(rows):
+            return None
+        return _accumulate(policy, rows, weigh, [{} for _ in rows], token_loss, seed, None)
+
+    done = policy.within_memory(in_one)
+    if done is not None:
+        return Pass(*done)
+    return accumulate(policy, rows, weigh(scored(policy, rows)), lambda own: [{} for _ in own], token_loss, seed)
+
+
 def scored(policy: Policy, rows: Sequence[Row]) -> list[Floats]:
     """`Policy.logps` of all rows, each rank scoring its share."""
     own = policy.ranks.share(rows)
@@ -195,7 +218,7 @@ def scored(policy: Policy, rows: Sequence[Row]) -> list[Floats]:
 def _accumulate(
     policy: Policy,
     rows: Sequence[Row],
-    weights: Sequence[Floats],
+    weights: Sequence[Floats] | Weigh,
     constants: Sequence[Mapping[str, mx.array]],
     token_loss: TokenLoss,
     seed: int,
@@ -206,13 +229,18 @@ def _accumulate(
     mx.random.seed(seed)  # dropout's masks, where there is any
     for indices in policy.split(rows):
         part = [rows[i] for i in indices]
-        flat = mx.array(np.concatenate([weights[i] for i in indices]))
         fixed = {k: mx.concatenate([constants[i][k] for i in indices]) for k in constants[indices[0]]}
 
         def batch_loss(
-            part: list[Row] = part, flat: mx.array = flat, fixed: Mapping[str, mx.array] = fixed
+            part: list[Row] = part, indices: list[int] = indices, fixed: Mapping[str, mx.array] = fixed
         ) -> tuple[mx.array, dict[str, mx.array]]:
             states, targets = policy.hidden(part)
+            if callable(weights):  # all rows are in this micro-batch
+                found = dict(zip(indices, policy.scores(part, states, targets), strict=True))
+                each = weights([found[i] for i in range(len(rows))])
+            else:
+                each = weights
+            flat = mx.array(np.concatenate([each[i] for i in indices]))
             return weighted_token_loss(
                 policy.head, token_loss, states, flat, {"targets": targets, **fixed}, policy.head_chunk
             )
