@@ -33,7 +33,8 @@ from vpd_mlx.feedback.server import Reply, Server
 from vpd_mlx.metrics import Clock
 from vpd_mlx.progress import Silent
 from vpd_mlx.runlog import read_rows
-from vpd_mlx.train import Trainer, train
+from vpd_mlx.train import train
+from vpd_mlx.trainer import Trainer
 from vpd_mlx.types import Group, Problem, Rollout, Verdict
 
 PROBLEM = Problem("p1", ({"role": "user", "content": "1+1="},), answer="2")

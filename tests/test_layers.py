@@ -16,8 +16,8 @@ LAYERS = {
     1: ["losses", "heads", "prompts", "batching", "metrics", "progress", "prefix", "ranks", "heartbeat", "watch"],
     2: ["tasks", "feedback", "runlog", "loggers", "sandbox", "_sandbox_child", "_sandbox_values"],
     3: ["policy", "rollout", "checkpoint"],
-    4: ["teacher", "updates", "algos", "collect"],
-    5: ["train", "evaluate", "report", "lab", "doctor", "selftest", "plan", "export"],
+    4: ["teacher", "updates", "algos", "collect", "records"],
+    5: ["train", "trainer", "loading", "evaluate", "report", "lab", "doctor", "selftest", "plan", "export"],
     6: ["cli", "view", "commands", "__main__"],
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}

@@ -19,7 +19,8 @@ from vpd_mlx.config import load_recipe
 from vpd_mlx.errors import ConfigError, ModelError
 from vpd_mlx.metrics import Clock
 from vpd_mlx.plan import plan
-from vpd_mlx.train import Trainer, train
+from vpd_mlx.train import train
+from vpd_mlx.trainer import Trainer
 from vpd_mlx.types import Context, Group, Verdict
 
 SHAPES = [
@@ -131,7 +132,7 @@ def test_no_config_no_plan(small, tmp_path: Path):
 
 
 def test_limits_are_set(small):
-    from vpd_mlx.train import load_policy
+    from vpd_mlx.loading import load_policy
 
     load_policy(small(memory__cache_limit_gb=0.25, memory__limit_gb=3.0))
     try:
@@ -143,7 +144,7 @@ def test_limits_are_set(small):
 
 
 def test_the_wired_limit_is_set_where_there_is_one(small, monkeypatch):
-    from vpd_mlx.train import load_policy
+    from vpd_mlx.loading import load_policy
 
     with pytest.raises(
         ConfigError, match=r"memory.wired_limit_gb: 8: Device\(cpu, 0\) has no wired memory; leave it null"

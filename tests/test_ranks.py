@@ -24,10 +24,11 @@ from vpd_mlx.checkpoint import find_checkpoint
 from vpd_mlx.config import Recipe
 from vpd_mlx.errors import ConfigError, RunError
 from vpd_mlx.heartbeat import _addresses, _dial
+from vpd_mlx.loading import check_ranks
 from vpd_mlx.metrics import Clock
 from vpd_mlx.ranks import ALONE, Ranks
 from vpd_mlx.runlog import read_rows
-from vpd_mlx.train import Trainer, _check_ranks
+from vpd_mlx.trainer import Trainer
 from vpd_mlx.types import Row, Verdict
 
 ALGORITHMS = ("vpd", "sdpo", "grpo", "joint", "reshape", "reweight")
@@ -91,7 +92,7 @@ from mlx.utils import tree_flatten
 from vpd_mlx.algos import Step
 from vpd_mlx.metrics import Clock
 from vpd_mlx.ranks import Ranks
-from vpd_mlx.train import Trainer
+from vpd_mlx.trainer import Trainer
 from vpd_mlx.updates import learner
 
 ranks, found = Ranks.of_environment(), {}
@@ -259,7 +260,7 @@ def test_a_recipe_that_is_not_for_so_many_is_refused(small: Callable[..., Recipe
     recipe = small(rollout__prompts=4, feedback__sources=["human", "verifier"])
     policy: Any = type("Policy", (), {"ranks": Pretended(0, 5)})
     with pytest.raises(ConfigError, match=r"rollout.prompts: 4 for 5 ranks(.|\n)*feedback.sources: human sits"):
-        _check_ranks(recipe, policy, Trainer.build(small()).task)
+        check_ranks(recipe, policy, Trainer.build(small()).task)
 
 
 def test_what_differs_between_ranks_is_named(monkeypatch: pytest.MonkeyPatch):

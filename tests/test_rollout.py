@@ -16,7 +16,7 @@ from vpd_mlx import rollout
 from vpd_mlx.config import Recipe
 from vpd_mlx.policy import Policy
 from vpd_mlx.rollout import Finished, Sampling, _continuous, default_streams, generate
-from vpd_mlx.train import Trainer
+from vpd_mlx.trainer import Trainer
 
 MODEL = Path(__file__).parent.parent / "recipes" / "quickstart" / "model"
 

@@ -19,7 +19,8 @@ from vpd_mlx.config import load_recipe
 from vpd_mlx.errors import DataError, RunError, SourceError
 from vpd_mlx.progress import Silent
 from vpd_mlx.runlog import read_rows
-from vpd_mlx.train import Stop, Trainer, problems_of_step, train
+from vpd_mlx.train import train
+from vpd_mlx.trainer import Stop, Trainer, problems_of_step
 from vpd_mlx.types import Problem
 
 

@@ -20,7 +20,7 @@ from vpd_mlx.feedback.verifier import verifier
 from vpd_mlx.metrics import Clock
 from vpd_mlx.policy import Policy
 from vpd_mlx.teacher import Teacher
-from vpd_mlx.train import Trainer
+from vpd_mlx.trainer import Trainer
 from vpd_mlx.types import Context, Rollout, Row
 from vpd_mlx.updates import (
     Distillation,

@@ -97,8 +97,8 @@ def train(
     # Of several ranks the first one's recipe and folder hold for all: the others' machines need not have the run.
     cfg, folder = ranks.from_first(asked)
     # Late, so that a wrong recipe is told at once: mlx-lm and the tokenizers take two seconds to load.
-    from vpd_mlx.train import Stop
     from vpd_mlx.train import train as run
+    from vpd_mlx.trainer import Stop
 
     quiet = quiet or not ranks.first
     as_json = as_json and ranks.first

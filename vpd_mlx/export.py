@@ -21,9 +21,9 @@ from mlx_lm.utils import dequantize_model, quantize_model, save_config, save_mod
 from vpd_mlx import __version__, losses
 from vpd_mlx.config import Recipe, load_recipe
 from vpd_mlx.errors import ModelError, RunError
+from vpd_mlx.loading import build_prompter, load_policy
 from vpd_mlx.policy import Policy
 from vpd_mlx.runlog import MARK, read_rows
-from vpd_mlx.train import build_prompter, load_policy
 
 __all__ = ["Export", "export_adapters", "export_fused", "export_peft", "open_run", "upload"]
 

@@ -313,6 +313,15 @@ class Policy:
         """The adapter's tensors, by name. Arrays are immutable: this is a snapshot."""
         return dict(tree_flatten(self.model.trainable_parameters()))
 
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of the adapter: equal where every bit is."""
+        found = hashlib.sha256()
+        for name, tensor in sorted(self.adapter.items()):
+            found.update(name.encode())
+            found.update(np.array(tensor.astype(mx.float32)).tobytes())
+        return found.hexdigest()[:16]
+
     def set_adapter(self, adapter: Adapter) -> None:
         """Put these tensors in."""
         self.model.update(tree_unflatten(list(adapter.items())))

@@ -91,7 +91,7 @@ def _measure(
     """The base model where it is to be compared with, and the model in question."""
     # Late: MLX and the tokenizers take two seconds to load.
     from vpd_mlx.policy import lora_of
-    from vpd_mlx.train import Trainer
+    from vpd_mlx.trainer import Trainer
 
     if folder is not None:
         cfg = cfg.model_copy(update={"lora": lora_of(folder)})

@@ -44,7 +44,7 @@ def plan(
         },
     }
     if probe_time:
-        from vpd_mlx.train import Trainer
+        from vpd_mlx.trainer import Trainer
 
         trainer = Trainer.build(cfg)
         seconds = [trainer.step(n)[0]["seconds"]["total"] for n in (1, 2)]

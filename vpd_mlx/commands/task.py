@@ -90,8 +90,8 @@ def check(recipe: RecipeArgument, sets: SetOption = None) -> None:
     """
     import numpy as np
 
+    from vpd_mlx.loading import build_prompter, load_policy
     from vpd_mlx.tasks import build_task, prove
-    from vpd_mlx.train import build_prompter, load_policy
 
     cfg = load_recipe(resolve_recipe_path(recipe), parse_set(sets or []))
     task = build_task(cfg)  # refuses broken rows and prompts that stand on both sides of the split
