@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -86,20 +87,16 @@ def policy_gradient_update(
 
     Returns metrics and, by sample, the tokens' figures as they stood before the first update of this batch.
     """
-    advantages = advantages_of(samples, cfg)
-    kept = list(range(len(samples)))
-    if cfg.drop_uniform_groups:
-        mixed = {g for g in {s.group for s in samples} if len({s.rollout.success for s in samples if s.group == g}) > 1}
-        kept = [i for i in kept if samples[i].group in mixed]
-    batches = [[i for i in part if i in set(kept)] for part in minibatches(samples, cfg.minibatch_prompts)]
-    several = len(batches) * cfg.epochs > 1
     rows = [s.student for s in samples]
+    batches = _minibatches(samples, cfg)
     # With a single update the ratio is 1 by definition; with several the sampler's log-probabilities are needed.
-    old = scored(policy, rows) if several else None
+    old = scored(policy, rows) if len(batches) * cfg.epochs > 1 else None
     reference = None
     if cfg.kl > 0:
         with policy.adapter_off():
             reference = scored(policy, rows)
+    batch = _Batch(policy, samples, teacher, distill, advantages_of(samples, cfg), old, reference)
+    reward = distill[1] if distill is not None else 1.0
     updates, values = [], []
     seen: dict[int, dict[str, Floats]] = {}
     ratios: list[Floats] = []
@@ -110,50 +107,21 @@ def policy_gradient_update(
         base = token_weights(lengths, cfg.weighting, sequences=len(indices), tokens=sum(lengths))
         weight_of = dict(zip(indices, base, strict=True))
         done: Pass | None = None
-        for with_context in (True, False):
-            uses_teacher = with_context and teacher is not None
-            part = [i for i in indices if (samples[i].teacher is not None and teacher is not None) == with_context]
+        for taught in (True, False):
+            part = [i for i in indices if (samples[i].teacher is not None and teacher is not None) == taught]
             if not part:
                 continue
-
-            def constants(
-                own: Sequence[int],
-                part: list[int] = part,
-                indices: list[int] = indices,
-                weight_of: Mapping[int, Floats] = weight_of,
-                uses_teacher: bool = uses_teacher,
-            ) -> list[dict[str, mx.array]]:
-                mine = [part[i] for i in own]
-                out: list[dict[str, mx.array]] = [{} for _ in mine]
-                if uses_teacher and distill is not None:
-                    out = distill[2].constants(policy, [samples[i] for i in mine])
-                elif uses_teacher and teacher is not None:
-                    out = teacher.states(policy, [teacher_row(samples[i]) for i in mine])
-                for c, i in zip(out, mine, strict=True):
-                    n = len(rows[i].completion)
-                    c["advantage"] = mx.full(n, float(advantages[i]))
-                    c["pg_weight"] = mx.array(weight_of[i])
-                    if distill is not None and uses_teacher:
-                        per_token = token_weights(
-                            [n], distill[2].cfg.weighting, len(indices), _context_tokens(samples, indices)
-                        )
-                        c["distill_weight"] = mx.array(per_token[0])
-                    if old is not None:
-                        c["old_logp"] = mx.array(old[i])
-                    if reference is not None:
-                        c["reference"] = mx.array(reference[i])
-                return out
-
-            loss = _PolicyGradient(
-                cfg,
-                teacher if uses_teacher else None,
-                reshape,
-                distill if uses_teacher else None,
-                reward=distill[1] if distill is not None else 1.0,
-            )
+            loss = _PolicyGradient(cfg, teacher if taught else None, reshape, distill if taught else None, reward)
             student_rows = [rows[i] for i in part]
-            step_seed = phase_seed(seed, 2 * number + with_context, "policy_gradient")
-            done = accumulate(policy, student_rows, unit_weights(student_rows), constants, loss, step_seed, done)
+            done = accumulate(
+                policy,
+                student_rows,
+                unit_weights(student_rows),
+                partial(batch.constants, indices, part, weight_of, taught),
+                loss,
+                phase_seed(seed, 2 * number + taught, "policy_gradient"),
+                done,
+            )
             for i, columns in zip(part, done.columns, strict=True):
                 seen.setdefault(i, columns)
                 ratios.append(columns["ratio"])
@@ -161,29 +129,89 @@ def policy_gradient_update(
             continue
         updates.append(learner.apply(policy, done.gradients))
         values.append(done.loss)
+    metrics = {
+        "loss": mean(values),
+        "sequences": len(seen),
+        "advantage_std": float(batch.advantages.std()) if len(samples) else None,
+        **_token_metrics(seen, ratios),
+        **update_metrics(updates),
+    }
+    if teacher is not None:
+        distilled = {i: {**c, "loss": c["divergence"]} for i, c in seen.items() if "divergence" in c}
+        metrics |= {k: v for k, v in divergence_metrics(samples, distilled).items() if v is not None}
+    return metrics, seen
+
+
+def _minibatches(samples: Sequence[Sample], cfg: Grpo) -> list[list[int]]:
+    """`minibatches`, less the groups that are left out for being all right or all wrong."""
+    batches = minibatches(samples, cfg.minibatch_prompts)
+    if not cfg.drop_uniform_groups:
+        return batches
+    outcomes: dict[int, set[bool]] = {}
+    for sample in samples:
+        outcomes.setdefault(sample.group, set()).add(sample.rollout.success)
+    return [[i for i in part if len(outcomes[samples[i].group]) > 1] for part in batches]
+
+
+def _token_metrics(seen: Mapping[int, Mapping[str, Floats]], ratios: Sequence[Floats]) -> Metrics:
+    """Means over tokens before the first update, and how far ratios went over all updates."""
 
     def token_mean(name: str) -> float | None:
         parts = [c[name] for c in seen.values() if name in c]
         return float(np.concatenate(parts).mean()) if parts else None
 
     spread = np.concatenate(ratios) if ratios else np.ones(1, np.float32)
-    metrics: Metrics = {
-        "loss": mean(values),
-        "sequences": len(seen),
-        "advantage_std": float(advantages.std()) if len(advantages) else None,
+    names = ("clipped", "dual_clipped", "student_entropy", "kl")
+    return {
         "ratio_min": float(spread.min()),
         "ratio_max": float(spread.max()),
-        "clipped": token_mean("clipped"),
-        "dual_clipped": token_mean("dual_clipped"),
-        "student_entropy": token_mean("student_entropy"),
-        "kl": token_mean("kl"),
-        **update_metrics(updates),
+        **{name: token_mean(name) for name in names},
     }
-    if teacher is not None:
-        distilled = {i: c for i, c in seen.items() if "divergence" in c}
-        figures = divergence_metrics(samples, {i: {**c, "loss": c["divergence"]} for i, c in distilled.items()})
-        metrics |= {k: v for k, v in figures.items() if v is not None}
-    return metrics, seen
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What stays the same over all updates of a batch. By sample: `advantages` (B,), log-probabilities `old` and `reference`
+    (T_i,) each, where they are needed."""
+
+    policy: Policy
+    samples: Sequence[Sample]
+    teacher: Teacher | None
+    distill: tuple[float, float, Distillation] | None
+    advantages: Floats
+    old: Sequence[Floats] | None
+    reference: Sequence[Floats] | None
+
+    def constants(
+        self,
+        indices: Sequence[int],
+        part: Sequence[int],
+        weight_of: Mapping[int, Floats],
+        taught: bool,
+        own: Sequence[int],
+    ) -> list[dict[str, mx.array]]:
+        """What the token loss needs for the samples of `part` at `own`, `part` being those of a minibatch that have a teacher,
+        or those that have none."""
+        mine = [part[i] for i in own]
+        samples = [self.samples[i] for i in mine]
+        divergence = self.distill[2] if taught and self.distill is not None else None
+        out: list[dict[str, mx.array]] = [{} for _ in mine]
+        if divergence is not None:
+            out = divergence.constants(self.policy, samples)
+        elif taught and self.teacher is not None:
+            out = self.teacher.states(self.policy, [teacher_row(s) for s in samples])
+        for c, sample, i in zip(out, samples, mine, strict=True):
+            n = len(sample.student.completion)
+            c["advantage"] = mx.full(n, float(self.advantages[i]))
+            c["pg_weight"] = mx.array(weight_of[i])
+            if divergence is not None:
+                tokens = _context_tokens(self.samples, indices)
+                c["distill_weight"] = mx.array(token_weights([n], divergence.cfg.weighting, len(indices), tokens)[0])
+            if self.old is not None:
+                c["old_logp"] = mx.array(self.old[i])
+            if self.reference is not None:
+                c["reference"] = mx.array(self.reference[i])
+        return out
 
 
 def _context_tokens(samples: Sequence[Sample], indices: Sequence[int]) -> int:
