@@ -43,7 +43,7 @@ class Pretended(Ranks):
 
 
 def start(arguments: list[str], folder: Path, count: int = 2) -> list[subprocess.Popen[str]]:
-    """`python ARGUMENTS` as ranks of one ring."""
+    """`python ARGUMENTS` as ranks of one ring; one alone is no ring."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{s.getsockname()[1]}"] for s in sockets]))
@@ -52,7 +52,7 @@ def start(arguments: list[str], folder: Path, count: int = 2) -> list[subprocess
     return [
         subprocess.Popen(
             [sys.executable, *arguments],
-            env={**os.environ, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)},
+            env={**os.environ, **({"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)} if count > 1 else {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -174,6 +174,17 @@ def test_two_ranks_train_and_go_on_as_if_never_stopped(tmp_path: Path):
         assert code == 0, error
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(np.array_equal(whole[k], parts[k]) for k in whole)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_the_number_of_ranks_may_change_on_resume(tmp_path: Path, before: int, after: int):
+    assert [code for code, *_ in end(start(training(tmp_path, "--steps", "1"), tmp_path, before))] == [0] * before
+    resume = ["-m", "vpd_mlx", "train", "--resume", str(tmp_path / "run"), "--steps", "2", "-q"]
+    for code, _, error in end(start(resume, tmp_path, after)):
+        assert code == 0, error
+    rows = read_rows(tmp_path / "run" / "rollouts.jsonl")
+    assert [sum(r["step"] == step for r in rows) for step in (1, 2)] == [16 * 8] * 2
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["ranks"] == after
 
 
 def wait_for_step(run: Path, step: int, processes: list[subprocess.Popen[str]]) -> None:
