@@ -127,7 +127,12 @@ def test_resume_refuses_another_recipe_and_lists_the_keys(tmp_path: Path):
     before = (run / "metrics.jsonl").read_bytes()
     changed = vpd("train", "--resume", str(run), "--set", "lora.rank=8", "--seed", "5", cwd=tmp_path)
     assert changed.returncode == 2
-    for words in ("2 faults", "lora.rank: differs from the run's recipe", "seed: differs", "only steps, evaluation"):
+    for words in (
+        "2 faults",
+        "lora.rank: differs from the run's recipe",
+        "seed: differs",
+        "only these may change: steps, evaluation.every",
+    ):
         assert words in changed.stderr
     assert (run / "metrics.jsonl").read_bytes() == before
     for arguments in (["quickstart2"], ["--out", "x"], ["--overwrite"]):

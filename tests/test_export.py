@@ -107,11 +107,12 @@ class FakeHub:
 def test_upload(run: Path, tmp_path: Path):
     export.export_adapters(export.open_run(run), tmp_path / "out")
     hub = FakeHub()
-    assert export.upload(tmp_path / "out", "me/mine", private=True, api=hub) == "https://huggingface.co/me/mine"
+    export.reserve("me/mine", private=True, api=hub)
+    assert export.upload(tmp_path / "out", "me/mine", api=hub) == "https://huggingface.co/me/mine"
     assert hub.calls[0] == ("create", "me/mine", {"private": True, "exist_ok": True})
     assert hub.calls[1][2] == ["README.md", "adapter_config.json", "adapters.safetensors"]
     with pytest.raises(ModelError, match="'me/mine' cannot be written"):
-        export.upload(tmp_path / "out", "me/mine", private=True, api=FakeHub(fail=True))
+        export.reserve("me/mine", private=True, api=FakeHub(fail=True))
 
 
 def ask(url: str, content: str) -> str:

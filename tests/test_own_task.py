@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+import vpd_mlx
 from vpd_mlx.cli import app
 from vpd_mlx.config import load_recipe
 from vpd_mlx.errors import ConfigError, DataError
@@ -63,7 +69,14 @@ def test_verify_prints_verdict_and_context(mine: Path, tmp_path: Path):
 def test_data_check_counts_and_refuses(mine: Path):
     result = RUNNER.invoke(app, ["data", "check", str(mine)])
     assert result.exit_code == 0, result.output
-    for words in ("rows: ", "references: 10 of 10", "prompt tokens: ", "limit 64", "duplicates: 0"):
+    for words in (
+        "rows: ",
+        "reference answers: 10 of 10",
+        "of that name: 0 of 10",
+        "prompt tokens: ",
+        "limit 64",
+        "duplicates: 0",
+    ):
         assert words in result.output
     rows = mine.parent / "rows.jsonl"
     whole = rows.read_text()
@@ -72,6 +85,14 @@ def test_data_check_counts_and_refuses(mine: Path):
     assert "rows.jsonl:11: its prompt is longer than rollout.max_prompt_tokens 64" in str(long.exception)
     rows.write_text(whole + '{"prompt": "1+1=", "answer": 2')
     assert "rows.jsonl:11: broken JSON" in str(RUNNER.invoke(app, ["data", "check", str(mine)]).exception)
+    rows.write_text(whole + '{"prompt": "1+1=", "answer": "2"}\n{"prompt": "1+1=", "answer": "3"}\n')
+    twice = str(RUNNER.invoke(app, ["data", "check", str(mine)]).exception)
+    assert "has the same prompt with" in twice
+    assert "'2'" in twice
+    assert "'3'" in twice
+    for value, words in (("NaN", "is nan; it must be text or a finite number"), ("true", "is a bool")):
+        rows.write_text(whole + f'{{"prompt": "1+1=", "answer": {value}}}\n')
+        assert words in str(RUNNER.invoke(app, ["data", "check", str(mine)]).exception)
     (mine.parent / "verifier.py").write_text("def verify(problem, completion): return 0.25\n")
     rows.write_text(whole)
     assert "scores 0.25, not 1" in str(RUNNER.invoke(app, ["data", "check", str(mine)]).exception)
@@ -81,3 +102,98 @@ def test_the_recipe_is_commented_and_sound(mine: Path):
     text = mine.read_text()
     assert text.count("#") > 12
     assert load_recipe(mine).task.kind == "python"
+
+
+def test_a_verifier_that_leaves_is_a_verifier_that_failed(mine: Path):
+    verifier = mine.parent / "verifier.py"
+    verifier.write_text("import sys\ndef verify(problem, completion): sys.exit(0)\n")
+    left = RUNNER.invoke(app, ["verify", "-r", str(mine)])
+    assert left.exit_code == 1
+    assert "SystemExit: 0 (verifier.py:2)" in json.loads(left.output)["error"]
+    assert "the verifier failed" in str(RUNNER.invoke(app, ["train", str(mine)]).exception)
+    verifier.write_text("raise SystemExit(0)\n")
+    assert "cannot be imported (SystemExit" in str(RUNNER.invoke(app, ["verify", "-r", str(mine)]).exception)
+
+
+def test_a_verifier_may_import_what_lies_beside_it_and_print(mine: Path):
+    (mine.parent / "beside_the_verifier.py").write_text("def same(a, b): return a == b\n")
+    (mine.parent / "verifier.py").write_text(
+        "import beside_the_verifier\n"
+        "def verify(problem, completion):\n"
+        "    print('looking')\n"
+        "    return beside_the_verifier.same(completion.strip(), problem.answer)\n"
+    )
+    found = RUNNER.invoke(app, ["verify", "-r", str(mine)])
+    assert json.loads(found.stdout)["score"] == 1.0
+    assert "looking" in found.stderr
+    trained = RUNNER.invoke(app, ["train", str(mine), "--steps", "1", "--out", "run", "--json"])
+    assert json.loads(trained.stdout)["steps"] == 1
+    assert json.loads(RUNNER.invoke(app, ["eval", "run", "--json", "--greedy"]).stdout)["problems"] > 0
+
+
+HANGS = """
+import time
+def verify(problem, completion):
+    if completion.strip() != problem.answer:
+        open("hangs", "w").close()
+        time.sleep(600)
+    return 1.0
+"""
+
+
+def test_a_second_signal_leaves_at_once_though_the_verifier_hangs(mine: Path):
+    (mine.parent / "verifier.py").write_text(HANGS)
+    command = [sys.executable, "-m", "vpd_mlx", "train", str(mine), "--out", "run", "-q"]
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(Path(vpd_mlx.__file__).parents[1])}) as process:
+        until = time.monotonic() + 60
+        while not Path("hangs").exists():
+            assert time.monotonic() < until
+            assert process.poll() is None
+            time.sleep(0.1)
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            time.sleep(1)
+        try:
+            assert process.wait(30) == 128 + signal.SIGINT
+        finally:
+            process.kill()
+
+
+def test_nothing_to_learn_from_is_told_before_training(mine: Path):
+    alone = ["--set", "feedback.sources=[reference]"]
+    refused = RUNNER.invoke(app, ["train", str(mine), *alone])
+    assert "no row has a reference solution in its column 'reference'" in str(refused.exception)
+
+
+def test_rows_that_changed_are_told_on_resume_and_trained_ones_refused(mine: Path):
+    assert RUNNER.invoke(app, ["train", str(mine), "--steps", "2", "--out", "run", "-q"]).exit_code == 0
+    resume = ["train", "--resume", "run", "--steps", "3"]
+    rows = mine.parent / "rows.jsonl"
+    trained = json.loads(Path("run/rollouts.jsonl").read_text().splitlines()[0])["prompt"]
+    left = [line for line in rows.read_text().splitlines() if json.loads(line)["prompt"] != trained]
+    rows.write_text("\n".join(left) + "\n")
+    Path("held.jsonl").write_text(json.dumps({"prompt": trained, "answer": "1"}) + "\n")
+    leak = RUNNER.invoke(app, ["eval", "run", "--data", "held.jsonl"])
+    assert "row held.jsonl:1: run was trained on this prompt" in str(leak.exception)
+    found = RUNNER.invoke(app, resume)
+    assert found.exit_code == 0
+    assert "the task's rows or its verifier have changed" in found.output
+
+
+def test_overwrite_without_out_replaces_the_run_of_that_name(mine: Path):
+    for more in ([], ["--overwrite"]):
+        assert RUNNER.invoke(app, ["train", str(mine), "--steps", "1", "-q", *more]).exit_code == 0
+    assert [p.name for p in Path("runs").iterdir()] == ["mine"]
+    assert RUNNER.invoke(app, ["train", str(mine), "--steps", "1", "-q"]).exit_code == 0
+    assert sorted(p.name for p in Path("runs").iterdir()) == ["mine", "mine-2"]
+    Path("other").mkdir()
+    Path("other/notes.txt").write_text("mine")
+    taken = RUNNER.invoke(app, ["train", str(mine), "--out", "other"])
+    assert str(taken.exception) == "other: holds other files already; give another --out"
+    fewer = RUNNER.invoke(app, ["train", "--resume", "runs/mine", "--steps", "2"])
+    assert fewer.exit_code == 0
+    assert "steps: 1, and 2 are done" in str(
+        RUNNER.invoke(app, ["train", "--resume", "runs/mine", "--steps", "1"]).exception
+    )
+    named = RUNNER.invoke(app, ["train", "quickstart", "--resume", "runs/mine"])
+    assert "a resumed run has its own recipe" in str(named.exception)

@@ -39,6 +39,7 @@ def test_a_healthy_run_is_left_in_peace():
         ({"truncated": 0.9}, "length", "90% of completions are cut off"),
         ({"length": 3.0}, "length", "length collapse: 40.0 -> 3.0"),
         ({"e_step/margin": -0.2}, "margin", "negative three times"),
+        ({"contexts": {}, "m_step/sequences": 0}, "unheard", "no completion of the last 5 steps got feedback"),
     ],
 )
 def test_each_trouble_is_named(late, name, words):

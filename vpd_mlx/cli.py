@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -26,7 +29,7 @@ from vpd_mlx.commands.task import data, new, verify
 from vpd_mlx.config import Recipe, builtin_recipes, load_recipe, parse_set, resolve_recipe_path
 from vpd_mlx.errors import ConfigError, Fault, VpdError
 from vpd_mlx.ranks import Ranks
-from vpd_mlx.runlog import MARK, free_run_folder
+from vpd_mlx.runlog import MARK, free_run_folder, read_rows
 from vpd_mlx.view import duration, make_view, percent
 
 __all__ = ["app", "main"]
@@ -67,7 +70,9 @@ def overridden(sets: list[str] | None, **flags: Any) -> list[tuple[str, Any]]:
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A built-in recipe's name or a .yaml file.")] = "quickstart",
+    recipe: Annotated[
+        str | None, typer.Argument(help="A built-in recipe's name or a .yaml file.", show_default="quickstart")
+    ] = None,
     sets: SetOption = None,
     steps: Annotated[int | None, typer.Option(help="Rollout batches of the whole run.")] = None,
     seed: Annotated[int | None, typer.Option(help="Decides everything random.")] = None,
@@ -77,7 +82,12 @@ def train(
     resume: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Go on with this run folder, by its own recipe.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that `--out` holds.")] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace the run in `--out`, else in runs/<name>: all that is in that folder."
+        ),
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings only.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON, and nothing else.")] = False,
 ) -> None:
@@ -90,8 +100,10 @@ def train(
     def asked() -> tuple[Recipe, Path]:
         if resume is not None:
             return _resumed(resume, overrides, recipe, out, overwrite), resume
-        cfg = load_recipe(resolve_recipe_path(recipe), overrides)
-        return cfg, out if out is not None else free_run_folder(Path("runs"), cfg.name)
+        cfg = load_recipe(resolve_recipe_path(recipe or "quickstart"), overrides)
+        if out is not None or overwrite:
+            return cfg, out or Path("runs") / cfg.name
+        return cfg, free_run_folder(Path("runs"), cfg.name)
 
     ranks = Ranks.of_environment()
     # Of several ranks the first one's recipe and folder hold for all: the others' machines need not have the run.
@@ -104,7 +116,7 @@ def train(
     as_json = as_json and ranks.first
     stop = Stop()
     _handle_signals(stop)
-    with make_view(f"{cfg.name} ({cfg.algorithm})", quiet=quiet or as_json) as view:
+    with _only_json(as_json), make_view(f"{cfg.name} ({cfg.algorithm})", quiet=quiet or as_json) as view:
         summary = run(
             cfg, folder, resume=resume is not None, overwrite=overwrite, progress=view, stop=stop, ranks=ranks
         )
@@ -118,8 +130,15 @@ def train(
         _report(cfg, folder, summary)
 
 
-def _resumed(folder: Path, overrides: list[tuple[str, Any]], recipe: str, out: Path | None, overwrite: bool) -> Recipe:
-    if recipe != "quickstart" or out is not None or overwrite:
+def _only_json(asked: bool) -> contextlib.AbstractContextManager[object]:
+    """What a verifier prints goes to standard error where standard output is to hold JSON."""
+    return contextlib.redirect_stdout(sys.stderr) if asked else contextlib.nullcontext()
+
+
+def _resumed(
+    folder: Path, overrides: list[tuple[str, Any]], recipe: str | None, out: Path | None, overwrite: bool
+) -> Recipe:
+    if recipe is not None or out is not None or overwrite:
         raise ConfigError(
             [
                 Fault(
@@ -135,11 +154,21 @@ def _resumed(folder: Path, overrides: list[tuple[str, Any]], recipe: str, out: P
         )
     before = load_recipe(folder / MARK)
     after = load_recipe(folder / MARK, overrides)
+    if after.steps < before.steps and after.steps < _logged(folder):
+        short = f"{after.steps}, and {_logged(folder)} are done"
+        raise ConfigError([Fault("steps", short, "ask for more, or take an earlier checkpoint's adapter")], "--resume")
     changed = [key for key in _changed(before.model_dump(), after.model_dump()) if not key.startswith(MAY_CHANGE)]
     if changed:
-        remedy = "start a new run for that; on resume only steps, evaluation, checkpoint and memory limits may change"
+        remedy = "start a new run for that; on resume only these may change: " + ", ".join(
+            k.removesuffix(".") for k in MAY_CHANGE
+        )
         raise ConfigError([Fault(key, "differs from the run's recipe", remedy) for key in changed], "--resume")
     return after
+
+
+def _logged(folder: Path) -> int:
+    rows = read_rows(folder / "metrics.jsonl")
+    return int(rows[-1]["step"]) if rows else 0
 
 
 MAY_CHANGE = (
@@ -161,10 +190,17 @@ def _changed(before: Any, after: Any, path: str = "") -> list[str]:
     return [] if before == after else [path]
 
 
+MOMENT = 2.0  # seconds
+
+
 def _handle_signals(stop: Any) -> None:
     def handler(number: int, _frame: FrameType | None) -> None:
         if stop.signal is not None:  # the second one: leave at once, the last checkpoint is whole
             sys.stderr.write("\n")
+            # Whatever hangs, a verifier's thread for one, may hold up an orderly end: it is given a moment.
+            end = threading.Timer(MOMENT, os._exit, (128 + number,))
+            end.daemon = True
+            end.start()
             raise SystemExit(128 + number)
         stop.signal = number
 
@@ -188,7 +224,12 @@ def _report(cfg: Recipe, folder: Path, summary: dict[str, Any]) -> None:
     console.print(table)
     training = sum(v for k, v in summary["seconds"].items() if k not in ("wall", "evaluation"))
     console.print(
-        f"{summary['steps']} steps, {duration(training)} training, {duration(summary['seconds']['wall'])} in all"
+        (
+            ""
+            if summary["adapter_of_step"] == summary["steps"]
+            else f"the adapter of step {summary['adapter_of_step']}; "
+        )
+        + f"{summary['steps']} steps, {duration(training)} training, {duration(summary['seconds']['wall'])} in all"
     )
     console.print(f"adapters: {folder / 'adapters'}", soft_wrap=True)
     prompt = _first_prompt(folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -15,6 +15,7 @@ from vpd_mlx.types import Group, Problem, Rollout, Verdict
 __all__ = ["Batch", "collect"]
 
 WORKERS = 4
+HEARTBEAT = 1.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ def collect(
 ) -> Batch:
     """Groups of completions for problems, graded.
 
-    `moved` hears how many of how many are finished; `heard` each rollout once it has its verdict, in a worker thread.
+    `moved` hears how many of how many are finished, and again every second while verdicts are awaited; what it raises ends
+    this at once, whatever verifiers are still at. `heard` hears each rollout once it has its verdict, in a worker thread.
     """
     prompts = student_prompts(prompter, problems)
     total = len(problems) * group_size
@@ -59,12 +61,18 @@ def collect(
         return rollout
 
     waiting: dict[tuple[int, int], Future[Rollout]] = {}
-    # Closed at once when `moved` ends the run: an exception's traceback would keep it, and its threads, alive.
-    with ThreadPoolExecutor(WORKERS) as pool, closing(generate(policy, prompts, group_size, how, seed)) as finished:
-        for p, n, rollout in finished:
-            waiting[p, n] = pool.submit(grade, problems[p], rollout)
+    pool = ThreadPoolExecutor(WORKERS)
+    try:
+        # Closed at once when `moved` ends the run: an exception's traceback would keep it, and its threads, alive.
+        with closing(generate(policy, prompts, group_size, how, seed)) as finished:
+            for p, n, rollout in finished:
+                waiting[p, n] = pool.submit(grade, problems[p], rollout)
+                moved(len(waiting), total)
+        while wait(waiting.values(), timeout=HEARTBEAT).not_done:
             moved(len(waiting), total)
         graded = {at: rollout.result() for at, rollout in waiting.items()}
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
     failures = [
         f"{problems[p].id}: {r.verdict.error}"
         for (p, _), r in sorted(graded.items(), key=lambda x: x[0])

@@ -441,7 +441,7 @@ class Checkpoint(_Section):
     """What is kept for going on."""
 
     every: Positive = Field(20, description="Steps between checkpoints. One is written at every stop as well.")
-    keep: Positive = Field(2, description="Newest checkpoints kept; the best one by evaluation is kept besides.")
+    keep: Positive = Field(2, description="Newest checkpoints kept; each holds the best adapter by evaluation, too.")
 
 
 class Logging(_Section):
@@ -600,7 +600,9 @@ def load_recipe(path: Path, overrides: list[tuple[str, Any]] | None = None) -> R
     if recipe is not None:
         faults += list(_contradictions(recipe))
     if faults or recipe is None:
-        raise ConfigError(faults, str(path))
+        overridden = {key for key, _ in overrides or []}
+        blamed = any(f.path in overridden for f in faults)
+        raise ConfigError(faults, f"{path}, as overridden" if blamed else str(path))
     return _absolute_paths(recipe, path.parent)
 
 
@@ -653,6 +655,12 @@ def _fault(raw: Any, error: Any) -> Fault:
         tags = ", ".join(_task_kinds())
         got = value.get("kind") if isinstance(value, dict) else value
         return Fault(f"{path}.kind", f"{got!r} is not a kind of task", f"use one of {tags}")
+    if kind == "model_type":
+        return Fault(path, f"got {shown}", f"needs keys of its own, e.g. {path}.{_sibling_keys(raw, [*loc, ''])[0]}")
+    if kind == "too_short":
+        return Fault(path, f"got {shown}", f"needs at least {error['ctx']['min_length']} of them")
+    if kind == "string_pattern_mismatch" and path == "name":
+        return Fault(path, f"got {shown}", "needs letters, digits, dots and dashes, a letter or digit first")
     message = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return Fault(path, f"got {shown}", f"needs {message}")
 
@@ -766,6 +774,17 @@ def _contradictions(r: Recipe) -> Iterator[Fault]:
         missing = [p for p in needed if text is not None and p not in text]
         if missing:
             yield Fault(f"templates.{key}", f"lacks {' and '.join(missing)}", "put it where the text belongs")
+    for key, known in _TEMPLATE_FIELDS.items():
+        # Braces of other tongues, LaTeX's \boxed{x} for one, are left alone: only what looks like one of our names counts.
+        names = re.findall(r"(?<!\w)\{(\w+)\}", getattr(r.templates, key) or "")
+        ours = {n for fields in _TEMPLATE_FIELDS.values() for n in fields}
+        unknown = [n for n in names if n not in known and difflib.get_close_matches(n, ours, n=1, cutoff=0.75)]
+        if unknown:
+            yield Fault(
+                f"templates.{key}",
+                f"{{{unknown[0]}}} is filled by nothing",
+                f"use {', '.join(f'{{{n}}}' for n in known)}, or take it out",
+            )
 
 
 def _unset_sources(f: Feedback) -> Iterator[Fault]:
@@ -805,6 +824,13 @@ def _unpinned(r: Recipe) -> Iterator[Fault]:
         yield Fault("task.data_revision", "no hf:// file takes its revision from here", "remove it")
 
 
+_TEMPLATE_FIELDS = {
+    "student": ("prompt",),
+    **dict.fromkeys(("sibling", "verifier", "critique", "reference", "review"), ("prompt", "context")),
+    "both": ("prompt", "context", "solution"),
+    "attempt": ("attempt",),
+    **dict.fromkeys(("critic", "critic_right"), ("prompt", "attempt", "answer", "feedback")),
+}
 _CONTEXT_TEMPLATES = ("sibling", "verifier", "critique", "reference", "both", "review")
 
 

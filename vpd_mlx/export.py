@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import dequantize_model, quantize_model, save_config, save_model
 
@@ -25,7 +25,7 @@ from vpd_mlx.loading import build_prompter, load_policy
 from vpd_mlx.policy import Policy
 from vpd_mlx.runlog import MARK, read_rows
 
-__all__ = ["Export", "export_adapters", "export_fused", "export_peft", "open_run", "upload"]
+__all__ = ["Export", "export_adapters", "export_fused", "export_peft", "open_run", "reserve", "upload"]
 
 PROMPTS = 16  # prompts that an export is compared on
 
@@ -153,6 +153,11 @@ def export_fused(run: Run, out: Path, *, bits: int | None = None, group_size: in
         save_model(out, model)
     else:
         model, config = quantize_model(model, config, group_size, bits)
+        if not any(hasattr(m, "bits") for m in model.modules()):
+            out.rmdir()
+            raise RunError(
+                f"--group-size: {group_size} divides the width of no layer of this model; take a smaller one"
+            )
         save_model(out, model)
     save_config(config, config_path=out / "config.json")
     tokenizer.save_pretrained(out)
@@ -230,22 +235,36 @@ def _peft_commands(run: Run, out: Path) -> tuple[str, ...]:
     return (*steps, code)
 
 
-def upload(folder: Path, repo: str, *, private: bool, api: HfApi | None = None) -> str:
-    """Put an exported folder on the hub; returns its address.
+def reserve(repo: str, *, private: bool, api: HfApi | None = None) -> None:
+    """Make the repository on the hub, if it is not there: what is wrong with it shows before anything is exported.
 
     Raises:
         ModelError: the hub refuses, or cannot be had.
     """
-    hub = api or HfApi()
+    with _hub_errors(repo):
+        (api or HfApi()).create_repo(repo, private=private, exist_ok=True)
+
+
+def upload(folder: Path, repo: str, *, api: HfApi | None = None) -> str:
+    """Put an exported folder into its repository on the hub; returns its address.
+
+    Raises:
+        ModelError: the hub refuses, or cannot be had.
+    """
+    with _hub_errors(repo):
+        (api or HfApi()).upload_folder(repo_id=repo, folder_path=str(folder))
+    return f"https://huggingface.co/{repo}"
+
+
+@contextlib.contextmanager
+def _hub_errors(repo: str) -> Iterator[None]:
     try:
-        hub.create_repo(repo, private=private, exist_ok=True)
-        hub.upload_folder(repo_id=repo, folder_path=str(folder))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        yield
+    except Exception as error:  # the hub's client lets through whatever the HTTP library of its day raises
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"--repo: {repo!r} cannot be written ({first}); log in with `hf auth login`, check the name"
-        ) from None
-    return f"https://huggingface.co/{repo}"
+            f"--repo: {repo!r} cannot be written ({first}); log in with `hf auth login`, check name and network"
+        ) from error
 
 
 def _commands(model: str) -> tuple[str, ...]:
@@ -270,7 +289,7 @@ def card(run: Run, what: str) -> str:
         "---",
         f"# {recipe.name}: {what}",
         "",
-        f"Trained by vpd-mlx {__version__} with `{recipe.algorithm}`, {summary.get('steps', '?')} steps, seed {recipe.seed}, on "
+        f"Trained by vpd-mlx {__version__} with `{recipe.algorithm}`, {_trained(summary)}, seed {recipe.seed}, on "
         f"the base `{recipe.model}`; task `{recipe.task.kind}`, feedback from {', '.join(recipe.feedback.sources)}. The base's "
         "licence applies.",
         "",
@@ -278,11 +297,17 @@ def card(run: Run, what: str) -> str:
         "|---|---|---|",
     ]
     if evaluations:
-        first, last = evaluations[0], evaluations[-1]
+        first = evaluations[0]
+        last = next((e for e in evaluations if e["step"] == summary.get("adapter_of_step")), evaluations[-1])
         for key in ("student", "student_greedy", "teacher"):
             lines.append(f"| {key} | {_with_interval(first, key)} | {_with_interval(last, key)} |")
     lines += ["", "## Recipe", "", "```yaml", (run.folder / MARK).read_text(encoding="utf-8").rstrip(), "```", ""]
     return "\n".join(lines)
+
+
+def _trained(summary: dict[str, Any]) -> str:
+    done, of = summary.get("steps", "?"), summary.get("adapter_of_step")
+    return f"{done} steps" if of in (None, done) else f"the best of {done} steps, number {of}"
 
 
 def _with_interval(row: dict[str, Any], key: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from vpd_mlx import __version__
-from vpd_mlx.config import Recipe
+from vpd_mlx.config import PythonTask, Recipe
 from vpd_mlx.errors import ConfigError, DataError, Fault
 from vpd_mlx.plan import check_fits, memory_limit, plan
 from vpd_mlx.policy import Policy
@@ -19,7 +19,15 @@ from vpd_mlx.rollout import probe_batches
 from vpd_mlx.tasks import Task
 from vpd_mlx.types import Problem
 
-__all__ = ["build_prompter", "check_prompts", "check_ranks", "load_policy", "refuse_what_cannot_fit"]
+__all__ = [
+    "build_prompter",
+    "check_prompts",
+    "check_ranks",
+    "check_sources",
+    "load_policy",
+    "refuse_what_cannot_fit",
+    "task_fingerprint",
+]
 
 
 def refuse_what_cannot_fit(recipe: Recipe) -> None:
@@ -128,5 +136,33 @@ def check_ranks(recipe: Recipe, policy: Policy, task: Task) -> None:
         raise ConfigError(faults)
     ranks.agree("versions", f"vpd-mlx {__version__}, mlx {version('mlx')}, mlx-lm {version('mlx-lm')}")
     ranks.agree("the model", policy.fingerprint + f", {policy.architecture}, vocabulary {policy.vocabulary}")
-    rows = [(p.id, p.prompt, p.answer) for p in (*task.train, *task.held_out)]
-    ranks.agree("the data", hashlib.sha256(repr(rows).encode()).hexdigest()[:16])
+    ranks.agree("the data", task_fingerprint(recipe, task))
+
+
+def task_fingerprint(recipe: Recipe, task: Task) -> str:
+    """A short hash of all rows, and of the verifier's file where there is one."""
+    found = hashlib.sha256()
+    for p in (*task.train, *task.held_out):
+        found.update(repr((p.id, p.messages, p.answer, p.reference)).encode())
+    if isinstance(recipe.task, PythonTask):
+        found.update(Path(recipe.task.verifier).read_bytes())
+    return found.hexdigest()[:16]
+
+
+def check_sources(recipe: Recipe, task: Task) -> None:
+    """A recipe that learns from reference solutions alone needs some.
+
+    Raises:
+        DataError: no row to train on has one.
+    """
+    if (
+        recipe.feedback.sources == ["reference"]
+        and recipe.algorithm != "grpo"
+        and not any(p.reference for p in task.train)
+    ):
+        column = getattr(recipe.task, "reference", None)
+        where = f"column {column!r} (task.reference)" if column else "task"
+        raise DataError(
+            f"feedback.sources: reference is all there is, and no row has a reference solution in its {where}; add them, or "
+            "name another source"
+        )

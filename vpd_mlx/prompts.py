@@ -15,7 +15,7 @@ from typing import Any
 from vpd_mlx.config import Templates
 from vpd_mlx.types import Message, Problem
 
-__all__ = ["DEFAULT_TEMPLATES", "Prompter", "demonstration"]
+__all__ = ["DEFAULT_TEMPLATES", "NoRoom", "Prompter", "demonstration"]
 
 DEFAULT_TEMPLATES: Mapping[str, str] = {
     "student": "{prompt}",
@@ -56,6 +56,11 @@ DEFAULT_TEMPLATES: Mapping[str, str] = {
 
 # Sources outside this process share one wording, which does not give away whether the attempt was right.
 _REVIEWS = ("command", "server", "human", "replay")
+
+
+class NoRoom(Exception):
+    """Nothing of what is to be shown would be left within `rollout.max_prompt_tokens`."""
+
 
 CUT_MARK = "\n[...]\n"
 _THINKING = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
@@ -99,6 +104,9 @@ class Prompter:
 
         A context that is too long loses its middle: what stands around it, the closing instruction above all, stays
         whole.
+
+        Raises:
+            NoRoom: that alone fills the prompt, and nothing of the context would be left.
         """
 
         def ids(context: str) -> tuple[int, ...]:
@@ -111,7 +119,11 @@ class Prompter:
         return self._fit(ids, text)
 
     def critic(self, problem: Problem, attempt: str, feedback: str) -> tuple[int, ...]:
-        """Prompt ids that ask the model for a critique of its own attempt."""
+        """Prompt ids that ask the model for a critique of its own attempt.
+
+        Raises:
+            NoRoom: nothing of the attempt would be left.
+        """
 
         def ids(shown: str) -> tuple[int, ...]:
             return self.encode([{"role": "user", "content": self.critic_message(problem, shown, feedback)}])
@@ -147,6 +159,11 @@ class Prompter:
             head, tail = tokens[: (budget + 1) // 2], tokens[len(tokens) - budget // 2 :]
             ids = build(self.tokenizer.decode(head) + CUT_MARK + self.tokenizer.decode(tail))
             over = len(ids) - self.max_prompt_tokens
-            if over <= 0 or budget == 0:
+            if over <= 0 and budget > 0:
                 return ids, True
+            if budget == 0:
+                raise NoRoom(
+                    f"no room: the prompt and the words around it take {len(ids)} tokens of "
+                    f"rollout.max_prompt_tokens {self.max_prompt_tokens}; raise it or shorten the template"
+                )
             budget = max(0, budget - max(over, 1))

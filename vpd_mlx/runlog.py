@@ -76,8 +76,9 @@ class RunLog:
         with _file_errors(path):
             taken = path.exists() and any(path.iterdir())
             if taken and not overwrite:
-                what = "a run" if (path / MARK).exists() else "other files"
-                raise RunError(f"{path}: holds {what} already; give another --out, or --overwrite to replace it")
+                if not (path / MARK).exists():
+                    raise RunError(f"{path}: holds other files already; give another --out")
+                raise RunError(f"{path}: holds a run already; give another --out, or --overwrite to replace it")
             if taken and not (path / MARK).exists():
                 raise RunError(f"{path}: is not a run folder, so --overwrite leaves it alone; give another --out")
             path.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from vpd_mlx.checkpoint import Checkpoint, find_checkpoint, write_checkpoint
 from vpd_mlx.config import Recipe, dump
 from vpd_mlx.errors import RunError, SourceError
 from vpd_mlx.heartbeat import Heartbeat
-from vpd_mlx.loading import refuse_what_cannot_fit
+from vpd_mlx.loading import refuse_what_cannot_fit, task_fingerprint
 from vpd_mlx.loggers import Told
 from vpd_mlx.progress import Progress, Silent
 from vpd_mlx.ranks import ALONE, Ranks
@@ -148,6 +148,7 @@ class _Run:
         self._snapshot: Checkpoint | None = None
         self._saved: Checkpoint | None = None
         self._began = time.perf_counter()
+        self._task = task_fingerprint(trainer.recipe, trainer.task)
 
     @property
     def last_evaluated(self) -> int:
@@ -262,6 +263,7 @@ class _Run:
                 "tokens": self.tokens,
                 "nonfinite": self.nonfinite,
                 "nonfinite_in_a_row": self.trainer.nonfinite_in_a_row,
+                "task": self._task,
                 "sources": sources[0],
                 **({"sources_of_ranks": sources} if len(sources) > 1 else {}),
             },
@@ -291,6 +293,11 @@ class _Run:
         of_ranks = found.state.get("sources_of_ranks", [found.state.get("sources", {})])
         self.trainer.sources.restore(dict(enumerate(of_ranks)).get(self.trainer.ranks.index, {}))
         self._best = None if found.state["best"] is None else (found.state["best"], part("best"))
+        if found.state.get("task", self._task) != self._task:
+            self.trainer.progress.note(
+                "the task's rows or its verifier have changed since this run's last checkpoint: from here on it is another run "
+                "than an undisturbed one would have been"
+            )
         self.done = found.step
         self._snapshot = self._saved = found
         self.evaluations = found.state["evaluations"]

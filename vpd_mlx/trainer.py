@@ -17,7 +17,7 @@ from vpd_mlx.config import Recipe
 from vpd_mlx.errors import DataError, RunError, SourceError, VpdError
 from vpd_mlx.evaluate import Measured, evaluate, measure
 from vpd_mlx.feedback import Host, Sources, add_context, build_sources
-from vpd_mlx.loading import build_prompter, check_prompts, check_ranks, load_policy
+from vpd_mlx.loading import build_prompter, check_prompts, check_ranks, check_sources, load_policy
 from vpd_mlx.metrics import Clock
 from vpd_mlx.policy import Policy, phase_seed
 from vpd_mlx.progress import Progress, Silent
@@ -104,6 +104,7 @@ class Trainer:
             side = "train on" if not task.train else "evaluate on"
             raise DataError(f"task: no problem to {side}; widen the task's filter or add rows")
         prove(task)
+        check_sources(recipe, task)
         policy = load_policy(recipe)
         policy.ranks = ranks
         check_ranks(recipe, policy, task)

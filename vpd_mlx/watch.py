@@ -11,6 +11,7 @@ __all__ = ["Warnings", "warnings"]
 
 Row = Mapping[str, Any]
 WINDOW = 10  # steps looked at: one bad batch is no trend
+UNHEARD = 5  # steps without any feedback
 
 
 def _recent(rows: Sequence[Row], key: str, count: int = WINDOW) -> list[float]:
@@ -36,6 +37,14 @@ def _all_wrong(rows: Sequence[Row]) -> str | None:
             "feedback is all there is to learn from" if heard else "and no feedback: nothing is learned; add a source"
         )
         return f"nearly all groups are all wrong, {help_}"
+    return None
+
+
+def _unheard(rows: Sequence[Row]) -> str | None:
+    last = rows[-UNHEARD:]
+    learns = [r for r in last if "m_step/sequences" in r and not sum(r["contexts"].values())]
+    if len(learns) == UNHEARD and np.mean(_recent(last, "groups_all_right") or [0.0]) < 0.95:
+        return f"no completion of the last {UNHEARD} steps got feedback: nothing is learned; check feedback.sources"
     return None
 
 
@@ -79,6 +88,7 @@ def _margin(rows: Sequence[Row]) -> str | None:
 CHECKS: Mapping[str, Callable[[Sequence[Row]], str | None]] = {
     "all right": _all_right,
     "all wrong": _all_wrong,
+    "unheard": _unheard,
     "entropy": _entropy,
     "length": _length,
     "margin": _margin,

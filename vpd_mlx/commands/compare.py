@@ -35,8 +35,8 @@ def compare(
     console = Console(highlight=False)
     console.print(_table(found))
     console.print(
-        "Newest evaluation of each run. Difference: greedy, on the problems that both runs were evaluated on. "
-        "Second lines are 95 % intervals over problems; another seed of the same recipe may differ by more."
+        "Of each run the evaluation of the adapter it hands over, else the newest. Difference: greedy, on the problems that both "
+        "runs were evaluated on. Second lines are 95 % intervals over problems; another seed of a recipe may differ by more."
     )
     if out is not None:
         from vpd_mlx.report.page import comparison_page, save
@@ -52,7 +52,7 @@ def _table(runs: dict[str, Run]) -> Table:
     for head in ("student", "greedy", "teacher", "difference"):
         table.add_column(head, justify="right", no_wrap=True)
     for name, run in runs.items():
-        row = run.evals[-1] if run.evals else {}
+        row = run.evaluation
         cells = [Text("\n".join(figures(row, key))) for key in ("student", "student_greedy", "teacher")]
         p = None if run is base else paired(base.greedy(), run.greedy())
         if p is not None:
@@ -60,5 +60,6 @@ def _table(runs: dict[str, Run]) -> Table:
         else:
             difference = "-" if run is base else "no problem\nin common"
         done = steps(run.done) if run.planned in (None, run.done) else f"{run.done} of {run.planned} steps"
-        table.add_row(Text(f"{name}\n{run.algorithm}, {done}"), *cells, Text(difference))
+        at = "" if not run.evals or run.evaluated == run.done else f"\nevaluated after {steps(run.evaluated)}"
+        table.add_row(Text(f"{name}\n{run.algorithm}, {done}{at}"), *cells, Text(difference))
     return table

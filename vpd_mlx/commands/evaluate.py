@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,10 +16,11 @@ from rich.table import Table
 from rich.text import Text
 
 from vpd_mlx.config import HUB, DatasetTask, Recipe, builtin_recipes, load_recipe, parse_set, resolve_recipe_path
-from vpd_mlx.errors import ConfigError, Fault
+from vpd_mlx.errors import ConfigError, DataError, Fault
 from vpd_mlx.progress import Progress
 from vpd_mlx.report.runs import figures, points
-from vpd_mlx.runlog import MARK
+from vpd_mlx.runlog import MARK, read_rows
+from vpd_mlx.types import Problem
 from vpd_mlx.view import make_view
 
 if TYPE_CHECKING:
@@ -71,8 +75,10 @@ def evaluate(
     cfg, folder = _target(target, recipe, adapter, overrides)
     if data is not None:
         cfg = _with_data(cfg, data, split)
-    with make_view(target, quiet=as_json) as view:
-        before, found = _measure(cfg, folder, split, base, greedy, view)
+    # What the user's own verifier prints is no part of the JSON.
+    aside = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+    with aside, make_view(target, quiet=as_json) as view:
+        before, found = _measure(cfg, target, folder, split, base, greedy, view)
     where = {"target": target, "model": cfg.model, "adapter": None if folder is None else str(folder)}
     what = {"task": cfg.task.kind, "split": split, "data": data, "seed": cfg.seed}
     how = {"temperature": 0.0 if greedy else cfg.evaluation.temperature}
@@ -86,7 +92,7 @@ def evaluate(
 
 
 def _measure(
-    cfg: Recipe, folder: Path | None, split: Split, base: bool, greedy: bool, view: Progress
+    cfg: Recipe, target: str, folder: Path | None, split: Split, base: bool, greedy: bool, view: Progress
 ) -> tuple[Measured | None, Measured]:
     """The base model where it is to be compared with, and the model in question."""
     # Late: MLX and the tokenizers take two seconds to load.
@@ -97,6 +103,8 @@ def _measure(
         cfg = cfg.model_copy(update={"lora": lora_of(folder)})
     trainer = Trainer.build(cfg, view)
     problems = (trainer.task.train if split == "train" else trainer.task.held_out)[: cfg.evaluation.problems]
+    if split != "train":
+        _refuse_trained(Path(target), problems)
     before = None
     try:
         if folder is not None:
@@ -107,6 +115,22 @@ def _measure(
         return before, trainer.measure(problems, greedy_only=greedy)
     finally:
         trainer.sources.close()
+
+
+def _refuse_trained(run: Path, problems: Sequence[Problem]) -> None:
+    """What a run was trained on is no test of it, whatever its data file says by now.
+
+    Raises:
+        DataError: a problem's prompt stands among the run's rollouts.
+    """
+    log = run / "rollouts.jsonl"
+    if not log.is_file():
+        return
+    trained = {row["prompt"] for row in read_rows(log)}
+    for problem in problems:
+        # Of a conversation only the last message is logged, which several may share.
+        if len(problem.messages) == 1 and problem.prompt in trained:
+            raise DataError(f"row {problem.id}: {run} was trained on this prompt; take it out")
 
 
 def _summed(before: Measured | None, found: Measured) -> dict[str, Any]:

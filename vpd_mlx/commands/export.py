@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,9 @@ import typer
 from vpd_mlx.errors import ConfigError, Fault
 
 __all__ = ["Format", "export"]
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
 
 
 class Format(StrEnum):
@@ -29,21 +33,28 @@ def export(
     bits: Annotated[
         int | None, typer.Option(help="fused: quantise again to so many bits. Can lose what was learned.")
     ] = None,
-    group_size: Annotated[int, typer.Option(help="fused: group size of that quantisation.")] = 64,
+    group_size: Annotated[
+        int | None, typer.Option(help="fused: group size of that quantisation.", show_default="64")
+    ] = None,
     repo: Annotated[str | None, typer.Option(help="hub: owner/name.")] = None,
     private: Annotated[bool, typer.Option(help="hub: make the repository private.")] = True,
 ) -> None:
     """Write a run's result for mlx-lm, transformers or the hub; it is loaded back and compared before it is called done."""
     if to is Format.hub and repo is None:
         raise ConfigError([Fault("--repo", "is missing", "name the repository: --repo owner/name")], "command line")
-    if bits is not None and to is not Format.fused:
-        raise ConfigError([Fault("--bits", f"means nothing for {to.value}", "use it with --to fused")], "command line")
-    from vpd_mlx.export import export_adapters, export_fused, export_peft, open_run, upload
+    faults = _faults(to, bits, group_size, repo)
+    if faults:
+        raise ConfigError(faults, "command line")
+    from vpd_mlx.export import export_adapters, export_fused, export_peft, open_run, reserve, upload
 
     target = out if out is not None else run / f"export-{to.value}"
+    if to is Format.hub and repo is not None:
+        reserve(repo, private=private)
+        if out is None and target.exists():
+            shutil.rmtree(target)  # our own, of an upload before
     source = open_run(run)
     if to is Format.fused:
-        done = export_fused(source, target, bits=bits, group_size=group_size)
+        done = export_fused(source, target, bits=bits, group_size=group_size or 64)
     elif to is Format.peft:
         done = export_peft(source, target)
     else:
@@ -55,6 +66,27 @@ def export(
     if done.warning:
         typer.echo(f"warning: {done.warning}", err=True)
     if to is Format.hub and repo is not None:
-        typer.echo(f"uploaded: {upload(target, repo, private=private)}")
+        typer.echo(f"uploaded: {upload(target, repo)}")
     for command in done.commands:
         typer.echo(f"try it: {command}")
+
+
+def _faults(to: Format, bits: int | None, group_size: int | None, repo: str | None) -> list[Fault]:
+    """What does not go together, and what MLX cannot quantise to."""
+    faults = [
+        Fault(flag, f"means nothing for {to.value}", f"use it with --to {its.value}")
+        for flag, value, its in (
+            ("--bits", bits, Format.fused),
+            ("--group-size", group_size, Format.fused),
+            ("--repo", repo, Format.hub),
+        )
+        if value is not None and to is not its
+    ]
+    if faults:
+        return faults
+    for flag, value, known in (("--bits", bits, BITS), ("--group-size", group_size, GROUP_SIZES)):
+        if value is not None and value not in known:
+            faults.append(Fault(flag, f"MLX cannot quantise by {value}", f"use one of {', '.join(map(str, known))}"))
+    if group_size is not None and bits is None:
+        faults.append(Fault("--group-size", "means nothing without --bits", "give --bits, too"))
+    return faults

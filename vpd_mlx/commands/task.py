@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
@@ -34,7 +35,8 @@ def verify(
     from vpd_mlx.tasks import build_task, examine
 
     cfg = load_recipe(resolve_recipe_path(recipe), parse_set(sets or []))
-    task = build_task(cfg)
+    with contextlib.redirect_stdout(sys.stderr):  # what the user's own verifier prints is no part of the JSON
+        task = build_task(cfg)
     everyone = {p.id: p for p in (*task.train, *task.held_out)}
     chosen = task.train[0] if problem is None else everyone.get(problem)
     if chosen is None:
@@ -52,7 +54,8 @@ def verify(
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"--completion: {completion} cannot be read ({error}); give a UTF-8 text file") from None
     held = chosen in task.held_out
-    verdict = examine(task, chosen, text) if held else task.verify(chosen, text)
+    with contextlib.redirect_stdout(sys.stderr):
+        verdict = examine(task, chosen, text) if held else task.verify(chosen, text)
     success = verdict.error is None and verdict.score >= cfg.rollout.success_threshold
     out: dict[str, Any] = {
         "problem": chosen.id,
@@ -102,11 +105,20 @@ def check(recipe: RecipeArgument, sets: SetOption = None) -> None:
     answers = [len(prompter.tokenizer.encode(a)) for p in rows if (a := task.reference_completion(p)) is not None]
     prompts = [json.dumps([m["content"] for m in p.messages]) for p in rows]
     typer.echo(f"rows: {len(task.train)} to train on, {len(task.held_out)} held out, none on both sides")
-    typer.echo(f"references: {len(answers)} of {len(rows)} rows have one, each scores 1")
+    typer.echo(f"reference answers: {len(answers)} of {len(rows)} rows have one, each scores 1")
+    solutions = sum(bool(p.reference) for p in rows)
+    typer.echo(f"reference solutions, for the feedback source of that name: {solutions} of {len(rows)} rows have one")
     _quantiles("prompt tokens", lengths, cfg.rollout.max_prompt_tokens)
     if answers:
         _quantiles("reference tokens", np.array(answers), cfg.rollout.max_completion_tokens)
     typer.echo(f"duplicates: {len(prompts) - len(set(prompts))} rows repeat another row's prompt")
+    first: dict[str, Any] = {}
+    for prompt, p in zip(prompts, rows, strict=True):
+        other = first.setdefault(prompt, p)
+        if other.answer != p.answer:
+            raise DataError(
+                f"row {p.id}: answer {p.answer!r}, and row {other.id} has the same prompt with {other.answer!r}; mend one of them"
+            )
     over = [p.id for p, n in zip(rows, lengths, strict=True) if n > cfg.rollout.max_prompt_tokens]
     if over:
         raise DataError(
@@ -155,6 +167,7 @@ optimizer:
 templates:                  # take these out for a real model: they are what the tiny one was taught to read
   sibling: "{{prompt}}\\nA correct answer: {{context}}"
   verifier: "{{prompt}}\\nFeedback: {{context}}"
+  review: "{{prompt}}\\nFeedback: {{context}}"     # of command, server, human and replay
 """
 VERIFIER = '''"""Says how good a completion is and, in words, what is wrong with it. The words are what the model learns from."""
 

@@ -22,7 +22,7 @@ from vpd_mlx.feedback.replay import Replay
 from vpd_mlx.feedback.server import Server
 from vpd_mlx.feedback.sibling import sibling
 from vpd_mlx.feedback.verifier import verifier
-from vpd_mlx.prompts import Prompter
+from vpd_mlx.prompts import NoRoom, Prompter
 from vpd_mlx.types import Context, Group, Problem, Rollout
 
 __all__ = ["Answer", "Choice", "Failed", "Host", "Source", "Sources", "add_context", "build_sources", "choose_contexts"]
@@ -176,7 +176,12 @@ def _with_context(prompter: Prompter, cfg: Feedback, group: Group, rollout: Roll
     if choice.kind is None:
         return rollout
     attempt = rollout.text if cfg.include_attempt and not rollout.success else None
-    prompt, cut = prompter.teacher(
-        group.problem, choice.kind, choice.text, solution=choice.solution or "", attempt=attempt
-    )
+    try:
+        prompt, cut = prompter.teacher(
+            group.problem, choice.kind, choice.text, solution=choice.solution or "", attempt=attempt
+        )
+    except NoRoom as error:
+        # Without its words the teacher would only be a student under other wording: nothing to learn from.
+        source = "verifier" if choice.kind == "both" else choice.kind
+        return replace(rollout, source_errors={**choice.errors, source: str(error)})
     return replace(rollout, context=Context(choice.kind, choice.text, cut), teacher_prompt=prompt)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from vpd_mlx.prompts import Prompter, demonstration
+from vpd_mlx.feedback.outside import Answer, Failed
+from vpd_mlx.prompts import NoRoom, Prompter, demonstration
 from vpd_mlx.types import Group
 
 __all__ = ["Generate", "critique"]
@@ -15,16 +16,19 @@ Generate = Callable[[Sequence[tuple[int, ...]]], list[str]]
 
 def critique(
     groups: Sequence[Group], wanted: list[list[bool]], prompter: Prompter, generate: Generate
-) -> list[list[str | None]]:
+) -> list[list[Answer]]:
     """Two or three sentences of the model's own for every failure that still wants a context."""
     places, prompts = [], []
-    out: list[list[str | None]] = [[None] * len(g.rollouts) for g in groups]
+    out: list[list[Answer]] = [[None] * len(g.rollouts) for g in groups]
     for g, (group, wants) in enumerate(zip(groups, wanted, strict=True)):
         for i, (rollout, want) in enumerate(zip(group.rollouts, wants, strict=True)):
             if want and not rollout.success:
                 words = rollout.verdict.text if rollout.verdict is not None else ""
-                places.append((g, i))
-                prompts.append(prompter.critic(group.problem, rollout.text, words))
+                try:
+                    prompts.append(prompter.critic(group.problem, rollout.text, words))
+                    places.append((g, i))
+                except NoRoom as error:
+                    out[g][i] = Failed(str(error))
     for (g, i), text in zip(places, generate(prompts) if prompts else [], strict=True):
         out[g][i] = demonstration(text) or None
     return out

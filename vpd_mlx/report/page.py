@@ -385,7 +385,7 @@ def _legend(runs: Mapping[str, Run]) -> str:
 def _results(runs: Mapping[str, Run], base: Run) -> str:
     lines = []
     for (name, run), color in zip(runs.items(), legend_colors(len(runs)), strict=True):
-        row = run.evals[-1] if run.evals else {}
+        row = run.evaluation
         p = None if run is base else paired(base.greedy(), run.greedy())
         if run is base:
             difference = '<td class="n">-</td>'

@@ -90,8 +90,20 @@ class Run:
 
     @property
     def after(self) -> dict[str, Any]:
-        """The newest evaluation after at least one step; empty where there is none."""
-        return self.evals[-1] if self.evals and number(self.evals[-1].get("step")) else {}
+        """The evaluation after at least one step that counts: of the adapter handed over; empty where there is none."""
+        return self.evaluation if number(self.evaluation.get("step")) else {}
+
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """The evaluation of the adapter that the run hands over: the best one's with `keep_best`, else the newest."""
+        of = number(self.summary.get("adapter_of_step"))
+        chosen = [e for e in self.evals if of is not None and number(e.get("step")) == of]
+        return (chosen or self.evals or [{}])[-1]
+
+    @property
+    def evaluated(self) -> int:
+        """The step after which `evaluation` was made, 0 before the first."""
+        return int(number(self.evaluation.get("step")) or 0)
 
     @cached_property
     def seconds(self) -> dict[str, float]:
@@ -132,8 +144,8 @@ class Run:
                 yield json.loads(f.readline())
 
     def greedy(self) -> dict[str, float]:
-        """Greedy score by held-out problem at the newest evaluation, trained or not; empty where it was not logged."""
-        return _by_problem(self.evals[-1]) if self.evals else {}
+        """Greedy score by held-out problem at `evaluation`, trained or not; empty where it was not logged."""
+        return _by_problem(self.evaluation)
 
     def change(self) -> Paired | None:
         """Greedy accuracy after training less before, paired by problem."""

@@ -10,6 +10,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -186,8 +187,10 @@ def _problem(cfg: DatasetTask, place: str, row: Row) -> Problem:
         messages = ({"role": "system", "content": system.strip()}, *messages)
     answer, reference = row.get(cfg.answer), row.get(cfg.reference)
     for name, value in ((cfg.answer, answer), (cfg.reference, reference)):
-        if value is not None and not isinstance(value, str | int | float):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, str | int | float)):
             raise DataError(f"{place}: column {name!r} is a {type(value).__name__}; it must be text or a number")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise DataError(f"{place}: column {name!r} is {value}; it must be text or a finite number, or left out")
     file, _, number = place.rpartition(":")
     return Problem(
         id=str(row.get("id", f"{file.rpartition('/')[2]}:{number}")),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import numbers
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +33,7 @@ class PythonFile:
         """The user's verdict. What the function raises becomes `Verdict.error`: the rollout leaves the batch."""
         try:
             result = self._verify(problem, completion)
-        except Exception as error:  # noqa: BLE001 - the boundary to foreign code: whatever it raises is its own failure
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - foreign code: whatever it raises is its own failure
             frame = traceback.extract_tb(error.__traceback__)[-1]
             return Verdict(0.0, error=f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})")
         return as_verdict(result)
@@ -61,9 +62,11 @@ def _load(path: Path) -> Callable[[Problem, str], Any]:
     if not path.is_file() or spec is None or spec.loader is None:
         raise fault("no such Python file", "give the path of a .py file, relative to the recipe")
     module = importlib.util.module_from_spec(spec)
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))  # as for a script: modules that lie beside it, now or when it is called
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise fault(f"cannot be imported ({type(error).__name__}: {error})", "mend the file") from error
     verify = getattr(module, "verify", None)
     if not callable(verify):
