@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -72,11 +73,33 @@ def test_all_faults_at_once_with_path_value_and_remedy(tmp_path: Path):
         ("algorithm: sdpo\nteacher: {weights: adapter}", "teacher.weights"),
         ("memory: {micro_batch_tokens: 100}", "memory.micro_batch_tokens"),
         ("templates: {sibling: 'look: {context}'}", "templates.sibling"),
+        ("templates: {verifier: '{prompt} {contxt} {context}'}", "templates.verifier"),
+        ("templates: {verifier: '{prompt} {context} {answer}'}", "templates.verifier"),
         ("version: 99", "version"),
     ],
 )
 def test_contradictions_are_named(tmp_path: Path, extra: str, place: str):
     assert f"{place}: " in faults(tmp_path, MINIMAL + extra)
+
+
+def test_braces_of_other_tongues_stay_in_templates(tmp_path: Path):
+    text = r"templates: {verifier: 'In \boxed{answer}: {prompt} {x} {context}'}"
+    path = tmp_path / "r.yaml"
+    path.write_text(MINIMAL + text)
+    assert r"\boxed{answer}" in (load_recipe(path).templates.verifier or "")
+
+
+def test_an_override_is_not_blamed_on_the_file(tmp_path: Path):
+    path = tmp_path / "r.yaml"
+    path.write_text(MINIMAL)
+    for key, value, words in (
+        ("steps", 0, "as overridden: steps: got 0"),
+        ("rollout", 3, "as overridden: rollout: got 3; needs keys of its own, e.g. rollout.prompts"),
+        ("feedback.sources", [], "feedback.sources: got []; needs at least 1 of them"),
+        ("name", "a/b", "name: got 'a/b'; needs letters, digits"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(words)):
+            load_recipe(path, [(key, value)])
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from typer.testing import CliRunner
 
 from vpd_mlx import export
 from vpd_mlx.cli import app
-from vpd_mlx.errors import ModelError, RunError
+from vpd_mlx.errors import ConfigError, ModelError, RunError
+from vpd_mlx.report.runs import load_run
 from vpd_mlx.runlog import read_rows
 from vpd_mlx.train import train
 
@@ -65,6 +67,42 @@ def test_quantising_again_is_measured_and_warned_of(run: Path, tmp_path: Path):
     done = export.export_fused(export.open_run(run), tmp_path / "out", bits=2, group_size=32)
     assert done.kl > 0.01
     assert "part of what was learned is lost" in done.warning
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--to", "fused", "--bits", "7"], "--bits: MLX cannot quantise by 7; use one of 2, 3, 4, 5, 6, 8"),
+        (["--to", "fused", "--bits", "4", "--group-size", "7"], "--group-size: MLX cannot quantise by 7"),
+        (["--to", "fused", "--group-size", "64"], "--group-size: means nothing without --bits"),
+        (["--to", "peft", "--bits", "4"], "--bits: means nothing for peft"),
+        (["--to", "adapters", "--repo", "a/b"], "--repo: means nothing for adapters"),
+        (["--to", "hub"], "--repo: is missing"),
+    ],
+)
+def test_flags_that_cannot_be_are_refused(run: Path, flags: list[str], words: str):
+    refused = CliRunner().invoke(app, ["export", str(run), *flags])
+    assert isinstance(refused.exception, ConfigError)
+    assert words in str(refused.exception)
+
+
+def test_the_figures_are_those_of_the_adapter_that_is_handed_over(run: Path, tmp_path: Path):
+    best = tmp_path / "run"
+    shutil.copytree(run, best)
+    rows = [{"step": s, "student": v, "student_greedy": v, "teacher": v} for s, v in ((0, 0.1), (1, 0.75), (3, 0.25))]
+    (best / "evals.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    summary = json.loads((best / "summary.json").read_text())
+    (best / "summary.json").write_text(json.dumps({**summary, "adapter_of_step": 1}))
+    card = export.card(export.open_run(best), "adapter")
+    assert "| student | 10.0 % | 75.0 % |" in card
+    assert "the best of 3 steps, number 1" in card
+    found = load_run(best)
+    assert (found.evaluated, found.after["student"]) == (1, 0.75)
+    table = CliRunner().invoke(app, ["compare", str(best), str(run)], env={"COLUMNS": "120"}).output
+    assert "75.0 %" in table
+    assert "evaluated after 1 step" in table
+    (best / "summary.json").unlink()  # still under way: the newest counts
+    assert load_run(best).after["student"] == 0.25
 
 
 def test_peft_matrices_make_the_same_update(run: Path, tmp_path: Path):

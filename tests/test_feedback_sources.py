@@ -694,3 +694,37 @@ def test_the_examples_of_the_protocol_page_work_as_printed(language: str, tmp_pa
             "Answer with digits alone.",
             "There is no answer at all.",
         ]
+
+
+# --- room
+
+
+def test_a_context_that_has_no_room_is_a_failed_source_not_a_teacher_without_words(small: Callable[..., Recipe]):
+    recipe = small(feedback__sources=["verifier"], templates__verifier="{prompt} " + "x" * 50 + " {context}")
+    trainer = Trainer.build(recipe)
+    _, groups = trainer.roll_out(1, Clock())
+    failures = [r for g in groups for r in g.rollouts if not r.success]
+    assert failures
+    for rollout in failures:
+        assert rollout.context is None
+        assert rollout.teacher_prompt is None
+        assert "take 6" in rollout.source_errors["verifier"]
+        assert "of rollout.max_prompt_tokens 64; raise it or shorten the template" in rollout.source_errors["verifier"]
+    fits = Trainer.build(
+        small(feedback__sources=["verifier"], templates__verifier="{prompt} " + "x" * 30 + " {context}")
+    )
+    _, groups = fits.roll_out(1, Clock())
+    heard = [r for g in groups for r in g.rollouts if r.context is not None]
+    assert {r.context.cut for r in heard if r.context} <= {True, False}
+    assert all(len(r.teacher_prompt or ()) <= 64 for r in heard)
+    assert heard
+
+
+def test_a_critic_that_has_no_room_for_the_attempt_has_failed(small: Callable[..., Recipe]):
+    trainer = Trainer.build(
+        small(feedback__sources=["critique"], templates__critic="{prompt} " + "x" * 60 + " {attempt}")
+    )
+    _, groups = trainer.roll_out(1, Clock())
+    failures = [r for g in groups for r in g.rollouts if not r.success]
+    assert failures
+    assert all("no room" in r.source_errors["critique"] for r in failures)

@@ -153,11 +153,6 @@ def export_fused(run: Run, out: Path, *, bits: int | None = None, group_size: in
         save_model(out, model)
     else:
         model, config = quantize_model(model, config, group_size, bits)
-        if not any(hasattr(m, "bits") for m in model.modules()):
-            out.rmdir()
-            raise RunError(
-                f"--group-size: {group_size} divides the width of no layer of this model; take a smaller one"
-            )
         save_model(out, model)
     save_config(config, config_path=out / "config.json")
     tokenizer.save_pretrained(out)
