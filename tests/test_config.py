@@ -97,9 +97,11 @@ def test_an_override_is_not_blamed_on_the_file(tmp_path: Path):
         ("rollout", 3, "as overridden: rollout: got 3; needs keys of its own, e.g. rollout.prompts"),
         ("feedback.sources", [], "feedback.sources: got []; needs at least 1 of them"),
         ("name", "a/b", "name: got 'a/b'; needs letters, digits"),
+        ("feedback", {"sources": ["server"], "server": {"url": "nowhere"}}, "feedback.server.url: got 'nowhere'"),
     ):
-        with pytest.raises(ConfigError, match=re.escape(words)):
+        with pytest.raises(ConfigError, match=re.escape(words)) as refused:
             load_recipe(path, [(key, value)])
+        assert len(refused.value.faults) == 1
 
 
 @pytest.mark.parametrize(

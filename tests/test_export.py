@@ -219,4 +219,4 @@ def test_the_command(run: Path, tmp_path: Path):
         refused = CliRunner().invoke(app, ["export", str(run), *arguments])
         assert words in str(refused.exception)
     nothing = CliRunner().invoke(app, ["export", str(tmp_path), "--to", "peft"])
-    assert "no run here" in str(nothing.exception)
+    assert "holds no run (config.yaml is missing)" in str(nothing.exception)

@@ -598,7 +598,8 @@ def load_recipe(path: Path, overrides: list[tuple[str, Any]] | None = None) -> R
     recipe, found = _validate(raw)
     faults += found
     if recipe is not None:
-        faults += list(_contradictions(recipe))
+        known = {f.path for f in faults}  # what was dropped as faulty is not missing besides
+        faults += [f for f in _contradictions(recipe) if f.path not in known]
     if faults or recipe is None:
         overridden = {key for key, _ in overrides or []}
         blamed = any(f.path in overridden for f in faults)

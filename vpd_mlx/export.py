@@ -20,7 +20,7 @@ from mlx_lm.utils import dequantize_model, quantize_model, save_config, save_mod
 
 from vpd_mlx import __version__, losses
 from vpd_mlx.config import Recipe, load_recipe
-from vpd_mlx.errors import ModelError, RunError
+from vpd_mlx.errors import ConfigError, Fault, ModelError, RunError
 from vpd_mlx.loading import build_prompter, load_policy
 from vpd_mlx.policy import Policy
 from vpd_mlx.runlog import MARK, read_rows
@@ -57,10 +57,13 @@ def open_run(folder: Path) -> Run:
     """Load a run's model and adapter.
 
     Raises:
-        RunError: there is no run, or it has no adapter or no rollouts yet.
+        ConfigError: there is no run.
+        ModelError: it has no adapter yet.
+        RunError: it has no rollouts yet.
     """
     if not (folder / MARK).is_file():
-        raise RunError(f"{folder}: no run here ({MARK} is missing); give the folder of a run")
+        fault = Fault("RUN", f"{folder} holds no run ({MARK} is missing)", "give the folder of a run")
+        raise ConfigError([fault], "command line")
     recipe = load_recipe(folder / MARK)
     policy = load_policy(recipe)
     policy.load_adapter(folder / "adapters")
