@@ -29,6 +29,7 @@ def test_everything_holds_here_and_quickly():
         "policy gradient",
         "LoRA on a quantised layer",
         "fused head",
+        "AdamW",
         "sampled",
         "shared",
     ):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import mlx.core as mx
@@ -321,6 +324,53 @@ def test_warm_up_and_clipping(world):
     rates = [learner.apply(policy, gradients)["rate"] for _ in range(5)]
     policy.set_adapter(start)
     assert rates == pytest.approx([1.25e-4, 2.5e-4, 3.75e-4, 5e-4, 5e-4])
+
+
+COMPILED_UPDATES = """
+import json, sys
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from vpd_mlx import config
+from vpd_mlx.updates import learner as module
+from vpd_mlx.updates.learner import Learner
+
+class Model:
+    def __init__(self):
+        self.tree = {"a": mx.arange(12.0).reshape(3, 4) / 7, "b": {"c": mx.ones((5,)) / 3}}
+    def trainable_parameters(self):
+        return self.tree
+    def update(self, tree):
+        self.tree = tree
+
+class Alone:
+    def sum(self, gradients):
+        return gradients
+
+class Policy:
+    model, ranks = Model(), Alone()
+
+(mx.enable_compile if sys.argv[1] == "on" else mx.disable_compile)()
+traces, plain = [], module.adam_step
+def counted(adam):
+    step = plain(adam)
+    return lambda *given: traces.append(1) or step(*given)
+module.adam_step = counted
+policy = Policy()
+learner = Learner(config.Optimizer(learning_rate=0.01, warmup_steps=3, grad_clip=2.0))
+for i in range(5):  # the rate rises, and some of the gradients are clipped
+    learner.apply(policy, {"a": mx.sin(policy.model.tree["a"] * (i + 1)), "b": {"c": policy.model.tree["b"]["c"] * i}})
+print(json.dumps({"traces": len(traces), "found": [v.flatten().tolist() for _, v in tree_flatten(policy.model.tree)]}))
+"""
+
+
+@pytest.mark.long  # on a CPU mlx runs a C++ compiler for it
+def test_compiled_updates_are_one_trace_and_the_same_numbers():
+    run = {
+        how: json.loads(subprocess.check_output([sys.executable, "-c", COMPILED_UPDATES, how])) for how in ("on", "off")
+    }
+    assert (run["on"]["traces"], run["off"]["traces"]) == (1, 5)
+    for on, off in zip(run["on"]["found"], run["off"]["found"], strict=True):
+        assert on == pytest.approx(off, abs=1e-6)
 
 
 # --- no dead options: each changes the adapter that two steps lead to

@@ -14,8 +14,9 @@ from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.lora import LoRALinear
 
 from vpd_mlx import losses
@@ -23,6 +24,7 @@ from vpd_mlx.heads import weighted_token_loss
 from vpd_mlx.policy import Policy
 from vpd_mlx.rollout import Sampling, generate
 from vpd_mlx.types import Row
+from vpd_mlx.updates.learner import adam_step
 
 __all__ = ["Check", "checks", "run_checks"]
 
@@ -179,10 +181,22 @@ def _check_model(policy: Policy) -> Iterator[Check]:
     yield Check("shared prompts against separate ones", apart, 0.1 if half else 2e-3)
 
 
+def _check_update() -> Check:
+    parameters, gradients = {"x": _normal((16, 8), 18)}, {"x": _normal((16, 8), 19, 0.1)}
+    adam = optim.AdamW(1e-2, bias_correction=True)
+    adam.init(parameters)
+    step, factor = adam_step(adam), mx.array(0.5)
+    start = tree_map(lambda a: a, adam.state)
+    compiled, _ = mx.compile(step)(parameters, gradients, tree_map(lambda a: a, start), factor)
+    plain, _ = step(parameters, gradients, start, factor)
+    return Check("AdamW compiled against plain", _relative(compiled["x"], plain["x"]), DEVICE_TOLERANCE)
+
+
 def checks(policy: Policy) -> Iterator[Check]:
     """Every check, as it is made. `policy`: a small model on the default device."""
     for name, f, parameters in _loss_cases():
         yield from _check_loss(name, f, parameters)
+    yield _check_update()
     yield from _check_model(policy)
 
 
