@@ -24,9 +24,9 @@ import mlx.core as mx
 
 from benchmarks import models, work
 from benchmarks.measure import Timing, peak, side_by_side
-from vpd_mlx.config import builtin_recipes, load_recipe
-from vpd_mlx.policy import Policy
-from vpd_mlx.train import train
+from vpd_mlx.engine.policy import Policy
+from vpd_mlx.recipe import builtin_recipes, load_recipe
+from vpd_mlx.run.loop import train
 
 SMALL, LARGE = 2_048, 151_936
 MB = 1e6

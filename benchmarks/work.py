@@ -16,17 +16,18 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import make_sampler
 
 from vpd_mlx import losses
-from vpd_mlx.algos import ALGORITHMS, Step
-from vpd_mlx.config import Grpo, MStep, Recipe, Teacher, load_recipe
-from vpd_mlx.metrics import Clock
-from vpd_mlx.policy import Policy
-from vpd_mlx.rollout import Sampling, default_streams, generate
-from vpd_mlx.teacher import Teacher as Weights
+from vpd_mlx.algos import ALGORITHMS
+from vpd_mlx.algos.base import Step
+from vpd_mlx.algos.m_step import Distillation
+from vpd_mlx.algos.policy_gradient import policy_gradient_update
+from vpd_mlx.algos.settings import GrpoSettings, MStepSettings, TeacherSettings
+from vpd_mlx.algos.teacher import Teacher
+from vpd_mlx.common.stats import Clock
+from vpd_mlx.engine.gradients import Learner, accumulate, gather, teacher_row, unit_weights
+from vpd_mlx.engine.policy import Policy
+from vpd_mlx.engine.sampling import Sampling, default_streams, generate
+from vpd_mlx.recipe import Recipe, load_recipe
 from vpd_mlx.types import Context, Group, Problem, Rollout, Verdict
-from vpd_mlx.updates import Learner, gather
-from vpd_mlx.updates.divergence import Distillation
-from vpd_mlx.updates.learner import accumulate, teacher_row, unit_weights
-from vpd_mlx.updates.policy_gradient import policy_gradient_update
 
 __all__ = ["Batch", "Updates", "difference", "raw_rollouts", "rollouts", "whole_step"]
 
@@ -114,14 +115,14 @@ def raw_rollouts(policy: Policy, groups: Sequence[Group], samples: int, tokens: 
 class Updates:
     """The passes of an update and their plain counterparts, on one batch."""
 
-    def __init__(self, policy: Policy, batch: Batch, m_step: MStep | None = None) -> None:
+    def __init__(self, policy: Policy, batch: Batch, m_step: MStepSettings | None = None) -> None:
         self.policy = policy
         self.samples = gather(batch.groups)
         self.student = [s.student for s in self.samples]
         self.taught = [teacher_row(s) for s in self.samples]
         self.weights = [w / sum(map(len, unit_weights(self.student))) for w in unit_weights(self.student)]
         self.loss = Distillation(
-            m_step or MStep(alpha=0.5, top_k=None), Weights(Teacher(weights="live"), "live", policy)
+            m_step or MStepSettings(alpha=0.5, top_k=None), Teacher(TeacherSettings(weights="live"), "live", policy)
         )
 
     def fused(self) -> Any:
@@ -176,7 +177,7 @@ class Updates:
 
     def grpo(self, recipe: Recipe) -> Any:
         """A GRPO update, with the optimizer's step."""
-        return policy_gradient_update(self.policy, self.samples, Learner(recipe.optimizer), Grpo(), seed=0)
+        return policy_gradient_update(self.policy, self.samples, Learner(recipe.optimizer), GrpoSettings(), seed=0)
 
 
 def difference(a: Any, b: Any) -> float:
@@ -188,7 +189,7 @@ def difference(a: Any, b: Any) -> float:
 
 def whole_step(recipe: Recipe, policy: Policy, batch: Batch, *, sample: bool) -> Callable[[], float]:
     """A run's step, one after another: rollouts if asked, then the recipe's updates. Returns its seconds."""
-    algorithm = ALGORITHMS[recipe.algorithm](recipe, policy)
+    algorithm = ALGORITHMS[recipe.algorithm].load()(recipe, policy)
     roll = rollouts(policy, batch.groups, batch.samples, batch.completion)
     at = [0]
 
@@ -206,7 +207,7 @@ def whole_step(recipe: Recipe, policy: Policy, batch: Batch, *, sample: bool) ->
 
 def recipe_of(algorithm: str, every: int = 5) -> Recipe:
     """The quickstart's, on an algorithm, at a rate that moves next to nothing."""
-    from vpd_mlx.config import builtin_recipes
+    from vpd_mlx.recipe import builtin_recipes
 
     changes: dict[str, Any] = {
         "algorithm": algorithm,

@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from vpd_mlx.config import Recipe, load_recipe
+from vpd_mlx.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- estimates: made by docs/make_estimates.py -->", "<!-- end of estimates -->"

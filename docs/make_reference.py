@@ -14,7 +14,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from vpd_mlx import config
+from vpd_mlx import recipe
+from vpd_mlx.tasks import TASKS
 
 HERE = Path(__file__).parent
 
@@ -51,6 +52,11 @@ def section(model: type[BaseModel], prefix: str, title: str) -> list[str]:
     return [*lines, "", *nested]
 
 
+def kind_of(model: type[BaseModel]) -> str:
+    """The task's name."""
+    return str(model.model_fields["kind"].annotation.__args__[0])  # type: ignore[union-attr]
+
+
 def reference() -> str:
     """The whole page."""
     lines = [
@@ -61,10 +67,10 @@ def reference() -> str:
         "generated from the config model by `docs/make_reference.py`; a test keeps it in step.",
         "",
     ]
-    lines += section(config.Recipe, "", "Top level")
-    for kind, model in sorted(config._task_kinds().items()):
-        lines += section(model, "task.", f"task: {kind}")
-    for name, info in config.Recipe.model_fields.items():
+    lines += section(recipe.Recipe, "", "Top level")
+    for model, _ in sorted(TASKS, key=lambda task: kind_of(task[0])):
+        lines += section(model, "task.", f"task: {kind_of(model)}")
+    for name, info in recipe.Recipe.model_fields.items():
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
             lines += section(info.annotation, f"{name}.", name)
     return "\n".join(lines).rstrip() + "\n"

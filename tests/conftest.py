@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from vpd_mlx.config import Recipe, builtin_recipes, load_recipe
+from vpd_mlx.recipe import Recipe, builtin_recipes, load_recipe
 
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     # Workers side by side: each has a temporary folder of its own, so that none finds what another leaves there.

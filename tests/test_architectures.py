@@ -16,11 +16,11 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import quantize_model
 
 from vpd_mlx import losses
-from vpd_mlx.config import Lora
-from vpd_mlx.policy import Policy
-from vpd_mlx.rollout import Sampling, generate, probe_batches
+from vpd_mlx.engine.gradients import accumulate
+from vpd_mlx.engine.policy import Policy
+from vpd_mlx.engine.sampling import Sampling, generate, probe_batches
+from vpd_mlx.engine.settings import LoraSettings
 from vpd_mlx.types import Row
-from vpd_mlx.updates.learner import accumulate
 
 COMMON = {
     "hidden_size": 64,
@@ -69,7 +69,7 @@ def make(folder: Path, kind: str, settings: dict, bits: int | None) -> Path:
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize(("kind", "settings", "splits", "shares"), CASES, ids=lambda x: str(x)[:24])
 def test_scores_and_gradients_are_those_of_the_plain_model(tmp_path: Path, kind, settings, splits, shares, bits):
-    policy = Policy.load(str(make(tmp_path / "m", kind, settings, bits)), Lora(rank=4))
+    policy = Policy.load(str(make(tmp_path / "m", kind, settings, bits)), LoraSettings(rank=4))
     policy.set_adapter({k: v + 0.05 for k, v in policy.adapter.items()})
     assert not [n for n in policy.notes if "cannot be run apart" in n] if splits else policy.notes
     assert policy.shares_prompts == shares

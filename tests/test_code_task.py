@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from vpd_mlx.config import load_recipe
 from vpd_mlx.errors import DataError
+from vpd_mlx.recipe import load_recipe
 from vpd_mlx.tasks import build_task, examine, prove
 from vpd_mlx.tasks.code import Code
 from vpd_mlx.tasks.suites import imports_for, read_suite

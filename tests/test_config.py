@@ -10,9 +10,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vpd_mlx.cli import overridden
-from vpd_mlx.config import Recipe, builtin_recipes, dump, load_recipe, model_fields, parse_set, resolve_recipe_path
+from vpd_mlx.commands.options import overridden
+from vpd_mlx.common.settings import parse_set
 from vpd_mlx.errors import ConfigError
+from vpd_mlx.recipe import Recipe, builtin_recipes, dump, load_recipe, model_fields, resolve_recipe_path
 
 MINIMAL = "name: x\nmodel: ./m\ntask: {kind: addition}\n"
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from vpd_mlx.config import ExactTask, load_recipe
 from vpd_mlx.errors import ConfigError, DataError
+from vpd_mlx.recipe import load_recipe
 from vpd_mlx.tasks.data import read_rows, read_split
+from vpd_mlx.tasks.exact import ExactSettings
 
 ROWS: list[dict[str, Any]] = [{"prompt": f"question {i}", "answer": f"a{i}"} for i in range(40)]
 
@@ -37,7 +38,7 @@ def write(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
 def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path / f"rows{suffix}")
     assert [row for _, row in read_rows(str(path))] == ROWS
-    train, held = read_split(ExactTask(kind="exact", data=str(path)))
+    train, held = read_split(ExactSettings(kind="exact", data=str(path)))
     assert {p.prompt for p in (*train, *held)} == {r["prompt"] for r in ROWS}
     assert {p.prompt: p.answer for p in train}[train[0].prompt] == "a" + train[0].prompt.split()[1]
 
@@ -49,7 +50,9 @@ def test_json_may_hold_an_object_a_line(tmp_path: Path) -> None:
 
 def test_the_split_does_not_move_when_rows_are_added(tmp_path: Path) -> None:
     def held(rows: list[dict[str, Any]]) -> set[str]:
-        return {p.prompt for p in read_split(ExactTask(kind="exact", data=str(write(tmp_path / "r.jsonl", rows))))[1]}
+        return {
+            p.prompt for p in read_split(ExactSettings(kind="exact", data=str(write(tmp_path / "r.jsonl", rows))))[1]
+        }
 
     some, more = held(ROWS[:30]), held(ROWS)
     assert some == more & {r["prompt"] for r in ROWS[:30]}
@@ -60,7 +63,7 @@ def test_leakage_is_refused_through_white_space(tmp_path: Path) -> None:
     train = write(tmp_path / "train.jsonl")
     test = write(tmp_path / "test.csv", [{"prompt": " question  7 ", "answer": "x"}])
     with pytest.raises(DataError, match=r"test\.csv:2: the same prompt as the training row train\.jsonl:15"):
-        read_split(ExactTask(kind="exact", data=str(train), eval_data=str(test)))
+        read_split(ExactSettings(kind="exact", data=str(train), eval_data=str(test)))
 
 
 def test_columns_are_mapped_and_messages_kept(tmp_path: Path) -> None:
@@ -73,7 +76,7 @@ def test_columns_are_mapped_and_messages_kept(tmp_path: Path) -> None:
         {"chat": messages, "gold": 7, "solution": "s", "sys": "be brief"},
         {"chat": "plain", "gold": "x", "id": "mine"},
     ]
-    cfg = ExactTask(
+    cfg = ExactSettings(
         kind="exact", data=str(write(tmp_path / "rows.jsonl", rows)), prompt="chat", answer="gold", reference="solution",
         system="sys", eval_data=str(write(tmp_path / "e.jsonl", [{"chat": "other", "gold": "y"}])),
     )  # fmt: skip
@@ -112,7 +115,7 @@ def test_faults_name_the_place(tmp_path: Path, name: str, content: bytes, words:
         importlib.import_module("pyarrow")
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError) as caught:
-        read_split(ExactTask(kind="exact", data=str(tmp_path / name)))
+        read_split(ExactSettings(kind="exact", data=str(tmp_path / name)))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -187,6 +190,6 @@ def test_hub_paths_are_left_as_they_are(tmp_path: Path) -> None:
         "name: x\nmodel: ./m\ntask: {kind: exact, data: hf://a/b/c.jsonl, eval_data: e.csv, data_revision: v1}\n"
     )
     task = load_recipe(path).task
-    assert isinstance(task, ExactTask)
+    assert isinstance(task, ExactSettings)
     assert task.data == "hf://a/b/c.jsonl"
     assert task.eval_data == str(tmp_path / "e.csv")

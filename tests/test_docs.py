@@ -12,8 +12,8 @@ import docs_commands
 import pytest
 from typer.testing import CliRunner
 
-from vpd_mlx.cli import app
-from vpd_mlx.config import Recipe, model_fields
+from vpd_mlx.commands.app import app
+from vpd_mlx.recipe import Recipe, model_fields
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(

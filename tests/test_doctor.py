@@ -8,10 +8,11 @@ import mlx.core as mx
 import pytest
 from typer.testing import CliRunner
 
-from vpd_mlx import doctor, losses, selftest
-from vpd_mlx.cli import app
-from vpd_mlx.heads import weighted_token_loss
-from vpd_mlx.policy import Policy
+from vpd_mlx import losses
+from vpd_mlx.commands.app import app
+from vpd_mlx.engine.heads import weighted_token_loss
+from vpd_mlx.engine.policy import Policy
+from vpd_mlx.tools import doctor, selftest
 
 
 def names_of_bad() -> list[str]:
@@ -76,7 +77,7 @@ def test_not_a_number_is_caught(monkeypatch):
 
 
 def test_a_broken_prefix_is_caught(monkeypatch):
-    from vpd_mlx import prefix
+    from vpd_mlx.engine import prefix
 
     real = prefix.Extend.__init__
 
@@ -93,7 +94,7 @@ def test_a_broken_prefix_is_caught(monkeypatch):
     monkeypatch.setattr(Policy, "_can_share", recipe_policy)
     from conftest import QUICKSTART
 
-    from vpd_mlx.config import load_recipe
+    from vpd_mlx.recipe import load_recipe
 
     policy = Policy.load(load_recipe(QUICKSTART).model, None)
     assert not policy.shares_prompts

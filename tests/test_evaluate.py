@@ -11,15 +11,16 @@ import pytest
 from conftest import QUICKSTART, SMALL
 from typer.testing import CliRunner
 
-from vpd_mlx.cli import app
-from vpd_mlx.config import Lora, McqTask, load_recipe
+from vpd_mlx.commands.app import app
+from vpd_mlx.common.files import read_rows
+from vpd_mlx.engine.policy import lora_of
+from vpd_mlx.engine.settings import LoraSettings
 from vpd_mlx.errors import ConfigError, DataError, ModelError
-from vpd_mlx.evaluate import Measured, compared, names, sampled_figures, summed
-from vpd_mlx.policy import lora_of
-from vpd_mlx.runlog import read_rows
+from vpd_mlx.recipe import load_recipe
+from vpd_mlx.run.evaluate import Measured, compared, names, sampled_figures, summed
+from vpd_mlx.run.loop import train
 from vpd_mlx.tasks import answer_of
-from vpd_mlx.tasks.mcq import Mcq
-from vpd_mlx.train import train
+from vpd_mlx.tasks.mcq import Mcq, McqSettings
 from vpd_mlx.types import Group, Problem, Rollout, Verdict
 
 
@@ -57,7 +58,7 @@ def test_partial_scores_count_in_avg_and_the_threshold_in_pass():
 def test_the_answer_votes_and_not_its_words(tmp_path: Path):
     rows = [{"prompt": f"{n}?", "answer": "B"} for n in range(40)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    task = Mcq(McqTask(kind="mcq", data=str(tmp_path / "rows.jsonl"), held_out=0.5))
+    task = Mcq(McqSettings(kind="mcq", data=str(tmp_path / "rows.jsonl"), held_out=0.5))
     texts = ["So it is <answer>B</answer>", "<answer>(b).</answer>", "<answer>A</answer>", "B, I think"]
     assert [answer_of(task, t) for t in texts] == ["B", "B", "A", None]
     graded = [(t, task.verify(task.train[0], t).score) for t in texts]
@@ -187,7 +188,7 @@ def test_flags_that_make_no_sense(arguments: list[str], words: str):
 
 
 def test_lora_of_an_adapter_folder(run: Path, tmp_path: Path):
-    assert lora_of(run / "adapters") == Lora(rank=4, scale=2.0, layers=2)
+    assert lora_of(run / "adapters") == LoraSettings(rank=4, scale=2.0, layers=2)
     with pytest.raises(ModelError, match="give an adapter folder"):
         lora_of(tmp_path)
     for config, words in (

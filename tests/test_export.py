@@ -20,19 +20,19 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from vpd_mlx import export
-from vpd_mlx.cli import app
+from vpd_mlx.commands.app import app
+from vpd_mlx.common.files import read_rows
 from vpd_mlx.errors import ConfigError, ModelError, RunError
-from vpd_mlx.report.runs import load_run
-from vpd_mlx.runlog import read_rows
-from vpd_mlx.train import train
+from vpd_mlx.run.folder import load_run
+from vpd_mlx.run.loop import train
+from vpd_mlx.tools import export
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     from conftest import QUICKSTART, SMALL
 
-    from vpd_mlx.config import load_recipe
+    from vpd_mlx.recipe import load_recipe
 
     recipe = load_recipe(
         QUICKSTART, [*SMALL.items(), ("steps", 3), ("optimizer.learning_rate", 1e-2), ("optimizer.warmup_steps", 0)]
@@ -187,7 +187,7 @@ def server(*arguments: str, log: Path) -> Iterator[str]:
 def test_a_chat_request_to_mlx_lms_server_gives_the_trained_answers(tmp_path: Path):
     from conftest import QUICKSTART
 
-    from vpd_mlx.config import load_recipe
+    from vpd_mlx.recipe import load_recipe
     from vpd_mlx.tasks import build_task
 
     changes = {"steps": 40, "optimizer.learning_rate": 2e-3, "evaluation.problems": 12, "evaluation.samples": 1}

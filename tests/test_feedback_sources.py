@@ -20,9 +20,8 @@ from typing import Any
 
 import pytest
 
-from vpd_mlx.checkpoint import find_checkpoint
-from vpd_mlx.config import Feedback, Recipe
-from vpd_mlx.config import Server as Settings
+from vpd_mlx.common.files import read_rows
+from vpd_mlx.common.stats import Clock
 from vpd_mlx.errors import ConfigError, DataError, SourceError
 from vpd_mlx.feedback import server as server_module
 from vpd_mlx.feedback.command import Command
@@ -30,11 +29,13 @@ from vpd_mlx.feedback.human import MARK, Human, Terminal
 from vpd_mlx.feedback.outside import Asking, Failed, Host
 from vpd_mlx.feedback.replay import Replay
 from vpd_mlx.feedback.server import Reply, Server
-from vpd_mlx.metrics import Clock
-from vpd_mlx.progress import Silent
-from vpd_mlx.runlog import read_rows
-from vpd_mlx.train import train
-from vpd_mlx.trainer import Trainer
+from vpd_mlx.feedback.server import ServerSettings as Settings
+from vpd_mlx.feedback.settings import FeedbackSettings
+from vpd_mlx.recipe import Recipe
+from vpd_mlx.run.checkpoint import find_checkpoint
+from vpd_mlx.run.loop import train
+from vpd_mlx.run.progress import Silent
+from vpd_mlx.run.step import Trainer
 from vpd_mlx.types import Group, Problem, Rollout, Verdict
 
 PROBLEM = Problem("p1", ({"role": "user", "content": "1+1="},), answer="2")
@@ -153,7 +154,7 @@ def test_copies_work_side_by_side(tmp_path: Path):
     path = tmp_path / "slow.py"
     path.write_text(PROGRAM.replace("    text =", "    time.sleep(0.5)\n    text ="))
     command = Command([sys.executable, str(path)], 20, 4)
-    asking = Asking("command", command, Feedback(), 4, Host())
+    asking = Asking("command", command, FeedbackSettings(), 4, Host())
     asking([group("warm", "them", "up", "all")], [[True] * 4])
     start = time.monotonic()
     (answers,) = asking([group("a", "b", "c", "d")], [[True] * 4])
@@ -163,7 +164,7 @@ def test_copies_work_side_by_side(tmp_path: Path):
 
 
 def test_a_failure_costs_its_rollout_the_context_and_too_many_end_the_run(program: list[str]):
-    cfg = Feedback(max_failures=3)
+    cfg = FeedbackSettings(max_failures=3)
     asking = Asking("command", Command(program, 20, 1), cfg, 1, Host())
     (answers,) = asking([group("a", "die", "b", "rubbish", "c")], [[True, True, True, True, False]])
     assert [type(a) for a in answers] == [str, Failed, str, Failed, type(None)]
@@ -375,7 +376,7 @@ def test_no_more_than_the_concurrency_at_once(ask_server):
             now[0] -= 1
         return said("x")
 
-    asking = Asking("server", ask_server(slow), Feedback(), 3, Host())
+    asking = Asking("server", ask_server(slow), FeedbackSettings(), 3, Host())
     asking([group(*"abcdefghi")], [[True] * 9])
     asking.close()
     assert most == [3]
@@ -502,7 +503,7 @@ class Script:
 def test_a_persons_keys(tmp_path: Path):
     stops: list[bool] = []
     person = Script("t", "carry the one", "?", "s", "r", "e", "several\nlines", "t", "  ", "q")
-    human = Human(Feedback(), Host(stop=lambda: stops.append(True)), person)
+    human = Human(FeedbackSettings(), Host(stop=lambda: stops.append(True)), person)
     human.open(tmp_path)
     (answers,) = human([group("a", "b", "c", "d", "e")], [[True] * 5])
     assert answers == ["carry the one", None, "carry the one", "several\nlines", None]
@@ -512,7 +513,7 @@ def test_a_persons_keys(tmp_path: Path):
     assert [r["how"] for r in read_rows(tmp_path / "human.jsonl")] == ["line", "skip", "repeat", "editor"]
 
     person = Script("n")
-    human = Human(Feedback(), Host(), person)
+    human = Human(FeedbackSettings(), Host(), person)
     human.open(tmp_path)
     (answers,) = human([group("a", "b", "c", "d", "e", "f")], [[True] * 6])
     assert answers == ["carry the one", None, "carry the one", "several\nlines", None, None]
@@ -566,7 +567,7 @@ def test_a_real_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with os.fdopen(theirs, "r", closefd=False) as reads, os.fdopen(theirs, "w", closefd=False) as writes:
         typist = threading.Thread(target=type_it)
         typist.start()
-        human = Human(Feedback(), Host(), Terminal(Host(), reads, writes))
+        human = Human(FeedbackSettings(), Host(), Terminal(Host(), reads, writes))
         (answers,) = human([group("a\x1b[2J", "b", "c")], [[True] * 3])
         typist.join()
     assert not wrong

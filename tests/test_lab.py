@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from vpd_mlx.config import builtin_recipes
 from vpd_mlx.errors import ConfigError, RunError
-from vpd_mlx.lab import (
+from vpd_mlx.recipe import builtin_recipes
+from vpd_mlx.tools.lab import (
     Cell,
     Result,
     best_rates,

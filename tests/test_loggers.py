@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from vpd_mlx import loggers
-from vpd_mlx.config import Logging, load_recipe
+from vpd_mlx.common.files import read_rows
 from vpd_mlx.errors import ConfigError
-from vpd_mlx.loggers import MODULES, SERVICES, Told, numbers
-from vpd_mlx.progress import Silent
-from vpd_mlx.runlog import read_rows
-from vpd_mlx.train import train
+from vpd_mlx.recipe import LoggingSettings, load_recipe
+from vpd_mlx.report import services as loggers
+from vpd_mlx.report.services import MODULES, SERVICES, Told, numbers
+from vpd_mlx.run.loop import train
+from vpd_mlx.run.progress import Silent
 
 # Each service's module, as far as it is used, written by its own documentation: what is called lands in a file.
 FAKE = """
@@ -83,7 +83,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def told(tmp_path: Path, *to: str) -> tuple[Told, Watcher]:
     watcher = Watcher()
-    found = Told(watcher, Logging(to=list(to), project="p"))  # type: ignore[arg-type]
+    found = Told(watcher, LoggingSettings(to=list(to), project="p"))  # type: ignore[arg-type]
     (tmp_path / "run").mkdir(exist_ok=True)
     found.open(tmp_path / "run", {"steps": 2})
     return found, watcher
@@ -217,7 +217,7 @@ def test_a_folder_of_that_name_is_no_package(tmp_path: Path, monkeypatch: pytest
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setitem(MODULES, "wandb", "folder_not_package")
     with pytest.raises(ConfigError):
-        Told(Silent(), Logging(to=["wandb"]))
+        Told(Silent(), LoggingSettings(to=["wandb"]))
 
 
 def test_a_run_learns_the_same_with_and_without(small, fake, tmp_path: Path):

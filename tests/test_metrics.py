@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from vpd_mlx.metrics import bootstrap_interval, majority, paired, pass_at_k, powers
+from vpd_mlx.common.stats import bootstrap_interval, majority, paired, pass_at_k, powers
 
 
 def test_pass_at_k_by_hand():

@@ -14,10 +14,10 @@ import pytest
 from typer.testing import CliRunner
 
 import vpd_mlx
-from vpd_mlx.cli import app
-from vpd_mlx.config import load_recipe
+from vpd_mlx.commands.app import app
+from vpd_mlx.common.files import read_rows
 from vpd_mlx.errors import ConfigError, DataError
-from vpd_mlx.runlog import read_rows
+from vpd_mlx.recipe import load_recipe
 
 RUNNER = CliRunner()
 

@@ -13,14 +13,14 @@ from conftest import QUICKSTART
 from test_architectures import make
 from typer.testing import CliRunner
 
-from vpd_mlx.algos import Step
-from vpd_mlx.cli import app
-from vpd_mlx.config import load_recipe
+from vpd_mlx.algos.base import Step
+from vpd_mlx.commands.app import app
+from vpd_mlx.common.stats import Clock
 from vpd_mlx.errors import ConfigError, ModelError
-from vpd_mlx.metrics import Clock
-from vpd_mlx.plan import plan
-from vpd_mlx.train import train
-from vpd_mlx.trainer import Trainer
+from vpd_mlx.recipe import load_recipe
+from vpd_mlx.run.loop import train
+from vpd_mlx.run.plan import plan
+from vpd_mlx.run.step import Trainer
 from vpd_mlx.types import Context, Group, Verdict
 
 SHAPES = [
@@ -132,7 +132,7 @@ def test_no_config_no_plan(small, tmp_path: Path):
 
 
 def test_limits_are_set(small):
-    from vpd_mlx.loading import load_policy
+    from vpd_mlx.run.setup import load_policy
 
     load_policy(small(memory__cache_limit_gb=0.25, memory__limit_gb=3.0))
     try:
@@ -144,7 +144,7 @@ def test_limits_are_set(small):
 
 
 def test_the_wired_limit_is_set_where_there_is_one(small, monkeypatch):
-    from vpd_mlx.loading import load_policy
+    from vpd_mlx.run.setup import load_policy
 
     with pytest.raises(
         ConfigError, match=r"memory.wired_limit_gb: 8: Device\(cpu, 0\) has no wired memory; leave it null"

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vpd_mlx.config import load_recipe
 from vpd_mlx.errors import VpdError
+from vpd_mlx.recipe import load_recipe
 from vpd_mlx.tasks import build_task
 from vpd_mlx.tasks.python_file import as_verdict
 

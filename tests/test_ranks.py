@@ -20,15 +20,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from vpd_mlx.checkpoint import find_checkpoint
-from vpd_mlx.config import Recipe
+from vpd_mlx.common.files import read_rows
+from vpd_mlx.common.stats import Clock
+from vpd_mlx.engine.heartbeat import _addresses, _dial
+from vpd_mlx.engine.ranks import ALONE, Ranks
 from vpd_mlx.errors import ConfigError, RunError
-from vpd_mlx.heartbeat import _addresses, _dial
-from vpd_mlx.loading import check_ranks
-from vpd_mlx.metrics import Clock
-from vpd_mlx.ranks import ALONE, Ranks
-from vpd_mlx.runlog import read_rows
-from vpd_mlx.trainer import Trainer
+from vpd_mlx.recipe import Recipe
+from vpd_mlx.run.checkpoint import find_checkpoint
+from vpd_mlx.run.setup import check_ranks
+from vpd_mlx.run.step import Trainer
 from vpd_mlx.types import Row, Verdict
 
 ALGORITHMS = ("vpd", "sdpo", "grpo", "joint", "reshape", "reweight")
@@ -89,11 +89,11 @@ import pickle, sys
 from pathlib import Path
 import numpy as np
 from mlx.utils import tree_flatten
-from vpd_mlx.algos import Step
-from vpd_mlx.metrics import Clock
-from vpd_mlx.ranks import Ranks
-from vpd_mlx.trainer import Trainer
-from vpd_mlx.updates import learner
+from vpd_mlx.algos.base import Step
+from vpd_mlx.common.stats import Clock
+from vpd_mlx.engine.ranks import Ranks
+from vpd_mlx.run.step import Trainer
+from vpd_mlx.engine import gradients as learner
 
 ranks, found = Ranks.of_environment(), {}
 applied = learner.Learner.apply

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from mlx.core import load as mx_load
 
-from vpd_mlx.config import Recipe, load_recipe
-from vpd_mlx.runlog import read_rows
-from vpd_mlx.train import train
+from vpd_mlx.common.files import read_rows
+from vpd_mlx.recipe import Recipe, load_recipe
+from vpd_mlx.run.loop import train
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"

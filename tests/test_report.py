@@ -15,16 +15,16 @@ import pytest
 from conftest import QUICKSTART, SMALL
 from typer.testing import CliRunner
 
-from vpd_mlx.cli import app
-from vpd_mlx.config import load_recipe
+from vpd_mlx.commands.app import app
+from vpd_mlx.common.files import read_rows
+from vpd_mlx.common.stats import paired
 from vpd_mlx.errors import ConfigError, DataError, VpdError
-from vpd_mlx.metrics import paired
+from vpd_mlx.recipe import load_recipe
 from vpd_mlx.report.page import choose, comparison_page, json_for_html, run_page
 from vpd_mlx.report.plots import run_plots
-from vpd_mlx.report.runs import Entry, labels, load_run
 from vpd_mlx.report.warnings import findings
-from vpd_mlx.runlog import read_rows
-from vpd_mlx.train import train
+from vpd_mlx.run.folder import Entry, labels, load_run
+from vpd_mlx.run.loop import train
 
 ALWAYS = {"accuracy", "gap", "reward", "groups", "length", "entropy", "seconds", "memory"}
 HOSTILE = '</script><img src=x onerror="hacked()">&amp;\u2028\x1b[31m\u202eabc'
@@ -393,7 +393,7 @@ def test_broken_files_are_named(run, name, text, words):
 def test_reading_a_run_loads_no_mlx(runs):
     script = (
         "import sys; from pathlib import Path; from vpd_mlx.report.page import run_page; "
-        "from vpd_mlx.report.runs import load_run; "
+        "from vpd_mlx.run.folder import load_run; "
         "run_page(load_run(Path(sys.argv[1])), 5); sys.exit(any(m.split('.')[0] in ('mlx', 'mlx_lm') for m in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", script, str(runs["vpd"])], check=False).returncode == 0

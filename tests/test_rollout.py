@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from vpd_mlx import rollout
-from vpd_mlx.config import Recipe
-from vpd_mlx.policy import Policy
-from vpd_mlx.rollout import Finished, Sampling, _continuous, default_streams, generate
-from vpd_mlx.trainer import Trainer
+from vpd_mlx.engine import sampling as rollout
+from vpd_mlx.engine.policy import Policy
+from vpd_mlx.engine.sampling import Finished, Sampling, _continuous, default_streams, generate
+from vpd_mlx.recipe import Recipe
+from vpd_mlx.run.step import Trainer
 
 MODEL = Path(__file__).parent.parent / "recipes" / "quickstart" / "model"
 
@@ -85,7 +85,7 @@ def test_an_error_in_a_thread_is_raised_and_no_thread_is_left(
 
 
 def test_the_recipe_says_how_many_threads(small: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch):
-    from vpd_mlx.metrics import Clock
+    from vpd_mlx.common.stats import Clock
 
     assert default_streams() == 2  # on the CPU that tests run on
     asked: list[int] = []
@@ -109,7 +109,7 @@ def test_the_recipe_says_how_many_threads(small: Callable[..., Recipe], monkeypa
 def test_a_process_whose_threads_decoded_ends_well():
     """mlx's streams of a thread must be gone before the thread is: else the process may abort at its end."""
     code = (
-        "from vpd_mlx.policy import Policy; from vpd_mlx.rollout import Sampling, generate\n"
+        "from vpd_mlx.engine.policy import Policy; from vpd_mlx.engine.sampling import Sampling, generate\n"
         f"policy = Policy.load({str(MODEL)!r}, None)\n"
         "print(len(list(generate(policy, [(1, 2), (3, 4), (5, 6)], 4, Sampling(1.0, 1.0, 9, streams=2), 0))))"
     )

@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 
 from vpd_mlx.errors import SourceError
-from vpd_mlx.sandbox import Failure, Limits, Result, Sandbox, Value, seatbelt_profile
+from vpd_mlx.sandbox.sandbox import Failure, Limits, Result, Sandbox, Value, seatbelt_profile
 
 LIMITS = Limits(wall_s=1.5, cpu_s=1, memory_mb=256, output_kb=64, file_mb=4, threads=8)
 SECRET = 918273645546372819
@@ -429,7 +429,7 @@ def test_what_is_missing_is_said_and_strict_refuses() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_programs_do_not_outlive_us() -> None:
-    code = "from vpd_mlx.sandbox import *; s = Sandbox(); print('up', flush=True); s.run('import time; time.sleep(7)')"
+    code = "from vpd_mlx.sandbox.sandbox import *; s = Sandbox(); print('up', flush=True); s.run('import time; time.sleep(7)')"
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]
     ) as parent:

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from vpd_mlx.config import Recipe, load_recipe
 from vpd_mlx.errors import ConfigError, DataError
+from vpd_mlx.recipe import Recipe, load_recipe
 from vpd_mlx.tasks import Task, build_task, examine, notices, prove
 from vpd_mlx.tasks.answers import boxed, final_answer, in_fence, in_tag
 from vpd_mlx.types import Problem, Verdict

@@ -14,13 +14,13 @@ import pytest
 from mlx_lm.sample_utils import make_sampler
 
 from vpd_mlx.algos import ALGORITHMS
-from vpd_mlx.checkpoint import find_checkpoint
-from vpd_mlx.config import load_recipe
+from vpd_mlx.common.files import read_rows
 from vpd_mlx.errors import DataError, RunError, SourceError
-from vpd_mlx.progress import Silent
-from vpd_mlx.runlog import read_rows
-from vpd_mlx.train import train
-from vpd_mlx.trainer import Stop, Trainer, problems_of_step
+from vpd_mlx.recipe import load_recipe
+from vpd_mlx.run.checkpoint import find_checkpoint
+from vpd_mlx.run.loop import train
+from vpd_mlx.run.progress import Silent
+from vpd_mlx.run.step import Stop, Trainer, problems_of_step
 from vpd_mlx.types import Problem
 
 
@@ -205,7 +205,7 @@ def test_a_damaged_checkpoint_is_passed_over(undisturbed, tmp_path: Path, damage
 
 
 def test_two_trainers_on_one_folder(undisturbed, tmp_path: Path):
-    from vpd_mlx.runlog import RunLog
+    from vpd_mlx.run.log import RunLog
 
     whole, recipe = undisturbed("vpd", {})
     run = tmp_path / "run"
@@ -321,7 +321,7 @@ def test_the_adapter_off_is_the_initial_model(small):
 
 
 def test_one_gradient_that_is_not_finite_is_left_out_and_the_run_goes_on(small, tmp_path: Path, monkeypatch):
-    from vpd_mlx.updates import learner
+    from vpd_mlx.engine import gradients as learner
 
     real, calls = learner.accumulate, []
 
@@ -332,7 +332,7 @@ def test_one_gradient_that_is_not_finite_is_left_out_and_the_run_goes_on(small, 
             done.gradients = learner.tree_map(lambda g: g * float("inf"), done.gradients)
         return done
 
-    monkeypatch.setattr("vpd_mlx.updates.divergence.accumulate", poisoned)
+    monkeypatch.setattr("vpd_mlx.algos.m_step.accumulate", poisoned)
     summary = train(small(steps=4, algorithm="sdpo"), tmp_path / "run")
     assert summary["nonfinite_updates"] == 1
     weights = mx.load(str(tmp_path / "run" / "adapters" / "adapters.safetensors"))

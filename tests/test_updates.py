@@ -14,30 +14,23 @@ import pytest
 from mlx.utils import tree_flatten
 
 from vpd_mlx import losses
-from vpd_mlx.algos import ALGORITHMS, Step
-from vpd_mlx.batching import micro_batches, pad
-from vpd_mlx.config import Grpo, MStep
+from vpd_mlx.algos import ALGORITHMS
+from vpd_mlx.algos.base import Step
+from vpd_mlx.algos.crossed import crossed
+from vpd_mlx.algos.e_step import bco_update
+from vpd_mlx.algos.m_step import Distillation, divergence_update
+from vpd_mlx.algos.policy_gradient import advantages_of, policy_gradient_update
+from vpd_mlx.algos.settings import GrpoSettings, MStepSettings
+from vpd_mlx.algos.teacher import Teacher
+from vpd_mlx.common.stats import Clock
+from vpd_mlx.engine.batching import micro_batches, pad
+from vpd_mlx.engine.gradients import Learner, Sample, accumulate, gather, minibatches
+from vpd_mlx.engine.policy import Policy
 from vpd_mlx.feedback import add_context
 from vpd_mlx.feedback.sibling import sibling
 from vpd_mlx.feedback.verifier import verifier
-from vpd_mlx.metrics import Clock
-from vpd_mlx.policy import Policy
-from vpd_mlx.teacher import Teacher
-from vpd_mlx.trainer import Trainer
+from vpd_mlx.run.step import Trainer
 from vpd_mlx.types import Context, Rollout, Row
-from vpd_mlx.updates import (
-    Distillation,
-    Learner,
-    Sample,
-    accumulate,
-    advantages_of,
-    bco_update,
-    divergence_update,
-    gather,
-    minibatches,
-    policy_gradient_update,
-)
-from vpd_mlx.updates.crossed import crossed
 
 
 class Recorder(Learner):
@@ -64,7 +57,7 @@ def world(request):
     """A trainer whose student has moved away from the start, and a batch with both classes and some without context."""
     from conftest import QUICKSTART, SMALL
 
-    from vpd_mlx.config import load_recipe
+    from vpd_mlx.recipe import load_recipe
 
     recipe = load_recipe(QUICKSTART, [*SMALL.items(), ("rollout.prompts", 6)])
     trainer = Trainer.build(recipe)
@@ -160,7 +153,7 @@ def test_the_e_step_goes_on_from_its_own_forward_pass(world, monkeypatch):
 def test_m_step_is_the_autograd_of_the_plain_divergence(world, budget, chunk, options):
     trainer, groups = world
     policy, samples = trainer.policy, gather(groups)
-    cfg = MStep(**{"alpha": 0.5, **options})
+    cfg = MStepSettings(**{"alpha": 0.5, **options})
     learner = Recorder()
     teacher = Teacher(trainer.recipe.teacher, "live", policy)
     before = policy._micro_batch_tokens, policy._head_chunk
@@ -196,7 +189,7 @@ def test_m_step_is_the_autograd_of_the_plain_divergence(world, budget, chunk, op
 def test_policy_gradient_is_the_autograd_of_the_plain_loss(world, budget):
     trainer, groups = world
     policy, samples = trainer.policy, gather(groups)
-    cfg = Grpo()
+    cfg = GrpoSettings()
     learner = Recorder()
     policy._micro_batch_tokens, before = budget, policy._micro_batch_tokens
     try:
@@ -225,11 +218,11 @@ def test_ratio_is_one_on_the_first_minibatch_and_not_after(world):
     policy, start = trainer.policy, trainer.policy.adapter
     try:
         learner = Learner(trainer.recipe.optimizer.model_copy(update={"learning_rate": 1e-2, "warmup_steps": 0}))
-        once, _ = policy_gradient_update(policy, gather(groups), learner, Grpo(), seed=0)
+        once, _ = policy_gradient_update(policy, gather(groups), learner, GrpoSettings(), seed=0)
         assert once["ratio_min"] == once["ratio_max"] == 1.0
         policy.set_adapter(start)
         learner = Learner(trainer.recipe.optimizer.model_copy(update={"learning_rate": 1e-2, "warmup_steps": 0}))
-        first, _ = policy_gradient_update(policy, gather(groups), learner, Grpo(epochs=2), seed=0)
+        first, _ = policy_gradient_update(policy, gather(groups), learner, GrpoSettings(epochs=2), seed=0)
         assert first["updates"] == 2
         assert first["ratio_max"] - first["ratio_min"] > 1e-3
     finally:
@@ -239,10 +232,10 @@ def test_ratio_is_one_on_the_first_minibatch_and_not_after(world):
 def test_advantages_with_a_rollout_missing_follow_the_same_formula(world):
     samples = gather(world[1])
     for scale in ("none", "group", "batch"):
-        whole = advantages_of(samples, Grpo(scale=scale))
+        whole = advantages_of(samples, GrpoSettings(scale=scale))
         for g in {s.group for s in samples}:
             assert whole[[other.group == g for other in samples]].sum() == pytest.approx(0.0, abs=1e-5)
-        ragged = advantages_of(samples[1:], Grpo(scale=scale))
+        ragged = advantages_of(samples[1:], GrpoSettings(scale=scale))
         same = [i for i, s in enumerate(samples) if s.group != samples[0].group]
         if scale != "batch":  # another group's members do not change the rest
             np.testing.assert_allclose(ragged[[i - 1 for i in same]], whole[same], atol=1e-6)
@@ -276,7 +269,7 @@ def test_without_contexts_the_m_step_leaves_the_student_alone(world):
     ]
     teacher = Teacher(trainer.recipe.teacher, "live", trainer.policy)
     learner = Recorder()
-    metrics, seen = divergence_update(trainer.policy, gather(bare), learner, MStep(), teacher, seed=0)
+    metrics, seen = divergence_update(trainer.policy, gather(bare), learner, MStepSettings(), teacher, seed=0)
     assert not learner.gradients
     assert not seen
     assert metrics["updates"] == 0
@@ -292,7 +285,7 @@ def test_one_prompt_on_both_sides_gives_no_divergence(world):
     ]
     learner = Recorder()
     teacher = Teacher(trainer.recipe.teacher, "live", trainer.policy)
-    metrics, _ = divergence_update(trainer.policy, gather(same), learner, MStep(), teacher, seed=0)
+    metrics, _ = divergence_update(trainer.policy, gather(same), learner, MStepSettings(), teacher, seed=0)
     assert abs(metrics["divergence"]) < 1e-6
     assert max(float(mx.abs(g).max()) for g in learner.gradients[0].values()) < 1e-6
 
@@ -330,9 +323,9 @@ COMPILED_UPDATES = """
 import json, sys
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from vpd_mlx import config
-from vpd_mlx.updates import learner as module
-from vpd_mlx.updates.learner import Learner
+from vpd_mlx import recipe as config
+from vpd_mlx.engine import gradients as learner
+from vpd_mlx.engine.gradients import Learner
 
 class Model:
     def __init__(self):
@@ -440,7 +433,7 @@ def after_two_steps(world):
     """Adapter after two steps on one fixed batch, by algorithm and overrides; each computed once."""
     from conftest import QUICKSTART, SMALL
 
-    from vpd_mlx.config import load_recipe
+    from vpd_mlx.recipe import load_recipe
 
     trainer, groups = world
     # The checker's words first: then failures and successes of one group have contexts of different kinds.
@@ -455,7 +448,7 @@ def after_two_steps(world):
             settings = {**SMALL, "rollout.prompts": 6, "e_step.every": 2, **LOUD, "algorithm": algorithm, **overrides}
             recipe = load_recipe(QUICKSTART, list(settings.items()))
             policy = Policy.load(recipe.model, recipe.lora, seed=recipe.seed)
-            algo = ALGORITHMS[algorithm](recipe, policy)
+            algo = ALGORITHMS[algorithm].load()(recipe, policy)
             for number in (1, 2, 3, 4) if "e_step.delta" in overrides else (1, 2):
                 algo(
                     policy,
@@ -519,7 +512,7 @@ def test_micro_batches_do_not_change_what_is_learned(world):
     policy, samples = trainer.policy, gather(groups)
     chosen = [s for s in samples if s.teacher is not None]
     teacher = Teacher(trainer.recipe.teacher, "live", policy)
-    loss = Distillation(MStep(), teacher)
+    loss = Distillation(MStepSettings(), teacher)
     rows = [s.student for s in chosen]
     states = teacher.states(policy, [s.teacher for s in chosen])
     weights = [np.full(len(r.completion), 0.1, np.float32) for r in rows]
@@ -626,7 +619,7 @@ def test_when_memory_runs_out_micro_batches_are_halved_to_the_same_result(world,
     policy, samples = trainer.policy, gather(groups)
     teacher = Teacher(trainer.recipe.teacher, "live", policy)
     whole, halved = Recorder(), Recorder()
-    divergence_update(policy, samples, whole, MStep(), teacher, seed=0)
+    divergence_update(policy, samples, whole, MStepSettings(), teacher, seed=0)
     real, before, notes = policy.hidden, policy._micro_batch_tokens, list(policy.notes)
     widest: list[int] = []
 
@@ -638,7 +631,7 @@ def test_when_memory_runs_out_micro_batches_are_halved_to_the_same_result(world,
 
     monkeypatch.setattr(policy, "hidden", scarce)
     try:
-        divergence_update(policy, samples, halved, MStep(), teacher, seed=0)
+        divergence_update(policy, samples, halved, MStepSettings(), teacher, seed=0)
         assert policy._micro_batch_tokens < before
         assert "memory ran out" in policy.notes[-1]
         assert max(widest) <= 12
@@ -659,12 +652,12 @@ def test_checkpointed_blocks_are_one_models_own():
     """Recomputing blocks changes no gradient, and no other model of the process."""
     from conftest import QUICKSTART
 
-    from vpd_mlx.config import Lora
-    from vpd_mlx.policy import Policy
+    from vpd_mlx.engine.policy import Policy
+    from vpd_mlx.engine.settings import LoraSettings
 
-    plain = Policy.load(str(QUICKSTART.parent / "model"), Lora(rank=4), seed=1)
+    plain = Policy.load(str(QUICKSTART.parent / "model"), LoraSettings(rank=4), seed=1)
     before = type(plain.model.layers[0]).__call__
-    thrifty = Policy.load(str(QUICKSTART.parent / "model"), Lora(rank=4), seed=1, gradient_checkpointing=True)
+    thrifty = Policy.load(str(QUICKSTART.parent / "model"), LoraSettings(rank=4), seed=1, gradient_checkpointing=True)
     assert type(plain.model.layers[0]).__call__ is before
     assert type(thrifty.model.layers[0]).__call__ is not before
     assert plain.shares_prompts

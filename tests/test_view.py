@@ -7,9 +7,10 @@ import io
 import pytest
 from rich.console import Console
 
-from vpd_mlx import view
+from vpd_mlx.common.text import duration
+from vpd_mlx.report import live as view
+from vpd_mlx.report.live import LiveView, make_view, spark
 from vpd_mlx.types import Context, Rollout, Verdict
-from vpd_mlx.view import LiveView, duration, make_view, spark
 
 METRICS = {
     "reward": 0.25,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vpd_mlx.watch import Warnings, warnings
+from vpd_mlx.run.warnings import Warnings, warnings
 
 HEALTHY = {
     "reward": 0.5,

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["ConfigError", "DataError", "Fault", "ModelError", "RunError", "SourceError", "VpdError", "one_line"]
+from vpd_mlx.common.text import one_line
 
-
-def one_line(text: str) -> str:
-    """The text with what would break a line, or move a terminal's cursor, written as an escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+__all__ = ["ConfigError", "DataError", "Fault", "ModelError", "RunError", "SourceError", "VpdError"]
 
 
 class VpdError(Exception):

@@ -7,15 +7,19 @@ unchanged on both sides, so both score identical tokens (spec section 5).
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vpd_mlx.config import Templates
+from pydantic import Field
+
+from vpd_mlx.common.settings import Section
+from vpd_mlx.errors import Fault
 from vpd_mlx.types import Message, Problem
 
-__all__ = ["DEFAULT_TEMPLATES", "NoRoom", "Prompter", "demonstration"]
+__all__ = ["DEFAULT_TEMPLATES", "NoRoom", "Prompter", "Templates", "demonstration"]
 
 DEFAULT_TEMPLATES: Mapping[str, str] = {
     "student": "{prompt}",
@@ -56,6 +60,56 @@ DEFAULT_TEMPLATES: Mapping[str, str] = {
 
 # Sources outside this process share one wording, which does not give away whether the attempt was right.
 _REVIEWS = ("command", "server", "human", "replay")
+
+
+class Templates(Section):
+    """Wording of the prompts. null keeps the built-in text; `{prompt}` and `{context}` are filled in."""
+
+    student: str | None = Field(None, description="The student's user message, from `{prompt}`.")
+    sibling: str | None = Field(None, description="The teacher's user message with another solution of the group.")
+    verifier: str | None = Field(None, description="The teacher's user message with the verifier's words.")
+    critique: str | None = Field(None, description="The teacher's user message with a critique.")
+    reference: str | None = Field(None, description="The teacher's user message with the reference solution.")
+    both: str | None = Field(None, description="The teacher's user message with `{solution}` and `{context}`.")
+    review: str | None = Field(
+        None, description="The teacher's user message with feedback from command, server, human or replay."
+    )
+    attempt: str | None = Field(None, description="Text before the feedback when `include_attempt`, with `{attempt}`.")
+    critic: str | None = Field(
+        None, description="What the critic is asked, with `{prompt}`, `{attempt}`, `{answer}` and `{feedback}`."
+    )
+    critic_right: str | None = Field(
+        None, description="The same of a right attempt: what a server is asked when `feedback.on_success`."
+    )
+
+    def faults(self, recipe: Any) -> Iterator[Fault]:
+        """A template must hold what is to be filled in, and nothing that nothing fills."""
+        for key, needed in (("student", ("{prompt}",)), *((k, ("{prompt}", "{context}")) for k in _CONTEXT_TEMPLATES)):
+            text = getattr(self, key)
+            missing = [p for p in needed if text is not None and p not in text]
+            if missing:
+                yield Fault(f"templates.{key}", f"lacks {' and '.join(missing)}", "put it where the text belongs")
+        for key, known in _TEMPLATE_FIELDS.items():
+            # Braces of other tongues, LaTeX's \boxed{x} for one, are left alone: only what looks like one of ours counts.
+            names = re.findall(r"(?<!\w)\{(\w+)\}", getattr(self, key) or "")
+            ours = {n for fields in _TEMPLATE_FIELDS.values() for n in fields}
+            unknown = [n for n in names if n not in known and difflib.get_close_matches(n, ours, n=1, cutoff=0.75)]
+            if unknown:
+                yield Fault(
+                    f"templates.{key}",
+                    f"{{{unknown[0]}}} is filled by nothing",
+                    f"use {', '.join(f'{{{n}}}' for n in known)}, or take it out",
+                )
+
+
+_TEMPLATE_FIELDS = {
+    "student": ("prompt",),
+    **dict.fromkeys(("sibling", "verifier", "critique", "reference", "review"), ("prompt", "context")),
+    "both": ("prompt", "context", "solution"),
+    "attempt": ("attempt",),
+    **dict.fromkeys(("critic", "critic_right"), ("prompt", "attempt", "answer", "feedback")),
+}
+_CONTEXT_TEMPLATES = ("sibling", "verifier", "critique", "reference", "both", "review")
 
 
 class NoRoom(Exception):

@@ -28,9 +28,9 @@ from tiny import END, SPECIALS, chat_tokenizer, greedy, new_model, quantise, sav
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from vpd_mlx.config import AdditionTask, load_recipe
 from vpd_mlx.prompts import Prompter
-from vpd_mlx.tasks.addition import PLACES, TOO_LONG, Addition, has_carry, held_out, without_carrying
+from vpd_mlx.recipe import load_recipe
+from vpd_mlx.tasks.addition import PLACES, TOO_LONG, Addition, AdditionSettings, has_carry, held_out, without_carrying
 from vpd_mlx.types import Problem
 
 HERE = Path(__file__).parent
@@ -116,7 +116,7 @@ def main() -> None:
     taught = [p for p in pairs if not held_out(*p)]
     kept = [p for p in pairs if held_out(*p) and has_carry(*p)]
 
-    task = Addition(AdditionTask(kind="addition"))
+    task = Addition(AdditionSettings(kind="addition"))
 
     def problem(a: int, b: int) -> Problem:
         return Problem(f"{a}+{b}", ({"role": "user", "content": f"{a}+{b}="},), answer=str(a + b))

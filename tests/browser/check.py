@@ -237,8 +237,8 @@ def small_runs(folder: Path) -> dict[str, Path]:
     """A finished VPD run with hostile texts among its rollouts, an SDPO run of one step, and an unfinished GRPO run."""
     from conftest import QUICKSTART, SMALL
 
-    from vpd_mlx.config import load_recipe
-    from vpd_mlx.train import train
+    from vpd_mlx.recipe import load_recipe
+    from vpd_mlx.run.loop import train
 
     runs = {"vpd": {"steps": 4, "e_step.every": 1}, "sdpo": {"steps": 1}, "grpo": {"steps": 3}}
     for name, changes in runs.items():
@@ -265,7 +265,7 @@ def main() -> None:
     browser = Browser()
     check = Check(browser)
     from vpd_mlx.report.page import comparison_page, run_page, save
-    from vpd_mlx.report.runs import labels, load_run
+    from vpd_mlx.run.folder import labels, load_run
 
     with tempfile.TemporaryDirectory() as folder:
         own = not arguments.runs

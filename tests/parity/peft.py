@@ -84,7 +84,7 @@ def mlx_answers(model: str, adapter: Path, problems: list[list[dict[str, str]]])
 
 def check(run: Path, folder: Path, count: int) -> None:
     """Compare the two on the first `count` held-out sums of a run."""
-    from vpd_mlx.config import load_recipe
+    from vpd_mlx.recipe import load_recipe
     from vpd_mlx.tasks import build_task
 
     recipe = load_recipe(run / "config.yaml")

@@ -8,12 +8,11 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from vpd_mlx.metrics import Clock
-from vpd_mlx.policy import Policy
-from vpd_mlx.teacher import Teacher
+from vpd_mlx.algos.teacher import Teacher
+from vpd_mlx.common.stats import Clock
+from vpd_mlx.engine.gradients import Floats, Learner
+from vpd_mlx.engine.policy import Policy
 from vpd_mlx.types import Group
-from vpd_mlx.updates import Learner
-from vpd_mlx.updates.learner import Floats
 
 __all__ = ["Algorithm", "Metrics", "State", "Step", "load_state", "prefixed", "save_state"]
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from vpd_mlx.algos.base import Metrics, State, Step, load_state, prefixed, save_state
-from vpd_mlx.config import Recipe
-from vpd_mlx.policy import Policy, phase_seed
+from vpd_mlx.algos.policy_gradient import policy_gradient_update
+from vpd_mlx.algos.settings import GrpoSettings
+from vpd_mlx.common.seeds import phase_seed
+from vpd_mlx.engine.gradients import Learner, gather
+from vpd_mlx.engine.policy import Policy
 from vpd_mlx.types import Group
-from vpd_mlx.updates import Learner, gather, policy_gradient_update
+
+if TYPE_CHECKING:
+    from vpd_mlx.recipe import Recipe
 
 __all__ = ["Grpo"]
 
@@ -27,7 +33,7 @@ class Grpo:
                 policy,
                 gather(groups),
                 self.learners["pg"],
-                self.recipe.grpo,
+                self.recipe.section(GrpoSettings),
                 seed=phase_seed(step.seed, step.number, "update"),
             )
         return prefixed("policy_gradient", metrics)

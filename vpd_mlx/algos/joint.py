@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from vpd_mlx.algos.hybrid import Hybrid
-from vpd_mlx.updates import Distillation
+from vpd_mlx.algos.hybrids import Hybrid
+from vpd_mlx.algos.m_step import Distillation
+from vpd_mlx.algos.settings import HybridSettings, MStepSettings
 
 __all__ = ["Joint"]
 
@@ -13,5 +14,5 @@ class Joint(Hybrid):
 
     def distillation(self) -> tuple[float, float, Distillation]:
         """The recipe's weights."""
-        hybrid = self.recipe.hybrid
-        return hybrid.distill, hybrid.reward, Distillation(self.recipe.m_step, self.teacher)
+        hybrid = self.recipe.section(HybridSettings)
+        return hybrid.distill, hybrid.reward, Distillation(self.recipe.section(MStepSettings), self.teacher)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import partial
 
 from vpd_mlx import losses
-from vpd_mlx.algos.hybrid import Hybrid
-from vpd_mlx.updates.policy_gradient import TokenAdvantages
+from vpd_mlx.algos.hybrids import Hybrid
+from vpd_mlx.algos.policy_gradient import TokenAdvantages
+from vpd_mlx.algos.settings import HybridSettings
 
 __all__ = ["Reshape"]
 
@@ -16,5 +17,5 @@ class Reshape(Hybrid):
 
     def reshape(self, step: int) -> TokenAdvantages:
         """The recipe's weights, the same at every step."""
-        hybrid = self.recipe.hybrid
+        hybrid = self.recipe.section(HybridSettings)
         return partial(losses.reshaped_advantages, reward=hybrid.reward, distill=hybrid.distill)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import partial
 
 from vpd_mlx import losses
-from vpd_mlx.algos.hybrid import Hybrid
-from vpd_mlx.updates.policy_gradient import TokenAdvantages
+from vpd_mlx.algos.hybrids import Hybrid
+from vpd_mlx.algos.policy_gradient import TokenAdvantages
+from vpd_mlx.algos.settings import HybridSettings
 
 __all__ = ["Reweight"]
 
@@ -16,7 +17,7 @@ class Reweight(Hybrid):
 
     def reshape(self, step: int) -> TokenAdvantages:
         """`hybrid.mix`, falling linearly to 0 over `hybrid.mix_decay_steps` where that is set."""
-        hybrid = self.recipe.hybrid
+        hybrid = self.recipe.section(HybridSettings)
         mix = hybrid.mix
         if hybrid.mix_decay_steps is not None:
             mix *= max(0.0, 1.0 - (step - 1) / hybrid.mix_decay_steps)

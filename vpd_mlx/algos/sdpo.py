@@ -7,13 +7,19 @@ whose E-step never comes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from vpd_mlx.algos.base import Metrics, State, Step, load_state, prefixed, save_state
-from vpd_mlx.config import Recipe
-from vpd_mlx.policy import Policy, phase_seed
-from vpd_mlx.teacher import Teacher
+from vpd_mlx.algos.m_step import divergence_update
+from vpd_mlx.algos.settings import MStepSettings, TeacherSettings
+from vpd_mlx.algos.teacher import Teacher
+from vpd_mlx.common.seeds import phase_seed
+from vpd_mlx.engine.gradients import Learner, gather
+from vpd_mlx.engine.policy import Policy
 from vpd_mlx.types import Group
-from vpd_mlx.updates import Learner, divergence_update, gather
+
+if TYPE_CHECKING:
+    from vpd_mlx.recipe import Recipe
 
 __all__ = ["Sdpo"]
 
@@ -23,7 +29,7 @@ class Sdpo:
 
     def __init__(self, recipe: Recipe, policy: Policy) -> None:
         self.recipe = recipe
-        self.teacher = Teacher(recipe.teacher, "ema", policy)
+        self.teacher = Teacher(recipe.section(TeacherSettings), "ema", policy)
         self.learners = {"m": Learner(recipe.optimizer)}
 
     def __call__(self, policy: Policy, groups: Sequence[Group], step: Step) -> Metrics:
@@ -34,7 +40,7 @@ class Sdpo:
                 policy,
                 gather(groups),
                 self.learners["m"],
-                self.recipe.m_step,
+                self.recipe.section(MStepSettings),
                 self.teacher,
                 seed=phase_seed(step.seed, step.number, "update"),
             )

@@ -6,15 +6,22 @@ Every batch gets its M-step; every F-th gets an E-step first, on the same rollou
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vpd_mlx.algos.base import Metrics, State, Step, load_state, prefixed, save_state
-from vpd_mlx.config import Recipe
-from vpd_mlx.policy import Policy, phase_seed
-from vpd_mlx.teacher import Teacher
+from vpd_mlx.algos.e_step import EStepResult, bco_update
+from vpd_mlx.algos.m_step import divergence_update
+from vpd_mlx.algos.settings import EStepSettings, MStepSettings, TeacherSettings
+from vpd_mlx.algos.teacher import Teacher
+from vpd_mlx.common.seeds import phase_seed
+from vpd_mlx.engine.gradients import Learner, Sample, gather
+from vpd_mlx.engine.policy import Policy
 from vpd_mlx.types import Group
-from vpd_mlx.updates import EStepResult, Learner, Sample, bco_update, divergence_update, gather
+
+if TYPE_CHECKING:
+    from vpd_mlx.recipe import Recipe
 
 __all__ = ["Vpd"]
 
@@ -24,8 +31,8 @@ class Vpd:
 
     def __init__(self, recipe: Recipe, policy: Policy) -> None:
         self.recipe = recipe
-        self.teacher = Teacher(recipe.teacher, "live", policy)
-        ratio = recipe.e_step.learning_rate_ratio
+        self.teacher = Teacher(recipe.section(TeacherSettings), "live", policy)
+        ratio = recipe.section(EStepSettings).learning_rate_ratio
         self.learners = {"m": Learner(recipe.optimizer), "e": Learner(recipe.optimizer, ratio)}
         self.delta: float | None = None
 
@@ -35,13 +42,13 @@ class Vpd:
         seed = phase_seed(step.seed, step.number, "update")
         metrics: Metrics = {}
         e_step: EStepResult | None = None
-        if step.number % self.recipe.e_step.every == 0:
+        if step.number % self.recipe.section(EStepSettings).every == 0:
             with step.clock("e_step"):
                 e_step = bco_update(
                     policy,
                     samples,
                     self.learners["e"],
-                    self.recipe.e_step,
+                    self.recipe.section(EStepSettings),
                     previous_delta=self.delta,
                     seed=seed,
                     teacher=self.teacher,
@@ -51,7 +58,7 @@ class Vpd:
         with step.clock("m_step"):
             self.teacher.begin_batch(policy)
             m_step, tokens = divergence_update(
-                policy, samples, self.learners["m"], self.recipe.m_step, self.teacher, seed=seed
+                policy, samples, self.learners["m"], self.recipe.section(MStepSettings), self.teacher, seed=seed
             )
             self.teacher.end_batch(policy)
         step.tokens.update(tokens)
@@ -63,7 +70,7 @@ class Vpd:
         self, samples: Sequence[Sample], e_step: EStepResult, tokens: dict[int, dict[str, np.ndarray]]
     ) -> Metrics:
         """What the E-step did, read off the M-step's own passes: the margin afterwards, the student's shift."""
-        cfg = self.recipe.e_step
+        cfg = self.recipe.section(EStepSettings)
         rewards: dict[bool, list[float]] = {True: [], False: []}
         moved = []
         for i, anchor in e_step.anchor.items():

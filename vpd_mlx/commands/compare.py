@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vpd_mlx.common.stats import paired
+from vpd_mlx.common.text import figures, points, steps
 from vpd_mlx.errors import ConfigError, Fault
-from vpd_mlx.metrics import paired
-from vpd_mlx.report.runs import Run, figures, labels, load_run, points, steps
+from vpd_mlx.run.folder import Run, labels, load_run
 
 __all__ = ["compare"]
 

@@ -24,7 +24,7 @@ def doctor(
     The self-test runs every loss, LoRA on quantised layers, shared prompts and generation on the default device and on the CPU,
     and compares each gradient with finite differences. Exit code 1 when one does not hold.
     """
-    from vpd_mlx.doctor import facts, self_test
+    from vpd_mlx.tools.doctor import facts, self_test
 
     known = list(facts())
     checks, seconds = self_test()

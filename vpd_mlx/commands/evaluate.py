@@ -15,16 +15,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vpd_mlx.config import HUB, DatasetTask, Recipe, builtin_recipes, load_recipe, parse_set, resolve_recipe_path
+from vpd_mlx.common.files import read_rows
+from vpd_mlx.common.settings import HUB, parse_set
+from vpd_mlx.common.text import figures, points
 from vpd_mlx.errors import ConfigError, DataError, Fault
-from vpd_mlx.progress import Progress
-from vpd_mlx.report.runs import figures, points
-from vpd_mlx.runlog import MARK, read_rows
+from vpd_mlx.recipe import Recipe, builtin_recipes, load_recipe, resolve_recipe_path
+from vpd_mlx.report.live import make_view
+from vpd_mlx.run.log import MARK
+from vpd_mlx.run.progress import Progress
+from vpd_mlx.tasks.data import DatasetSettings
 from vpd_mlx.types import Problem
-from vpd_mlx.view import make_view
 
 if TYPE_CHECKING:
-    from vpd_mlx.evaluate import Measured
+    from vpd_mlx.run.evaluate import Measured
 
 __all__ = ["evaluate"]
 
@@ -96,8 +99,8 @@ def _measure(
 ) -> tuple[Measured | None, Measured]:
     """The base model where it is to be compared with, and the model in question."""
     # Late: MLX and the tokenizers take two seconds to load.
-    from vpd_mlx.policy import lora_of
-    from vpd_mlx.trainer import Trainer
+    from vpd_mlx.engine.policy import lora_of
+    from vpd_mlx.run.step import Trainer
 
     if folder is not None:
         cfg = cfg.model_copy(update={"lora": lora_of(folder)})
@@ -134,7 +137,7 @@ def _refuse_trained(run: Path, problems: Sequence[Problem]) -> None:
 
 
 def _summed(before: Measured | None, found: Measured) -> dict[str, Any]:
-    from vpd_mlx.evaluate import compared, summed
+    from vpd_mlx.run.evaluate import compared, summed
 
     out = {**summed(found), "greedy_by_problem": found.figures["student_greedy"]}
     if before is not None:
@@ -190,7 +193,7 @@ def _with_data(cfg: Recipe, data: str, split: Split) -> Recipe:
         raise ConfigError(
             [Fault("--data", "is for rows that were not trained on", "leave --split train out")], "command line"
         )
-    if not isinstance(cfg.task, DatasetTask):
+    if not isinstance(cfg.task, DatasetSettings):
         remedy = "leave it out, or name a recipe with --recipe whose rows come from a file"
         raise ConfigError([Fault("--data", f"task {cfg.task.kind} makes its own problems", remedy)], "command line")
     place = data if data.startswith(HUB) else str(Path(data).expanduser().resolve())

@@ -45,7 +45,7 @@ def export(
     faults = _faults(to, bits, group_size, repo)
     if faults:
         raise ConfigError(faults, "command line")
-    from vpd_mlx.export import export_adapters, export_fused, export_peft, open_run, reserve, upload
+    from vpd_mlx.tools.export import export_adapters, export_fused, export_peft, open_run, reserve, upload
 
     target = out if out is not None else run / f"export-{to.value}"
     if to is Format.hub and repo is not None:

@@ -20,8 +20,8 @@ def lab(
     Interrupt it at will: finished runs are kept, an interrupted one goes on from its checkpoint when the command is given again.
     Writes results.md, rates.json and curves.png into the grid's folder.
     """
-    from vpd_mlx.lab import best_rates, check_recipe, curves, load_grid, results, run_grid, sweep_table, table
-    from vpd_mlx.runlog import write_atomic
+    from vpd_mlx.common.files import write_atomic
+    from vpd_mlx.tools.lab import best_rates, check_recipe, curves, load_grid, results, run_grid, sweep_table, table
 
     spec = load_grid(grid)
     recipe = (grid.parent / spec.recipe).resolve()

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from vpd_mlx.config import load_recipe, parse_set, resolve_recipe_path
-from vpd_mlx.view import duration
+from vpd_mlx.common.settings import parse_set
+from vpd_mlx.common.text import duration
+from vpd_mlx.recipe import load_recipe, resolve_recipe_path
 
 __all__ = ["plan"]
 
@@ -25,8 +26,8 @@ def plan(
 
     The figures hold for prompts and completions as long as the recipe lets them be. Exit code 2 when it cannot fit.
     """
-    from vpd_mlx.plan import check_fits, memory_limit
-    from vpd_mlx.plan import plan as make
+    from vpd_mlx.run.plan import check_fits, memory_limit
+    from vpd_mlx.run.plan import plan as make
 
     cfg = load_recipe(resolve_recipe_path(recipe), parse_set(sets or []))
     planned, limit = make(cfg), memory_limit(cfg)
@@ -44,7 +45,7 @@ def plan(
         },
     }
     if probe_time:
-        from vpd_mlx.trainer import Trainer
+        from vpd_mlx.run.step import Trainer
 
         trainer = Trainer.build(cfg)
         seconds = [trainer.step(n)[0]["seconds"]["total"] for n in (1, 2)]

@@ -18,7 +18,7 @@ def report(
     """Write a run as one HTML page that opens from disk: result, curves, warnings, recipe, and its rollouts to read."""
     # Late: matplotlib takes a second to load.
     from vpd_mlx.report.page import run_page, save
-    from vpd_mlx.report.runs import load_run
+    from vpd_mlx.run.folder import load_run
 
     found = load_run(run)
     target = out if out is not None else run / "report.html"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,12 +13,12 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from vpd_mlx.common.text import MOST, number, shortened, visible
 from vpd_mlx.errors import ConfigError, Fault
-from vpd_mlx.report.runs import NO_CONTEXT, Entry, Run, load_run, number
+from vpd_mlx.run.folder import NO_CONTEXT, Entry, Run, load_run
 
 __all__ = ["show"]
 
-HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 FELT = 0.5  # nats from which on a token's shift is shown
 NAMED = 6  # tokens named with their shift, the largest
 
@@ -80,8 +79,8 @@ def _rollout(console: Console, row: Mapping[str, Any], full: bool) -> None:
     context = context if isinstance(context, Mapping) else None
     head = Text.assemble(
         ("right" if right else "WRONG", "bold green" if right else "bold red"),
-        f"  step {row.get('step', '?')}  problem {_visible(row.get('problem', '?'))}",
-        f"  feedback: {_visible(context.get('kind')) if context else NO_CONTEXT}",
+        f"  step {row.get('step', '?')}  problem {visible(row.get('problem', '?'))}",
+        f"  feedback: {visible(context.get('kind')) if context else NO_CONTEXT}",
         f"  {row.get('tokens', '?')} tokens{', cut off' if row.get('finish') == 'length' else ''}",
     )
     console.print(Rule(style="dim"))
@@ -89,13 +88,13 @@ def _rollout(console: Console, row: Mapping[str, Any], full: bool) -> None:
     grid = Table.grid(padding=(0, 1))
     grid.add_column(style="dim", width=15, no_wrap=True)
     grid.add_column(overflow="fold")
-    grid.add_row("prompt", Text(_short(row.get("prompt"), full)))
+    grid.add_row("prompt", Text(shortened(row.get("prompt"), full)))
     tokens, shifts = _tokens(row)
     grid.add_row("completion", _shortened(tokens, full))
     if row.get("verdict"):
-        grid.add_row("verdict", Text(_short(row["verdict"], full)))
+        grid.add_row("verdict", Text(shortened(row["verdict"], full)))
     if row.get("teacher_prompt"):
-        grid.add_row("teacher read", Text(_short(row["teacher_prompt"], full)))
+        grid.add_row("teacher read", Text(shortened(row["teacher_prompt"], full)))
     if shifts:
         grid.add_row("teacher−student", shifts)
     console.print(grid)
@@ -105,20 +104,20 @@ def _tokens(row: Mapping[str, Any]) -> tuple[Text, Text | None]:
     """The completion, coloured by shift, and in words the tokens with the largest, for terminals without colour."""
     pieces, shift = row.get("pieces"), row.get("shift")
     if not isinstance(pieces, list) or not isinstance(shift, list):
-        return Text(_visible(row.get("completion"))), None
+        return Text(visible(row.get("completion"))), None
     text = Text()
     felt = []
     for piece, value in zip(pieces, [*shift, *[None] * len(pieces)], strict=False):
         s = number(value)
-        shown = _visible(piece)
+        shown = visible(piece)
         text.append(
             shown, style="" if s is None or abs(s) < FELT else ("black on cyan" if s > 0 else "black on yellow")
         )
         if s is not None and abs(s) >= FELT:
             felt.append((s, shown))
     # Pieces of one token each need not add up to the text, as when a letter takes two tokens.
-    if _visible(row.get("completion")).strip() not in text.plain:
-        text = Text(_visible(row.get("completion")))
+    if visible(row.get("completion")).strip() not in text.plain:
+        text = Text(visible(row.get("completion")))
     felt.sort(key=lambda f: -abs(f[0]))
     names = Text()
     for s, shown in felt[:NAMED]:
@@ -127,24 +126,6 @@ def _tokens(row: Mapping[str, Any]) -> tuple[Text, Text | None]:
     if len(felt) > NAMED:
         names.append(f"and {len(felt) - NAMED} more")
     return text, names if felt else Text(f"all within {FELT} nats")
-
-
-def _visible(value: Any) -> str:
-    """Text that cannot move the cursor, change colours or turn the writing round."""
-    text = "" if value is None else str(value)
-    text = HIDDEN.sub(lambda m: f"\\x{ord(m[0]):02x}" if ord(m[0]) < 256 else f"\\u{ord(m[0]):04x}", text)
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
-MOST = 1200  # characters of one text; its two ends are kept
-
-
-def _short(value: Any, full: bool) -> str:
-    text = _visible(value)
-    if full or len(text) <= MOST:
-        return text
-    half = math.floor(MOST / 2)
-    return f"{text[:half]}\n… {len(text) - 2 * half:,} characters, --full shows them …\n{text[-half:]}"
 
 
 def _shortened(text: Text, full: bool) -> Text:

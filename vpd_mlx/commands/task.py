@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from vpd_mlx.config import builtin_recipes, load_recipe, parse_set, resolve_recipe_path
-from vpd_mlx.errors import ConfigError, DataError, Fault
+from vpd_mlx.common.settings import parse_set
+from vpd_mlx.errors import DataError
+from vpd_mlx.recipe import load_recipe, resolve_recipe_path
 
-__all__ = ["data", "new", "verify"]
+__all__ = ["data", "verify"]
 
 RecipeArgument = Annotated[str, typer.Argument(help="A built-in recipe's name or a .yaml file.")]
 SetOption = Annotated[
@@ -93,7 +93,7 @@ def check(recipe: RecipeArgument, sets: SetOption = None) -> None:
     """
     import numpy as np
 
-    from vpd_mlx.loading import build_prompter, load_policy
+    from vpd_mlx.run.setup import build_prompter, load_policy
     from vpd_mlx.tasks import build_task, prove
 
     cfg = load_recipe(resolve_recipe_path(recipe), parse_set(sets or []))
@@ -132,78 +132,3 @@ def _quantiles(name: str, values: Any, limit: int) -> None:
 
     low, half, high, most = (int(np.quantile(values, q)) for q in (0.05, 0.5, 0.95, 1.0))
     typer.echo(f"{name}: 5 % {low}, median {half}, 95 % {high}, longest {most}; limit {limit}")
-
-
-RECIPE = """# Made by `vpd-mlx new {name}`. It runs as it is, on the tiny model that comes with the package:
-#
-#     vpd-mlx train {name}/{name}.yaml
-#
-# Then put in your own rows, your own verifier and your own model.
-name: {name}
-description: Write what it teaches, in one line.
-algorithm: vpd              # or sdpo, grpo, joint, reshape, reweight: the same loop
-model: {model}  # a folder or a hub id, e.g. mlx-community/Qwen3-0.6B-4bit
-steps: 20
-
-task:
-  kind: python
-  data: rows.jsonl          # one problem a line: prompt, answer, and whatever else your verifier needs
-  verifier: verifier.py     # verify(problem, completion) -> score in 0..1, or (score, what is wrong in words)
-  held_out: 0.3             # chosen by a hash of each row, so that it never moves
-
-feedback:
-  sources: [sibling, verifier]   # who is asked for words, in order of preference
-  max_tokens: 32
-
-rollout:
-  prompts: 4                # problems a step
-  group_size: 4             # completions of each
-  max_prompt_tokens: 64     # raise these three for a real model: 2048, 1024, 256
-  max_completion_tokens: 6
-
-optimizer:
-  learning_rate: 5e-4       # 1e-4 for models of 0.5B and more
-
-templates:                  # take these out for a real model: they are what the tiny one was taught to read
-  sibling: "{{prompt}}\\nA correct answer: {{context}}"
-  verifier: "{{prompt}}\\nFeedback: {{context}}"
-  review: "{{prompt}}\\nFeedback: {{context}}"     # of command, server, human and replay
-"""
-VERIFIER = '''"""Says how good a completion is and, in words, what is wrong with it. The words are what the model learns from."""
-
-
-def verify(problem, completion):
-    """problem.answer is the row's answer, problem.data the whole row."""
-    got = completion.strip()
-    if got == problem.answer:
-        return 1.0
-    if len(got) < len(problem.answer):
-        return 0.0, "hundreds missing"
-    return 0.0, "tens too low"
-'''
-SUMS = ((47, 38), (56, 27), (88, 14), (19, 73), (65, 28), (34, 59), (77, 16), (48, 48), (29, 83), (91, 45))
-
-
-def new(name: Annotated[str, typer.Argument(help="Name of the folder, and of the recipe in it.")]) -> None:
-    """Write a folder with a commented recipe, ten rows and a verifier: a task of your own that runs as it is."""
-    folder = Path(name)
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", folder.name):
-        raise ConfigError(
-            [Fault("NAME", f"{folder.name!r} cannot name a run", "use letters, digits, dots and dashes")],
-            "command line",
-        )
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError([Fault("NAME", f"{folder} holds something already", "give another name")], "command line")
-    model = builtin_recipes()["quickstart"].parent / "model"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{folder.name}.yaml").write_text(RECIPE.format(name=folder.name, model=model), encoding="utf-8")
-        (folder / "verifier.py").write_text(VERIFIER, encoding="utf-8")
-        rows = "".join(json.dumps({"prompt": f"{a}+{b}=", "answer": str(a + b)}) + "\n" for a, b in SUMS)
-        (folder / "rows.jsonl").write_text(rows, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            [Fault("NAME", f"{folder} cannot be written ({error.strerror})", "choose another place")], "command line"
-        ) from None
-    typer.echo(f"written: {folder}/{folder.name}.yaml, verifier.py, rows.jsonl")
-    typer.echo(f"try it: vpd-mlx train {folder}/{folder.name}.yaml")

@@ -7,25 +7,41 @@ rollout has nothing to say on it; why is kept on the rollout.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from vpd_mlx.config import Feedback
-from vpd_mlx.feedback.command import Command
-from vpd_mlx.feedback.critique import Generate, critique
+from pydantic import Field, create_model
+
+from vpd_mlx.common.settings import Section
+from vpd_mlx.errors import Fault
+from vpd_mlx.feedback import settings
+from vpd_mlx.feedback.command import Command, CommandKeys
+from vpd_mlx.feedback.critique import CritiqueKeys, Generate, critique
 from vpd_mlx.feedback.human import Human
 from vpd_mlx.feedback.outside import Answer, Asking, Failed, Host, Outside
 from vpd_mlx.feedback.reference import reference
-from vpd_mlx.feedback.replay import Replay
-from vpd_mlx.feedback.server import Server
+from vpd_mlx.feedback.replay import Replay, ReplayKeys
+from vpd_mlx.feedback.server import Server, ServerKeys
 from vpd_mlx.feedback.sibling import sibling
 from vpd_mlx.feedback.verifier import verifier
 from vpd_mlx.prompts import NoRoom, Prompter
 from vpd_mlx.types import Context, Group, Problem, Rollout
 
-__all__ = ["Answer", "Choice", "Failed", "Host", "Source", "Sources", "add_context", "build_sources", "choose_contexts"]
+__all__ = [
+    "SOURCES",
+    "Answer",
+    "Choice",
+    "Failed",
+    "FeedbackSettings",
+    "Host",
+    "Source",
+    "Sources",
+    "add_context",
+    "build_sources",
+    "choose_contexts",
+]
 
 Source = Callable[[Sequence[Group], list[list[bool]]], Sequence[Sequence[Answer]]]
 """(graded groups, which rollouts still want a context) -> a text, a failure or None for each rollout."""
@@ -84,8 +100,88 @@ class Sources(dict[str, Source]):
             source.restore(state.get(name, {}))
 
 
+@dataclass(frozen=True)
+class Build:
+    """What a source may be built from: the section `feedback`, the wording, the model itself, the run, and the ids of the
+    problems that may be replayed."""
+
+    cfg: Any
+    prompter: Prompter
+    generate: Generate
+    host: Host
+    problems: Collection[str]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One source: how it is built, the keys that it adds to the section `feedback`, and whether it can be asked about a
+    success."""
+
+    build: Callable[[Build], Source]
+    keys: type[Section] | None = None
+    on_success: bool = False
+
+
+def _command(b: Build) -> Source:
+    program = Command(b.cfg.command or [], b.cfg.command_timeout, b.cfg.command_workers)
+    return Asking("command", program, b.cfg, b.cfg.command_workers, b.host)
+
+
+def _server(b: Build) -> Source:
+    return Asking("server", Server(b.cfg.server, b.prompter, b.host.note), b.cfg, b.cfg.server.concurrency, b.host)
+
+
+def _critique(b: Build) -> Source:
+    return lambda groups, wanted: critique(groups, wanted, b.prompter, b.generate)
+
+
+SOURCES: dict[str, Entry] = {
+    "sibling": Entry(lambda b: sibling),
+    "verifier": Entry(lambda b: verifier),
+    "critique": Entry(_critique, CritiqueKeys),
+    "reference": Entry(lambda b: reference),
+    "command": Entry(_command, CommandKeys, on_success=True),
+    "server": Entry(_server, ServerKeys, on_success=True),
+    "human": Entry(lambda b: Human(b.cfg, b.host), on_success=True),
+    "replay": Entry(
+        lambda b: Replay(Path(b.cfg.replay or ""), b.problems, b.cfg.on_success), ReplayKeys, on_success=True
+    ),
+}
+
+
+class _Feedback(settings.FeedbackSettings):
+    """Where the teacher's context C comes from."""
+
+    sources: list[Literal[tuple(SOURCES)]] = Field(  # type: ignore[valid-type]
+        ["sibling", "verifier"],
+        min_length=1,
+        description="In order of preference: the first that has something to say.",
+    )
+
+    def faults(self, recipe: Any) -> Iterator[Fault]:
+        """Successes can only be spoken about by sources outside."""
+        yield from super().faults(recipe)
+        able = [name for name, entry in SOURCES.items() if entry.on_success]
+        if self.on_success and not set(able) & set(self.sources):
+            yield Fault(
+                "feedback.on_success",
+                f"means nothing for {self.sources}",
+                f"name {', '.join(able[:-1])} or {able[-1]} in feedback.sources, or take it out",
+            )
+
+
+if TYPE_CHECKING:
+    FeedbackSettings = _Feedback
+else:
+    # Last in the order of inheritance is first in the order of keys.
+    _keys = [entry.keys for entry in reversed(SOURCES.values()) if entry.keys is not None]
+    FeedbackSettings = create_model(
+        "FeedbackSettings", __base__=(*_keys, _Feedback), __module__=__name__, __doc__=_Feedback.__doc__
+    )
+
+
 def build_sources(
-    cfg: Feedback,
+    cfg: Any,
     prompter: Prompter,
     generate: Generate,
     host: Host | None = None,
@@ -97,28 +193,8 @@ def build_sources(
         ConfigError: a program or a key is missing.
         DataError: what is to be replayed cannot be read.
     """
-    host = host or Host()
-
-    def build(name: str) -> Source:
-        match name:
-            case "sibling":
-                return sibling
-            case "verifier":
-                return verifier
-            case "reference":
-                return reference
-            case "command":
-                program = Command(cfg.command or [], cfg.command_timeout, cfg.command_workers)
-                return Asking(name, program, cfg, cfg.command_workers, host)
-            case "server":
-                return Asking(name, Server(cfg.server, prompter, host.note), cfg, cfg.server.concurrency, host)
-            case "human":
-                return Human(cfg, host)
-            case "replay":
-                return Replay(Path(cfg.replay or ""), problems, cfg.on_success)
-        return lambda groups, wanted: critique(groups, wanted, prompter, generate)
-
-    return Sources({name: build(name) for name in cfg.sources})
+    parts = Build(cfg, prompter, generate, host or Host(), problems)
+    return Sources({name: SOURCES[name].build(parts) for name in cfg.sources})
 
 
 @dataclass(frozen=True)
@@ -131,7 +207,9 @@ class Choice:
     errors: Mapping[str, str] = field(default_factory=dict)
 
 
-def choose_contexts(sources: Mapping[str, Source], groups: Sequence[Group], cfg: Feedback) -> list[list[Choice]]:
+def choose_contexts(
+    sources: Mapping[str, Source], groups: Sequence[Group], cfg: FeedbackSettings
+) -> list[list[Choice]]:
     """Ask the sources in their order: the first that has something to say is heard."""
     chosen = [[Choice()] * len(g.rollouts) for g in groups]
     for name, source in sources.items():
@@ -157,7 +235,7 @@ def _heard(choice: Choice, name: str, answer: Answer, both: bool) -> Choice:
 
 
 def add_context(
-    sources: Mapping[str, Source], groups: Sequence[Group], prompter: Prompter, cfg: Feedback
+    sources: Mapping[str, Source], groups: Sequence[Group], prompter: Prompter, cfg: FeedbackSettings
 ) -> list[Group]:
     """The groups, each rollout with its context and teacher prompt where a source had something to say."""
     chosen = choose_contexts(sources, groups, cfg)
@@ -170,7 +248,7 @@ def add_context(
     ]
 
 
-def _with_context(prompter: Prompter, cfg: Feedback, group: Group, rollout: Rollout, choice: Choice) -> Rollout:
+def _with_context(prompter: Prompter, cfg: FeedbackSettings, group: Group, rollout: Rollout, choice: Choice) -> Rollout:
     if choice.errors:
         rollout = replace(rollout, source_errors=choice.errors)
     if choice.kind is None:

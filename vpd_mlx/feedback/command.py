@@ -18,18 +18,51 @@ import subprocess
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from pydantic import Field
+
+from vpd_mlx.common.settings import Positive, Section, absolute
 from vpd_mlx.errors import ConfigError, Fault, SourceError
+from vpd_mlx.feedback.settings import unset
 from vpd_mlx.types import Problem, Rollout
 
-__all__ = ["Command"]
+__all__ = ["Command", "CommandKeys"]
 
 LONGEST = 1 << 20  # bytes of one answer
 PAUSES = (0.1, 5.0)  # seconds before the first restart, and at most
 KEPT = 4000  # bytes of standard error, for the message when it dies
+
+
+class CommandKeys(Section):
+    """What `command` adds to the section `feedback`."""
+
+    command: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="Source `command`: the program and its arguments, files relative to the recipe. It reads and writes "
+        "JSON lines, see docs/feedback-command.md.",
+    )
+    command_timeout: float = Field(30.0, gt=0, description="Seconds for one answer of the program, its start included.")
+    command_workers: Positive = Field(1, description="Copies of the program that work side by side.")
+
+    def faults(self, recipe: Any) -> Iterator[Fault]:
+        """The program must be given."""
+        yield from unset(
+            "command", "command", self.command, "give the program as a list, e.g. [python3, critic.py]", recipe
+        )
+        yield from super().faults(recipe)
+
+    def located(self, folder: Path) -> Self:
+        """Of the command's words, those that name a file beside the recipe; a program of the PATH stays a name."""
+        # os.path.isfile says no where a word is too long to be a name.
+        words = [
+            absolute(w, folder) if os.path.isfile(folder / w) or w.startswith(("./", "../", "~/")) else w
+            for w in self.command or []
+        ]
+        return super().located(folder).model_copy(update={"command": words or None})
 
 
 class Command:

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from pydantic import Field
+
+from vpd_mlx.common.settings import Positive, Section
 from vpd_mlx.feedback.outside import Answer, Failed
 from vpd_mlx.prompts import NoRoom, Prompter, demonstration
 from vpd_mlx.types import Group
 
-__all__ = ["Generate", "critique"]
+__all__ = ["CritiqueKeys", "Generate", "critique"]
 
 Generate = Callable[[Sequence[tuple[int, ...]]], list[str]]
 """Prompt ids -> one sampled text each."""
+
+
+class CritiqueKeys(Section):
+    """What `critique` adds to the section `feedback`."""
+
+    critique_tokens: Positive = Field(160, description="Longest critique the model writes for itself, in tokens.")
 
 
 def critique(

@@ -22,10 +22,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from vpd_mlx.config import Feedback
-from vpd_mlx.errors import ConfigError, Fault, RunError, one_line
-from vpd_mlx.feedback.outside import POLL, Answer, Host, Outside, clean, eligible
-from vpd_mlx.runlog import read_rows
+from vpd_mlx.common.files import read_rows
+from vpd_mlx.common.text import clean, one_line
+from vpd_mlx.errors import ConfigError, Fault, RunError
+from vpd_mlx.feedback.outside import POLL, Answer, Host, Outside, eligible
+from vpd_mlx.feedback.settings import FeedbackSettings
 from vpd_mlx.types import Group, Problem, Rollout
 
 __all__ = ["Human", "Person", "Terminal"]
@@ -54,7 +55,7 @@ class Person(Protocol):
 class Human(Outside):
     """Asks about each failed completion, one by one, in the order of the rollouts."""
 
-    def __init__(self, cfg: Feedback, host: Host, person: Person | None = None) -> None:
+    def __init__(self, cfg: FeedbackSettings, host: Host, person: Person | None = None) -> None:
         """`person` is the terminal, unless given."""
         self._cfg = cfg
         self._host = host

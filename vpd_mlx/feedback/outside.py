@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from vpd_mlx.config import Feedback
+from vpd_mlx.common.text import clean
 from vpd_mlx.errors import SourceError
+from vpd_mlx.feedback.settings import FeedbackSettings
 from vpd_mlx.types import Group, Problem, Rollout
 
-__all__ = ["Answer", "Asking", "Backend", "Failed", "Host", "Outside", "clean", "eligible"]
+__all__ = ["Answer", "Asking", "Backend", "Failed", "Host", "Outside", "eligible"]
 
 POLL = 0.1  # seconds between looks at whether the run is to stop
 
@@ -51,11 +52,6 @@ class Host:
     stopping: Callable[[], bool] = lambda: False
     stop: Callable[[], None] = lambda: None
     paused: Callable[[], AbstractContextManager[None]] = nullcontext
-
-
-def clean(text: str) -> str:
-    """The text with halves of characters, which no file and no tokenizer takes, replaced."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def eligible(rollout: Rollout, on_success: bool) -> bool:
@@ -132,7 +128,7 @@ class Backend(Protocol):
 class Asking(Outside):
     """A backend, asked by `workers` threads. Never touches the model."""
 
-    def __init__(self, name: str, backend: Backend, cfg: Feedback, workers: int, host: Host) -> None:
+    def __init__(self, name: str, backend: Backend, cfg: FeedbackSettings, workers: int, host: Host) -> None:
         self._name = name
         self._backend = backend
         self._cfg = cfg

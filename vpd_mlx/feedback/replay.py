@@ -4,17 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from vpd_mlx.errors import DataError
-from vpd_mlx.feedback.outside import Answer, Outside, clean, eligible
+from pydantic import Field
+
+from vpd_mlx.common.settings import Section, absolute
+from vpd_mlx.common.text import clean
+from vpd_mlx.errors import DataError, Fault
+from vpd_mlx.feedback.outside import Answer, Outside, eligible
+from vpd_mlx.feedback.settings import unset
 from vpd_mlx.tasks.data import read_rows
 from vpd_mlx.types import Group, Rollout
 
-__all__ = ["Replay", "read_feedback"]
+__all__ = ["Replay", "ReplayKeys", "read_feedback"]
 
 FILES = ("human.jsonl", "rollouts.jsonl")  # of a run folder, in order of preference
 SOLUTIONS = ("sibling", "reference", "both")  # no words on a completion: their own sources give them afresh
+
+
+class ReplayKeys(Section):
+    """What `replay` adds to the section `feedback`."""
+
+    replay: str | None = Field(
+        None,
+        description="Source `replay`: a run folder, or a .jsonl file with `problem`, `feedback` and, where it is about one "
+        "completion, `completion`.",
+    )
+
+    def faults(self, recipe: Any) -> Iterator[Fault]:
+        """The file must be given."""
+        yield from unset("replay", "replay", self.replay, "give a run folder or a .jsonl file", recipe)
+        yield from super().faults(recipe)
+
+    def located(self, folder: Path) -> Self:
+        """The file, as seen from the recipe's folder."""
+        path = None if self.replay is None else absolute(self.replay, folder)
+        return super().located(folder).model_copy(update={"replay": path})
 
 
 class Replay(Outside):

@@ -17,22 +17,74 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
+
+from pydantic import Field
 
 from vpd_mlx import __version__
-from vpd_mlx.config import Server as Settings
+from vpd_mlx.common.settings import Positive, Section
 from vpd_mlx.errors import ConfigError, Fault, SourceError
+from vpd_mlx.feedback.settings import unset
 from vpd_mlx.prompts import Prompter, demonstration
 from vpd_mlx.types import Problem, Rollout
 
-__all__ = ["Reply", "Server", "Transport", "post"]
+__all__ = ["Reply", "Server", "ServerKeys", "ServerSettings", "Transport", "post"]
 
 LONGEST = 4 << 20  # bytes of one answer
 PAUSES = (0.5, 30.0)  # seconds before the first further attempt, and at most
 CACHE = "feedback-cache"  # folder in the run folder
+
+
+class ServerSettings(Section):
+    """A model behind an OpenAI-compatible endpoint, asked for feedback: mlx_lm.server, LM Studio, Ollama, llama.cpp …"""
+
+    paths: ClassVar[tuple[str, ...]] = ("cache_dir",)
+
+    url: str | None = Field(
+        None,
+        pattern=r"^https?://[^/\s]+(/\S*)?$",
+        description="Where it listens, e.g. `http://127.0.0.1:8080/v1`. Source `server` needs it.",
+    )
+    model: str = Field(
+        "default_model", description="Name of the model in requests; mlx_lm.server knows `default_model`."
+    )
+    api_key_env: str | None = Field(
+        None,
+        description="Name of the environment variable that holds the key; the key itself never stands in a recipe.",
+    )
+    concurrency: Positive = Field(4, description="Requests under way at once.")
+    timeout: float = Field(60.0, gt=0, description="Seconds for one answer.")
+    retries: int = Field(
+        3, ge=0, description="Further attempts after a timeout, a lost connection, status 429 or 5xx, each later."
+    )
+    budget_requests: Positive | None = Field(
+        None,
+        description="Most requests of a run, retries among them; then it has nothing more to say. null has no bound.",
+    )
+    cache_dir: str | None = Field(
+        None, description="Folder of answers by request, to be shared by runs; null keeps them in the run folder."
+    )
+    temperature: float = Field(0.0, ge=0, description="Sampling temperature of the answers.")
+    max_tokens: Positive = Field(256, description="Longest answer in tokens.")
+
+
+class ServerKeys(Section):
+    """What `server` adds to the section `feedback`."""
+
+    server: ServerSettings = ServerSettings()
+
+    def faults(self, recipe: Any) -> Iterator[Fault]:
+        """The address must be given."""
+        remedy = "give its address, e.g. http://127.0.0.1:8080/v1"
+        yield from unset("server", "server.url", self.server.url, remedy, recipe)
+        yield from super().faults(recipe)
+
+    def located(self, folder: Path) -> Self:
+        """The cache, as seen from the recipe's folder."""
+        return super().located(folder).model_copy(update={"server": self.server.located(folder)})
 
 
 @dataclass(frozen=True)
@@ -52,7 +104,7 @@ class Server:
     """One endpoint, asked from several threads."""
 
     def __init__(
-        self, cfg: Settings, prompter: Prompter, note: Callable[[str], None], transport: Transport | None = None
+        self, cfg: ServerSettings, prompter: Prompter, note: Callable[[str], None], transport: Transport | None = None
     ) -> None:
         """Checks what can be checked without asking.
 

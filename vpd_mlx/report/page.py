@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy as np
 
+from vpd_mlx.common.files import write_atomic
+from vpd_mlx.common.stats import Paired, paired
+from vpd_mlx.common.text import figures, number, percentage, points, steps
 from vpd_mlx.errors import ConfigError, Fault
-from vpd_mlx.metrics import Paired, paired
 from vpd_mlx.report.plots import Plot, comparison_plots, legend_colors, run_plots
-from vpd_mlx.report.runs import NO_CONTEXT, Entry, Run, figures, flat, number, points, share, steps
 from vpd_mlx.report.warnings import findings
-from vpd_mlx.runlog import write_atomic
+from vpd_mlx.run.folder import NO_CONTEXT, Entry, Run, flat
 
 __all__ = ["choose", "comparison_page", "json_for_html", "run_page", "save"]
 
@@ -139,11 +140,10 @@ def headline(run: Run) -> str:
     if not after:
         if not before:
             return "Nothing has been evaluated yet."
-        return (
-            f"Before training the student answers {share(before.get('student'))}{among} right. No later evaluation yet."
-        )
-    text = f"After {steps(int(number(after.get('step')) or 0))} the student answers {share(after.get('student'))}{among} right"
-    text += f", before training {share(before.get('student'))}." if before else "."
+        return f"Before training the student answers {percentage(before.get('student'))}{among} right. No later evaluation yet."
+    count = int(number(after.get("step")) or 0)
+    text = f"After {steps(count)} the student answers {percentage(after.get('student'))}{among} right"
+    text += f", before training {percentage(before.get('student'))}." if before else "."
     change = run.change()
     if change is not None:
         how = {"better": "a gain", "worse": "a loss", "within noise": "within noise"}[change.verdict]
@@ -185,7 +185,7 @@ def _before_after(run: Run) -> str:
             f'{_cell(run.after, key)}<td class="n">{moved}</td></tr>'
         )
     for key, name in (("length", "Length, tokens"), ("truncated", "Cut off at the limit")):
-        form = share if key == "truncated" else lambda v: "-" if number(v) is None else f"{v:.1f}"
+        form = percentage if key == "truncated" else lambda v: "-" if number(v) is None else f"{v:.1f}"
         values = [figures(row, key, form)[0] for row in (run.before, run.after)]
         if values != ["-", "-"]:
             cells = "".join(f'<td class="n">{v}</td>' for v in values)
@@ -400,7 +400,7 @@ def _results(runs: Mapping[str, Run], base: Run) -> str:
         lines.append(
             f'<tr><th><span class="dot" style="background:var(--{color})"></span>{_clean(name)}<br>'
             f'<span class="soft small">{_clean(run.algorithm)}, {_clean(_progress(run))}</span></th>'
-            f'<td class="n">{share(run.before.get("student"))}</td>'
+            f'<td class="n">{percentage(run.before.get("student"))}</td>'
             f"{''.join(_cell(row, key) for key, _, _ in RATES)}{difference}"
             f'<td class="n">{_duration(sum(run.seconds.values()))}</td><td class="n">{memory}</td></tr>'
         )

@@ -14,7 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from vpd_mlx.report.runs import NO_CONTEXT, Run, number
+from vpd_mlx.common.text import number
+from vpd_mlx.run.folder import NO_CONTEXT, Run
 
 __all__ = ["Plot", "comparison_plots", "legend_colors", "run_plots"]
 

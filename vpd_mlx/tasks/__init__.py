@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
-from vpd_mlx.config import (
-    AdditionTask,
-    CodeTask,
-    ExactTask,
-    JsonSchemaTask,
-    MathTask,
-    McqTask,
-    PythonTask,
-    ReasoningGymTask,
-    Recipe,
-    RegexTask,
-)
+from collections.abc import Callable
+from typing import Any
+
+from vpd_mlx.common.settings import Section
 from vpd_mlx.errors import DataError
-from vpd_mlx.tasks.addition import Addition
+from vpd_mlx.tasks.addition import Addition, AdditionSettings
 from vpd_mlx.tasks.base import Answering, Exam, Task, answer_of, examine
-from vpd_mlx.tasks.code import Code
-from vpd_mlx.tasks.exact import Exact
-from vpd_mlx.tasks.json_schema import JsonSchema
-from vpd_mlx.tasks.math import Math
-from vpd_mlx.tasks.mcq import Mcq
-from vpd_mlx.tasks.python_file import PythonFile
-from vpd_mlx.tasks.reasoning_gym import ReasoningGym
-from vpd_mlx.tasks.regex import Regex
+from vpd_mlx.tasks.code import Code, CodeSettings
+from vpd_mlx.tasks.exact import Exact, ExactSettings
+from vpd_mlx.tasks.json_schema import JsonSchema, JsonSchemaSettings
+from vpd_mlx.tasks.math import Math, MathSettings
+from vpd_mlx.tasks.mcq import Mcq, McqSettings
+from vpd_mlx.tasks.python_file import PythonFile, PythonSettings
+from vpd_mlx.tasks.reasoning_gym import ReasoningGym, ReasoningGymSettings
+from vpd_mlx.tasks.regex import Regex, RegexSettings
 
-__all__ = ["Answering", "Exam", "Task", "answer_of", "build_task", "examine", "notices", "prove"]
+__all__ = ["TASKS", "Answering", "Exam", "Task", "answer_of", "build_task", "examine", "notices", "prove"]
 
 
-def build_task(recipe: Recipe) -> Task:
+TASKS: list[tuple[type[Section], Callable[[Any], Task]]] = [
+    (AdditionSettings, Addition),
+    (ExactSettings, Exact),
+    (MathSettings, Math),
+    (McqSettings, Mcq),
+    (RegexSettings, Regex),
+    (JsonSchemaSettings, JsonSchema),
+    (CodeSettings, Code),
+    (ReasoningGymSettings, ReasoningGym),
+    (PythonSettings, PythonFile),
+]
+"""(section of the recipe, what is built from it) of every kind of task."""
+
+
+def build_task(recipe: Any) -> Task:
     """The task that the recipe names, its data read and split.
 
     Raises:
@@ -37,25 +43,9 @@ def build_task(recipe: Recipe) -> Task:
         ConfigError: a verifier file or a pattern cannot be used, or a library that the task needs is not installed.
         SourceError: programs cannot be run, or not as strictly as the recipe asks.
     """
-    match recipe.task:
-        case AdditionTask() as cfg:
-            return Addition(cfg)
-        case ExactTask() as cfg:
-            return Exact(cfg)
-        case MathTask() as cfg:
-            return Math(cfg)
-        case McqTask() as cfg:
-            return Mcq(cfg)
-        case RegexTask() as cfg:
-            return Regex(cfg)
-        case JsonSchemaTask() as cfg:
-            return JsonSchema(cfg)
-        case CodeTask() as cfg:
-            return Code(cfg)
-        case ReasoningGymTask() as cfg:
-            return ReasoningGym(cfg)
-        case PythonTask() as cfg:
-            return PythonFile(cfg)
+    kind = next(task for settings, task in TASKS if isinstance(recipe.task, settings))
+    found: Task = kind(recipe.task)
+    return found
 
 
 def notices(task: Task) -> tuple[str, ...]:

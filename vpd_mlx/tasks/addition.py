@@ -5,11 +5,26 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
+from typing import Literal
 
-from vpd_mlx.config import AdditionTask
+from pydantic import Field
+
+from vpd_mlx.common.settings import Section
 from vpd_mlx.types import Problem, Verdict
 
-__all__ = ["Addition", "digit_feedback", "has_carry", "held_out", "without_carrying"]
+__all__ = ["Addition", "AdditionSettings", "digit_feedback", "has_carry", "held_out", "without_carrying"]
+
+
+class AdditionSettings(Section):
+    """Sums of two numbers of `digits` digits, made on the spot; the verifier answers in words per digit."""
+
+    kind: Literal["addition"]
+    digits: int = Field(2, ge=1, le=6, description="Digits of each number.")
+    train_only: Literal["carry", "no-carry"] | None = Field(None, description="Train on such sums only; null on all.")
+    eval_only: Literal["carry", "no-carry"] | None = Field(
+        "carry", description="Evaluate on such held-out sums only; null on all."
+    )
+
 
 PLACES = ("ones", "tens", "hundreds", "thousands", "ten thousands", "hundred thousands", "millions")
 TOO_LONG = "not a number of this size"
@@ -57,7 +72,7 @@ def digit_feedback(answer: str, attempt: str) -> str:
 class Addition:
     """Prompt `47+38=`, completion `85`."""
 
-    def __init__(self, cfg: AdditionTask) -> None:
+    def __init__(self, cfg: AdditionSettings) -> None:
         low, high = 10 ** (cfg.digits - 1), 10**cfg.digits
         if (high - low) ** 2 <= MOST_PAIRS:
             pairs = list(itertools.product(range(low, high), repeat=2))

@@ -1,6 +1,6 @@
 """Programs, judged by tests: public ones give feedback in training, private ones decide in evaluation.
 
-A completion's program is the last fenced block. It runs in `vpd_mlx.sandbox` and never meets what is expected of it: output
+A completion's program is the last fenced block. It runs in the sandbox and never meets what is expected of it: output
 and returned values are compared here, as text and plain data, and assertions run in a process of their own. Values that
 go to and fro are plain data: a test that hands over a function or an object of a class, or looks at what a call did to its
 arguments, cannot be used, and the proof of the reference answers at start says so.
@@ -15,17 +15,43 @@ from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from typing import Any
+from typing import Any, Literal
 
-from vpd_mlx.config import CodeTask
+from pydantic import Field
+
+from vpd_mlx.common.settings import Positive
 from vpd_mlx.errors import SourceError
-from vpd_mlx.sandbox import Ended, Failure, Limits, Sandbox
+from vpd_mlx.sandbox.sandbox import Ended, Failure, Limits, Sandbox
 from vpd_mlx.tasks.answers import in_fence, spoken
-from vpd_mlx.tasks.data import read_split
+from vpd_mlx.tasks.data import DatasetSettings, read_split
 from vpd_mlx.tasks.suites import Suite, imports_for, read_suite
 from vpd_mlx.types import Problem, Verdict
 
-__all__ = ["Code"]
+__all__ = ["Code", "CodeSettings"]
+
+
+class CodeSettings(DatasetSettings):
+    """Write a program that passes tests: standard input and output, function calls, or assertions."""
+
+    kind: Literal["code"]
+    tests: str = Field("tests", description="Column of the tests that grade training and give feedback.")
+    private_tests: str = Field(
+        "private_tests", description="Column of the tests that decide in evaluation; without it `tests` decide."
+    )
+    entry_point: str = Field(
+        "entry_point",
+        description="Column with the name of the function under test, or with an object that holds it as `func_name`.",
+    )
+    setup: str = Field("setup", description="Column of code that assertions need; it never runs beside the completion.")
+    strict: bool = Field(False, description="Refuse to run where the machine cannot isolate programs in full.")
+    wall: float = Field(8.0, gt=0, description="Seconds for one program: one input, or all calls of a test set.")
+    cpu: Positive = Field(4, description="The same in seconds of CPU time.")
+    memory_mb: int = Field(512, ge=64, description="Memory of one program.")
+    output_kb: Positive = Field(256, description="Most a program may print or return.")
+    feedback_chars: int = Field(
+        400, ge=20, description="Longest input, expected or got value in feedback, in characters; more is cut."
+    )
+
 
 MOST_CASES = 2  # failing cases told at once
 
@@ -44,7 +70,7 @@ class _Fault:
 class Code:
     """Raises a SourceError where `strict` is set and this machine cannot isolate programs in full."""
 
-    def __init__(self, cfg: CodeTask) -> None:
+    def __init__(self, cfg: CodeSettings) -> None:
         self._cfg = cfg
         limits = Limits(wall_s=cfg.wall, cpu_s=cfg.cpu, memory_mb=cfg.memory_mb, output_kb=cfg.output_kb)
         self._sandbox = Sandbox(limits, strict=cfg.strict)

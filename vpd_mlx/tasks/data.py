@@ -11,15 +11,59 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from vpd_mlx.config import HUB, DatasetTask
-from vpd_mlx.errors import DataError
+from pydantic import Field
+
+from vpd_mlx.common.settings import HUB, Section
+from vpd_mlx.errors import DataError, Fault
 from vpd_mlx.types import Message, Problem
 
-__all__ = ["fraction", "read_rows", "read_split"]
+__all__ = ["DatasetSettings", "fraction", "read_rows", "read_split"]
+
+
+class DatasetSettings(Section):
+    """Keys of every task whose rows come from a file."""
+
+    paths: ClassVar[tuple[str, ...]] = ("data", "eval_data")
+
+    data: str = Field(
+        description="Training rows: a .jsonl, .json, .csv or .parquet file, relative to the recipe, or a file of a data set "
+        "on the Hugging Face hub: `hf://owner/name@revision/path`."
+    )
+    data_revision: str | None = Field(
+        None, description="Branch, tag or commit of `hf://` files that name none. One of the two must."
+    )
+    eval_data: str | None = Field(
+        None, description="Held-out rows. Without it a share of `data` is held out, chosen by a hash of each row."
+    )
+    held_out: float = Field(
+        0.1, gt=0, lt=1, description="Share of `data` held out for evaluation where there is no `eval_data`."
+    )
+    prompt: str = Field("prompt", description="Column of the prompt: text, or a list of chat messages.")
+    answer: str = Field("answer", description="Column of the answer.")
+    reference: str = Field("reference", description="Column of a worked solution, used where a row has it.")
+    system: str = Field("system", description="Column of the system message, used where a row has it.")
+
+    def faults(self, recipe: Any) -> Iterator[Fault]:
+        """Data sets on the hub change; a run that is to be repeated names a revision."""
+        on_hub = {k: v for k in ("data", "eval_data") if (v := getattr(self, k)) and v.startswith(HUB)}
+        for key, value in on_hub.items():
+            if not re.fullmatch(HUB + r"[^/@]+/[^/@]+(@[^/@]+)?/.*[^/]", value):
+                remedy = "write hf://owner/name@revision/path of a file in it"
+                yield Fault(f"task.{key}", f"{value!r} names no file of a data set", remedy)
+            elif "@" not in value and self.data_revision is None:
+                yield Fault(
+                    f"task.{key}",
+                    f"{value!r} is not pinned",
+                    "set task.data_revision to a commit, or add @revision after the name",
+                )
+        if self.data_revision is not None and not any("@" not in value for value in on_hub.values()):
+            yield Fault("task.data_revision", "no hf:// file takes its revision from here", "remove it")
+
 
 Row = dict[str, Any]
 
@@ -53,7 +97,7 @@ def read_rows(source: str, revision: str | None = None) -> list[tuple[str, Row]]
     return rows
 
 
-def read_split(cfg: DatasetTask) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
+def read_split(cfg: DatasetSettings) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
     """(training, held-out) problems. The split is by a hash of the row's content, so it never moves when rows are added.
 
     Raises:
@@ -177,7 +221,7 @@ def _content(problem: Problem) -> str:
     return json.dumps([[m["role"], " ".join(m["content"].split())] for m in problem.messages])
 
 
-def _problem(cfg: DatasetTask, place: str, row: Row) -> Problem:
+def _problem(cfg: DatasetSettings, place: str, row: Row) -> Problem:
     if cfg.prompt not in row:
         has = ", ".join(sorted(map(str, row))) or "none"
         raise DataError(f"{place}: no column {cfg.prompt!r} (columns: {has}); name the right one in task.prompt")

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from vpd_mlx.config import ExactTask
+from typing import Literal
+
+from pydantic import Field
+
 from vpd_mlx.errors import DataError
-from vpd_mlx.tasks.data import read_split
+from vpd_mlx.tasks.data import DatasetSettings, read_split
 from vpd_mlx.types import Problem, Verdict
 
-__all__ = ["Exact"]
+__all__ = ["Exact", "ExactSettings"]
+
+
+class ExactSettings(DatasetSettings):
+    """The completion must equal the answer, white space at the ends aside."""
+
+    kind: Literal["exact"]
+    ignore_case: bool = Field(False, description="Compare without regard to case.")
 
 
 class Exact:
     """Equality of text, white space at the ends aside."""
 
-    def __init__(self, cfg: ExactTask) -> None:
+    def __init__(self, cfg: ExactSettings) -> None:
         self.train, self.held_out = read_split(cfg)
         self._fold = cfg.ignore_case
         for problem in (*self.train, *self.held_out):

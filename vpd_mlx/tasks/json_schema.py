@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
-from vpd_mlx.config import JsonSchemaTask
+from pydantic import Field
+
 from vpd_mlx.errors import ConfigError, DataError, Fault
 from vpd_mlx.tasks.answers import in_fence, spoken
-from vpd_mlx.tasks.data import read_split
+from vpd_mlx.tasks.data import DatasetSettings, read_split
 from vpd_mlx.types import Problem, Verdict
 
-__all__ = ["JsonSchema"]
+__all__ = ["JsonSchema", "JsonSchemaSettings"]
+
+
+class JsonSchemaSettings(DatasetSettings):
+    """The completion must be JSON that fits a schema; where a row has an answer, it must equal that, too."""
+
+    paths: ClassVar[tuple[str, ...]] = ("data", "eval_data", "schema_file")
+    kind: Literal["json-schema"]
+    # Not called `schema`, which is a method of every section.
+    schema_file: str | None = Field(
+        None, description="File with the schema of all rows, relative to the recipe; null takes each row's own."
+    )
+    schema_column: str = Field("schema", description="Column of a row's own schema: an object, or JSON text.")
+
 
 MOST_FAULTS = 3  # told at once
 
@@ -25,7 +39,7 @@ class JsonSchema:
         DataError: a row has no schema, or one that is none.
     """
 
-    def __init__(self, cfg: JsonSchemaTask) -> None:
+    def __init__(self, cfg: JsonSchemaSettings) -> None:
         self._cfg = cfg
         self._one = None
         if cfg.schema_file is not None:

@@ -2,14 +2,25 @@ r"""The final answer, in `\boxed{}` or after `####`, compared in value by the ma
 
 from __future__ import annotations
 
-from vpd_mlx.config import MathTask
+from typing import Literal
+
+from pydantic import Field
+
 from vpd_mlx.errors import DataError, SourceError
+from vpd_mlx.sandbox.library import Library
 from vpd_mlx.tasks.answers import final_answer, spoken
-from vpd_mlx.tasks.data import read_split
-from vpd_mlx.tasks.library import Library
+from vpd_mlx.tasks.data import DatasetSettings, read_split
 from vpd_mlx.types import Problem, Verdict
 
-__all__ = ["Math"]
+__all__ = ["Math", "MathSettings"]
+
+
+class MathSettings(DatasetSettings):
+    r"""The final answer, in `\boxed{}` or after `####`, must equal the row's in value."""
+
+    kind: Literal["math"]
+    timeout: float = Field(10.0, gt=0, description="Seconds for one comparison; a longer one is no verdict.")
+
 
 # Signals stop what only Python holds up, and the process then lives on; all else is stopped from outside.
 JUDGE = """
@@ -31,7 +42,7 @@ def equal(gold, got, seconds):
 class Math:
     """Numbers, fractions and expressions count as equal where their values are: 1/2, 0.5 and \\frac{1}{2}."""
 
-    def __init__(self, cfg: MathTask) -> None:
+    def __init__(self, cfg: MathSettings) -> None:
         self._seconds = max(1, int(cfg.timeout / 3))  # for each of two readings and a comparison
         self._library = Library(JUDGE, "math_verify", "math", cfg.kind, cfg.timeout)
         self.notices = tuple(filter(None, [self._library.notice]))

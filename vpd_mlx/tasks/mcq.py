@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
-from vpd_mlx.config import McqTask
 from vpd_mlx.errors import DataError
 from vpd_mlx.tasks.answers import in_tag
-from vpd_mlx.tasks.data import read_split
+from vpd_mlx.tasks.data import DatasetSettings, read_split
 from vpd_mlx.types import Problem, Verdict
 
-__all__ = ["Mcq"]
+__all__ = ["Mcq", "McqSettings"]
+
+
+class McqSettings(DatasetSettings):
+    """Multiple choice: the letter of the right option inside `<answer>` tags."""
+
+    kind: Literal["mcq"]
+
 
 _LETTER = re.compile(r"\(?([A-Z])\)?[.:]?", re.I)
 
@@ -18,7 +25,7 @@ _LETTER = re.compile(r"\(?([A-Z])\)?[.:]?", re.I)
 class Mcq:
     """The letter counts, and its place: a right letter outside the tags is no answer."""
 
-    def __init__(self, cfg: McqTask) -> None:
+    def __init__(self, cfg: McqSettings) -> None:
         self.train, self.held_out = read_split(cfg)
         for problem in (*self.train, *self.held_out):
             answer = (problem.answer or "").strip()

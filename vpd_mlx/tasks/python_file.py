@@ -12,20 +12,32 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
-from vpd_mlx.config import PythonTask
+from pydantic import Field
+
 from vpd_mlx.errors import ConfigError, Fault
-from vpd_mlx.tasks.data import read_split
+from vpd_mlx.tasks.data import DatasetSettings, read_split
 from vpd_mlx.types import Problem, Verdict
 
-__all__ = ["PythonFile", "as_verdict"]
+__all__ = ["PythonFile", "PythonSettings", "as_verdict"]
+
+
+class PythonSettings(DatasetSettings):
+    """A verifier of your own: a Python file with `verify(problem, completion)`."""
+
+    paths: ClassVar[tuple[str, ...]] = ("data", "eval_data", "verifier")
+    kind: Literal["python"]
+    verifier: str = Field(
+        description="Python file, relative to the recipe, with `verify(problem, completion)` that returns a score in "
+        "0..1, a bool, or `(score, feedback text)`."
+    )
 
 
 class PythonFile:
     """Calls the user's function with the problem and the completion's text."""
 
-    def __init__(self, cfg: PythonTask) -> None:
+    def __init__(self, cfg: PythonSettings) -> None:
         self._verify = _load(Path(cfg.verifier))
         self.train, self.held_out = read_split(cfg)
 

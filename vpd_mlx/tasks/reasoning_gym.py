@@ -5,16 +5,32 @@ from __future__ import annotations
 import json
 import math
 import re
-from typing import Any
+from typing import Any, Literal
 
-from vpd_mlx.config import ReasoningGymTask
+from pydantic import Field
+
+from vpd_mlx.common.settings import Positive, Section
 from vpd_mlx.errors import ConfigError, DataError, Fault, SourceError
+from vpd_mlx.sandbox.library import Library
 from vpd_mlx.tasks.answers import in_tag
 from vpd_mlx.tasks.data import fraction
-from vpd_mlx.tasks.library import Library
 from vpd_mlx.types import Problem, Verdict
 
-__all__ = ["ReasoningGym"]
+__all__ = ["ReasoningGym", "ReasoningGymSettings"]
+
+
+class ReasoningGymSettings(Section):
+    """Any task of the reasoning-gym library, by name and settings, judged by that library's own scorer."""
+
+    kind: Literal["reasoning_gym"]
+    name: str = Field(description="The library's name of the task, e.g. `spell_backward`.")
+    settings: dict[str, Any] = Field({}, description="Settings of that task, as the library names them.")
+    rows: Positive = Field(1000, description="Problems to make.")
+    seed: int = Field(0, ge=0, description="Seed of the problems.")
+    held_out: float = Field(0.1, gt=0, lt=1, description="Share held out for evaluation, by a hash of name and index.")
+    partial_credit: bool = Field(True, description="Take over the scorer's part marks; else only a full score counts.")
+    timeout: float = Field(10.0, gt=0, description="Seconds for scoring one answer; a longer one is no verdict.")
+
 
 SYSTEM = "Solve the problem. Put the answer, and nothing else, between <answer> and </answer>."
 
@@ -58,7 +74,7 @@ class ReasoningGym:
         DataError: the split leaves one side empty.
     """
 
-    def __init__(self, cfg: ReasoningGymTask) -> None:
+    def __init__(self, cfg: ReasoningGymSettings) -> None:
         self._library = Library(MAKER, "reasoning_gym", "reasoning-gym", cfg.kind, cfg.timeout)
         self.notices = tuple(filter(None, [self._library.notice]))
         self._partial_credit = cfg.partial_credit

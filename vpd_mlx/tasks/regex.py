@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import Any, Literal
 
-from vpd_mlx.config import RegexTask
+from pydantic import Field
+
 from vpd_mlx.errors import ConfigError, DataError, Fault
-from vpd_mlx.tasks.data import read_split
+from vpd_mlx.tasks.data import DatasetSettings, read_split
 from vpd_mlx.types import Problem, Verdict
 
-__all__ = ["Regex"]
+__all__ = ["Regex", "RegexSettings"]
+
+
+class RegexSettings(DatasetSettings):
+    """The completion must match a pattern."""
+
+    kind: Literal["regex"]
+    pattern: str | None = Field(None, description="Pattern of all rows; null takes each row's from the answer column.")
+    match: Literal["whole", "anywhere"] = Field("whole", description="Where in the completion the pattern must match.")
+    ignore_case: bool = Field(False, description="Match without regard to case.")
+    timeout: float = Field(1.0, gt=0, description="Seconds for one match; a longer one is no verdict.")
 
 
 class Regex:
     """White space around the completion does not count. `^` and `$` match at lines."""
 
-    def __init__(self, cfg: RegexTask) -> None:
+    def __init__(self, cfg: RegexSettings) -> None:
         self._cfg = cfg
         self._regex = regex = _library()
         self._flags = regex.MULTILINE | (regex.IGNORECASE if cfg.ignore_case else 0)

@@ -1,0 +1,139 @@
+"""The M-step: the student is pulled onto the teacher, token by token (arXiv 2605.15113, Eq. 10)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from vpd_mlx import losses
+from vpd_mlx.algos.settings import MStepSettings
+from vpd_mlx.algos.teacher import Teacher
+from vpd_mlx.common.seeds import phase_seed
+from vpd_mlx.common.stats import auc, mean
+from vpd_mlx.engine.batching import token_weights
+from vpd_mlx.engine.gradients import (
+    Floats,
+    Learner,
+    Metrics,
+    Sample,
+    accumulate,
+    epochs,
+    minibatches,
+    teacher_row,
+    update_metrics,
+)
+from vpd_mlx.engine.heads import Head
+from vpd_mlx.engine.policy import Policy
+
+__all__ = ["Distillation", "divergence_metrics", "divergence_update"]
+
+MASS_K = 20  # tokens counted by the top-k mass where the recipe sets no k
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """The token loss of the M-step: the divergence and the teacher's logits."""
+
+    cfg: MStepSettings
+    teacher: Teacher
+
+    def __call__(
+        self, logits: mx.array, fixed: Mapping[str, mx.array], head: Head
+    ) -> tuple[mx.array, dict[str, mx.array]]:
+        """Divergence of each token and what is logged of it."""
+        student = losses.log_softmax(logits)
+        teacher = losses.log_softmax(mx.stop_gradient(self.teacher.logits(fixed, head)))
+        loss = losses.divergence_from_logps(
+            student, teacher, alpha=self.cfg.alpha, top_k=self.cfg.top_k, tail=self.cfg.tail
+        )
+        ids = fixed["targets"][:, None]
+        student_logp = mx.take_along_axis(student, ids, axis=-1)[:, 0]
+        if self.cfg.importance_clip is not None:
+            loss = loss * losses.importance_weights(student_logp, fixed["old"], clip=self.cfg.importance_clip)
+        frozen = mx.stop_gradient(student)
+        p, q = mx.exp(frozen), mx.exp(teacher)
+        k = min(self.cfg.top_k or MASS_K, student.shape[-1])
+        return loss, {
+            "student_logp": mx.stop_gradient(student_logp),
+            "teacher_logp": mx.take_along_axis(teacher, ids, axis=-1)[:, 0],
+            "student_entropy": -(p * frozen).sum(-1),
+            "teacher_entropy": -(q * teacher).sum(-1),
+            "mass": mx.topk(p, k, axis=-1).sum(-1),
+        }
+
+    def constants(self, policy: Policy, samples: Sequence[Sample]) -> list[dict[str, mx.array]]:
+        """What the loss needs beside the targets, per sample: a teacher's pass, and the sampler's log-probabilities."""
+        states = self.teacher.states(policy, [teacher_row(s) for s in samples])
+        if self.cfg.importance_clip is None:
+            return states
+        return [{**s, "old": mx.array(x.rollout.logps)} for s, x in zip(states, samples, strict=True)]
+
+
+def divergence_update(
+    policy: Policy, samples: Sequence[Sample], learner: Learner, cfg: MStepSettings, teacher: Teacher, *, seed: int
+) -> tuple[Metrics, dict[int, dict[str, Floats]]]:
+    """M-step: pull the student onto the teacher by a divergence of each token (arXiv 2605.15113, Eq. 10).
+
+    Returns metrics and, by sample, the tokens' figures as they stood before the first update of this batch.
+    """
+    loss = Distillation(cfg, teacher)
+    batches = minibatches(samples, cfg.minibatch_prompts)
+    seen: dict[int, dict[str, Floats]] = {}
+    updates, values = [], []
+    for number, indices in epochs(batches, cfg.epochs):
+        chosen = [i for i in indices if samples[i].teacher is not None]
+        if not chosen:
+            continue  # nobody here has a context: nothing to learn from
+        part = [samples[i] for i in chosen]
+        rows = [s.student for s in part]
+        lengths = [len(r.completion) for r in rows]
+        weights = token_weights(lengths, cfg.weighting, sequences=len(indices), tokens=sum(lengths))
+
+        def constants(own: Sequence[int], part: list[Sample] = part) -> list[dict[str, mx.array]]:
+            return loss.constants(policy, [part[i] for i in own])
+
+        done = accumulate(policy, rows, weights, constants, loss, phase_seed(seed, number, "m_step"))
+        updates.append(learner.apply(policy, done.gradients))
+        values.append(done.loss)
+        for i, columns in zip(chosen, done.columns, strict=True):
+            seen.setdefault(i, columns)
+    return {
+        "loss": mean(values),
+        "sequences": len(seen),
+        **divergence_metrics(samples, seen),
+        **update_metrics(updates),
+    }, seen
+
+
+def divergence_metrics(samples: Sequence[Sample], seen: Mapping[int, Mapping[str, Floats]]) -> Metrics:
+    """Means over tokens of what `Distillation` hands out, by sample."""
+
+    def token_mean(name: str, keep: Callable[[Sample], bool] = lambda _s: True) -> float | None:
+        parts = [seen[i][name] for i in seen if keep(samples[i])]
+        return float(np.concatenate(parts).mean()) if parts else None
+
+    return {
+        "divergence": token_mean("loss"),
+        "divergence_right": token_mean("loss", lambda s: s.rollout.success),
+        "divergence_wrong": token_mean("loss", lambda s: not s.rollout.success),
+        "student_entropy": token_mean("student_entropy"),
+        "teacher_entropy": token_mean("teacher_entropy"),
+        "mass": token_mean("mass"),
+        **_margin(samples, seen),
+    }
+
+
+def _margin(samples: Sequence[Sample], seen: Mapping[int, Mapping[str, Floats]]) -> Metrics:
+    """How far the teacher prefers right completions to wrong ones: sums of log q - log pi, so r~ / beta, by class."""
+    sums = {i: float((c["teacher_logp"] - c["student_logp"]).sum()) for i, c in seen.items()}
+    right = [v for i, v in sums.items() if samples[i].rollout.success]
+    wrong = [v for i, v in sums.items() if not samples[i].rollout.success]
+    return {
+        "log_ratio_right": mean(right),
+        "log_ratio_wrong": mean(wrong),
+        "margin": float(np.mean(right) - np.mean(wrong)) if right and wrong else None,
+        "auc": auc(right, wrong),
+    }

@@ -1,0 +1,88 @@
+"""Which weights stand behind the teacher's prompt.
+
+The teacher is the student's own network under another prompt. `live` takes it as it is, `frozen` as it was when the batch
+began, `ema` a slow copy of the adapter, `trust_region` logits between the initial model's and the student's, `adapter` a
+second LoRA on the same base, which the E-step trains and the M-step reads. Only LoRA tensors ever exist twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
+
+import mlx.core as mx
+
+from vpd_mlx.algos.settings import TeacherSettings
+from vpd_mlx.engine.heads import Head
+from vpd_mlx.engine.policy import Adapter, Policy
+from vpd_mlx.types import Row
+
+__all__ = ["Teacher"]
+
+Kind = Literal["live", "frozen", "ema", "trust_region", "adapter"]
+
+
+class Teacher:
+    """Gives the teacher's hidden states, and its logits from them within a chunk of the head."""
+
+    def __init__(self, cfg: TeacherSettings, default: Kind, policy: Policy) -> None:
+        self.kind: Kind = cfg.weights or default
+        self.cfg = cfg
+        # The EMA and the teacher's own adapter start as the student's.
+        self.weights: Adapter | None = policy.adapter if self.kind in ("ema", "adapter", "frozen") else None
+
+    def begin_batch(self, policy: Policy) -> None:
+        """Before the first update of a batch of rollouts."""
+        if self.kind == "frozen":
+            self.weights = policy.adapter
+
+    def end_batch(self, policy: Policy) -> None:
+        """After the last update of a batch: the EMA takes in the student."""
+        if self.kind == "ema" and self.weights is not None:
+            rate = self.cfg.ema_rate
+            self.weights = {k: (1 - rate) * self.weights[k] + rate * v for k, v in policy.adapter.items()}
+            mx.eval(self.weights)
+
+    @contextlib.contextmanager
+    def e_step_weights(self, policy: Policy) -> Iterator[None]:
+        """Within the block the network is the one that the E-step trains: the student's, or the teacher's own adapter."""
+        if self.kind != "adapter" or self.weights is None:
+            yield
+            return
+        student = policy.adapter
+        policy.set_adapter(self.weights)
+        try:
+            yield
+            self.weights = policy.adapter
+        finally:
+            policy.set_adapter(student)
+
+    def states(self, policy: Policy, rows: Sequence[Row]) -> list[dict[str, mx.array]]:
+        """Hidden states of the completion positions under the teacher's weights, per row, without gradient."""
+        if self.kind == "trust_region":
+            live = policy.states(rows)
+            with policy.adapter_off():
+                initial = policy.states(rows)
+            return [{"teacher": a, "initial": b} for a, b in zip(live, initial, strict=True)]
+        if self.weights is None:
+            return [{"teacher": s} for s in policy.states(rows)]
+        with policy.using(self.weights):
+            return [{"teacher": s} for s in policy.states(rows)]
+
+    def logits(self, fixed: Mapping[str, mx.array], head: Head) -> mx.array:
+        """Logits (m, V), float32, from a chunk of `states`."""
+        logits = head(fixed["teacher"]).astype(mx.float32)
+        if self.kind == "trust_region":
+            initial = head(fixed["initial"]).astype(mx.float32)
+            logits = initial + self.cfg.trust_region * (logits - initial)
+        return logits
+
+    def arrays(self) -> dict[str, mx.array]:
+        """What a checkpoint must keep; a frozen teacher is made anew with every batch."""
+        return dict(self.weights or {}) if self.kind != "frozen" else {}
+
+    def restore(self, arrays: Mapping[str, mx.array]) -> None:
+        """Take up a checkpoint's weights."""
+        if arrays:
+            self.weights = dict(arrays)

@@ -1,0 +1,86 @@
+"""The command line: parse, call one function, print an error in one line."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vpd_mlx import __version__
+from vpd_mlx.commands.compare import compare
+from vpd_mlx.commands.doctor import doctor
+from vpd_mlx.commands.evaluate import evaluate
+from vpd_mlx.commands.export import export
+from vpd_mlx.commands.lab import lab
+from vpd_mlx.commands.new import new
+from vpd_mlx.commands.plan import plan
+from vpd_mlx.commands.report import report
+from vpd_mlx.commands.show import show
+from vpd_mlx.commands.task import data, verify
+from vpd_mlx.commands.train import train
+from vpd_mlx.errors import VpdError
+from vpd_mlx.recipe import builtin_recipes, load_recipe
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="vpd-mlx",
+    help="Teach a small language model from language feedback, on one machine. `vpd-mlx train` alone runs a demonstration.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"vpd-mlx {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.command()(train)
+app.command("eval")(evaluate)
+app.command()(doctor)
+app.command()(export)
+app.command()(lab)
+app.command()(new)
+app.command()(verify)
+app.add_typer(data, name="data")
+app.command()(plan)
+app.command()(report)
+app.command()(show)
+app.command()(compare)
+
+
+@app.command()
+def recipes() -> None:
+    """List the built-in recipes."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("recipe")
+    table.add_column("algorithm")
+    table.add_column("what it does")
+    for name, path in builtin_recipes().items():
+        recipe = load_recipe(path)
+        table.add_row(name, recipe.algorithm, recipe.description)
+    Console(highlight=False).print(table)
+
+
+def main() -> None:
+    """Entry point: an error that is the user's to mend is one line on standard error."""
+    try:
+        app()
+    except VpdError as error:
+        sys.stderr.write(f"vpd-mlx: {error}\n")
+        raise SystemExit(error.exit_code) from None

@@ -1,0 +1,210 @@
+"""`vpd-mlx train`: a recipe, a folder, a run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vpd_mlx.commands.options import SetOption, overridden
+from vpd_mlx.common.files import read_rows
+from vpd_mlx.common.text import duration, percent
+from vpd_mlx.engine.ranks import Ranks
+from vpd_mlx.errors import ConfigError, Fault
+from vpd_mlx.recipe import Recipe, load_recipe, resolve_recipe_path
+from vpd_mlx.report.live import make_view
+from vpd_mlx.run.log import MARK, free_run_folder
+
+__all__ = ["MAY_CHANGE", "MOMENT", "train"]
+
+
+def train(
+    recipe: Annotated[
+        str | None, typer.Argument(help="A built-in recipe's name or a .yaml file.", show_default="quickstart")
+    ] = None,
+    sets: SetOption = None,
+    steps: Annotated[int | None, typer.Option(help="Rollout batches of the whole run.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Decides everything random.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder.", show_default="runs/<name>, or runs/<name>-2 … when that is taken")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Go on with this run folder, by its own recipe.")
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace the run in `--out`, else in runs/<name>: all that is in that folder."
+        ),
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings only.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON, and nothing else.")] = False,
+) -> None:
+    """Train as a recipe says: roll out, grade, learn from the feedback, evaluate, write adapters.
+
+    Ctrl-C ends the run at the next safe moment with a checkpoint and adapters; a second one leaves at once.
+    """
+    overrides = overridden(sets, steps=steps, seed=seed)
+
+    def asked() -> tuple[Recipe, Path]:
+        if resume is not None:
+            return _resumed(resume, overrides, recipe, out, overwrite), resume
+        cfg = load_recipe(resolve_recipe_path(recipe or "quickstart"), overrides)
+        if out is not None or overwrite:
+            return cfg, out or Path("runs") / cfg.name
+        return cfg, free_run_folder(Path("runs"), cfg.name)
+
+    ranks = Ranks.of_environment()
+    # Of several ranks the first one's recipe and folder hold for all: the others' machines need not have the run.
+    cfg, folder = ranks.from_first(asked)
+    # Late, so that a wrong recipe is told at once: mlx-lm and the tokenizers take two seconds to load.
+    from vpd_mlx.run.loop import train as run
+    from vpd_mlx.run.step import Stop
+
+    quiet = quiet or not ranks.first
+    as_json = as_json and ranks.first
+    stop = Stop()
+    _handle_signals(stop)
+    with _only_json(as_json), make_view(f"{cfg.name} ({cfg.algorithm})", quiet=quiet or as_json) as view:
+        summary = run(
+            cfg, folder, resume=resume is not None, overwrite=overwrite, progress=view, stop=stop, ranks=ranks
+        )
+    if "interrupted" in summary:
+        if not quiet and not as_json:
+            typer.echo(f"go on with: vpd-mlx train --resume {folder}")
+        raise typer.Exit(128 + int(summary["interrupted"]))
+    if as_json:
+        typer.echo(json.dumps(summary, indent=2))
+    elif not quiet:
+        _report(cfg, folder, summary)
+
+
+def _only_json(asked: bool) -> contextlib.AbstractContextManager[object]:
+    """What a verifier prints goes to standard error where standard output is to hold JSON."""
+    return contextlib.redirect_stdout(sys.stderr) if asked else contextlib.nullcontext()
+
+
+def _resumed(
+    folder: Path, overrides: list[tuple[str, Any]], recipe: str | None, out: Path | None, overwrite: bool
+) -> Recipe:
+    if recipe is not None or out is not None or overwrite:
+        raise ConfigError(
+            [
+                Fault(
+                    "--resume", "a resumed run has its own recipe and folder", "leave RECIPE, --out and --overwrite out"
+                )
+            ],
+            "command line",
+        )
+    if not (folder / MARK).is_file():
+        raise ConfigError(
+            [Fault("--resume", f"{folder} holds no run ({MARK} is missing)", "give the folder of a run")],
+            "command line",
+        )
+    before = load_recipe(folder / MARK)
+    after = load_recipe(folder / MARK, overrides)
+    if after.steps < before.steps and after.steps < _logged(folder):
+        short = f"{after.steps}, and {_logged(folder)} are done"
+        raise ConfigError([Fault("steps", short, "ask for more, or take an earlier checkpoint's adapter")], "--resume")
+    changed = [key for key in _changed(before.model_dump(), after.model_dump()) if not key.startswith(MAY_CHANGE)]
+    if changed:
+        remedy = "start a new run for that; on resume only these may change: " + ", ".join(
+            k.removesuffix(".") for k in MAY_CHANGE
+        )
+        raise ConfigError([Fault(key, "differs from the run's recipe", remedy) for key in changed], "--resume")
+    return after
+
+
+def _logged(folder: Path) -> int:
+    rows = read_rows(folder / "metrics.jsonl")
+    return int(rows[-1]["step"]) if rows else 0
+
+
+MAY_CHANGE = (
+    "steps",
+    "evaluation.every",
+    "checkpoint.",
+    "memory.limit_gb",
+    "memory.cache_limit_gb",
+    "memory.wired_limit_gb",
+    "description",
+    "logging.",
+)
+
+
+def _changed(before: Any, after: Any, path: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = [*before, *(k for k in after if k not in before)]
+        return [c for k in keys for c in _changed(before.get(k), after.get(k), f"{path}.{k}" if path else k)]
+    return [] if before == after else [path]
+
+
+MOMENT = 2.0  # seconds
+
+
+def _handle_signals(stop: Any) -> None:
+    def handler(number: int, _frame: FrameType | None) -> None:
+        if stop.signal is not None:  # the second one: leave at once, the last checkpoint is whole
+            sys.stderr.write("\n")
+            # Whatever hangs, a verifier's thread for one, may hold up an orderly end: it is given a moment.
+            end = threading.Timer(MOMENT, os._exit, (128 + number,))
+            end.daemon = True
+            end.start()
+            raise SystemExit(128 + number)
+        stop.signal = number
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+def _report(cfg: Recipe, folder: Path, summary: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    table = Table(title=f"held-out problems ({summary['problems']})", title_justify="left")
+    table.add_column("")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    names = {
+        "student": f"student, avg@{cfg.evaluation.samples}",
+        "student_greedy": "student, greedy",
+        "teacher": "teacher under feedback",
+    }
+    for key, name in names.items():
+        table.add_row(name, percent(summary["before"][key]), percent(summary["after"][key]))
+    console.print(table)
+    training = sum(v for k, v in summary["seconds"].items() if k not in ("wall", "evaluation"))
+    console.print(
+        (
+            ""
+            if summary["adapter_of_step"] == summary["steps"]
+            else f"the adapter of step {summary['adapter_of_step']}; "
+        )
+        + f"{summary['steps']} steps, {duration(training)} training, {duration(summary['seconds']['wall'])} in all"
+    )
+    console.print(f"adapters: {folder / 'adapters'}", soft_wrap=True)
+    prompt = _first_prompt(folder)
+    console.print(
+        f"try it: python -m mlx_lm generate --model {_quoted(cfg.model)} --adapter-path {_quoted(str(folder / 'adapters'))} "
+        f"--max-tokens {cfg.rollout.max_completion_tokens} --prompt {_quoted(prompt)}",
+        soft_wrap=True,
+    )
+
+
+def _first_prompt(folder: Path) -> str:
+    with (folder / "rollouts.jsonl").open(encoding="utf-8") as f:
+        return str(json.loads(f.readline())["prompt"])
+
+
+def _quoted(text: str) -> str:
+    import shlex
+
+    return shlex.quote(text)

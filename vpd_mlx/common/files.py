@@ -1,0 +1,66 @@
+"""Files written whole or not at all, and JSON lines."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from vpd_mlx.errors import RunError
+
+__all__ = ["file_errors", "plain", "read_rows", "write_atomic"]
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file so that a reader or a crash sees the old one or the new one, never half of it.
+
+    Raises:
+        RunError: it cannot be written; the old one is untouched then.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with file_errors(path):
+        try:
+            with partial.open("w", encoding="utf-8") as f:
+                f.write(text)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(partial, path)
+        except OSError:
+            with contextlib.suppress(OSError):  # the disk is what is at fault: the first error is the one to tell
+                partial.unlink(missing_ok=True)
+            raise
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log. A last line without its newline is an unfinished write, and left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines if line]
+
+
+@contextlib.contextmanager
+def file_errors(path: Path) -> Iterator[None]:
+    """Within the block a failed read or write of a run's files is a `RunError` that names the file and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{error.filename or path}: {error.strerror or error}; free space or mend the permissions, then go on with "
+            "--resume where a run had begun"
+        ) from error
+
+
+def plain(value: Any) -> Any:
+    """JSON has no NaN or infinity: they become their names, so that a reader sees that something went wrong."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return value

@@ -1,0 +1,3 @@
+"""The network: load, adapt, sample, score, differentiate."""
+
+__all__: list[str] = []

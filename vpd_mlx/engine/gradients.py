@@ -1,0 +1,304 @@
+"""What every update shares: samples, minibatches, summed gradients, and the optimizer.
+
+A batch of rollouts is a list of samples; an update walks it in micro-batches. Every token's weight is fixed beforehand from
+totals over the whole minibatch, so that any split into micro-batches gives the same gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import numpy.typing as npt
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from vpd_mlx.common.stats import mean
+from vpd_mlx.engine.heads import TokenLoss, weighted_token_loss
+from vpd_mlx.engine.policy import Policy
+from vpd_mlx.engine.settings import OptimizerSettings
+from vpd_mlx.types import Group, Rollout, Row
+
+__all__ = [
+    "Floats",
+    "Learner",
+    "Metrics",
+    "Pass",
+    "Sample",
+    "accumulate",
+    "accumulate_weighed",
+    "adam_step",
+    "epochs",
+    "gather",
+    "minibatches",
+    "scored",
+    "teacher_row",
+    "unit_weights",
+    "update_metrics",
+]
+
+Floats = npt.NDArray[np.float32]
+Metrics = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One rollout as the updates see it: the completion behind the student's and, with a context, the teacher's prompt."""
+
+    group: int
+    student: Row
+    teacher: Row | None
+    rollout: Rollout
+
+
+def gather(groups: Sequence[Group]) -> list[Sample]:
+    """All rollouts of a batch, in order."""
+    return [
+        Sample(
+            group=g,
+            student=Row(group.prompt, r.tokens),
+            teacher=None if r.teacher_prompt is None else Row(r.teacher_prompt, r.tokens),
+            rollout=r,
+        )
+        for g, group in enumerate(groups)
+        for r in group.rollouts
+    ]
+
+
+def minibatches(samples: Sequence[Sample], prompts: int | None) -> list[list[int]]:
+    """Indices of samples, `prompts` whole groups at a time; None takes all."""
+    present = sorted({s.group for s in samples})
+    size = prompts or max(1, len(present))
+    chosen = [set(present[i : i + size]) for i in range(0, len(present), size)]
+    return [[i for i, s in enumerate(samples) if s.group in part] for part in chosen]
+
+
+def teacher_row(sample: Sample) -> Row:
+    """The completion behind the teacher's prompt.
+
+    Raises:
+        ValueError: the sample has no context.
+    """
+    if sample.teacher is None:
+        raise ValueError("a sample without a context has no teacher prompt")
+    return sample.teacher
+
+
+def epochs(batches: Sequence[list[int]], passes: int) -> Iterator[tuple[int, list[int]]]:
+    """(number of the update within this batch, indices), `passes` times over the minibatches."""
+    number = 0
+    for _ in range(passes):
+        for indices in batches:
+            yield number, indices
+            number += 1
+
+
+AdamStep = Callable[[Any, Any, Any, mx.array], tuple[Any, Any]]
+
+
+def adam_step(adam: optim.AdamW) -> AdamStep:
+    """(parameters, gradients, optimizer's state, factor on the gradients) -> (parameters, state), as trees of arrays.
+
+    All that changes from update to update comes in as an array, so that one trace of `mx.compile` serves every update. On a GPU
+    that is a kernel for each tensor in the place of a dozen; on the CPU compilation is off, see `Policy`.
+    """
+
+    def step(parameters: Any, gradients: Any, state: Any, factor: mx.array) -> tuple[Any, Any]:
+        adam.state = state
+        moved = adam.apply_gradients(tree_map(lambda g: g * factor.astype(g.dtype), gradients), parameters)
+        return moved, adam.state
+
+    return step
+
+
+class Learner:
+    """AdamW over the adapter with linear warm-up and clipping. An update whose gradient is not finite is skipped."""
+
+    def __init__(self, cfg: OptimizerSettings, ratio: float = 1.0) -> None:
+        self.cfg = cfg
+        self.rate = cfg.learning_rate * ratio
+        self.updates = 0
+        self.skipped = 0
+        self._adam = optim.AdamW(
+            learning_rate=self.rate,
+            betas=[cfg.beta1, cfg.beta2],
+            weight_decay=cfg.weight_decay,
+            bias_correction=True,  # off by default in mlx
+        )
+        self._ready = False
+        self._step: AdamStep = mx.compile(adam_step(self._adam))
+
+    def prepare(self, policy: Policy) -> None:
+        """Make room for the moments now, not in the first update."""
+        if not self._ready:
+            self._adam.init(policy.model.trainable_parameters())
+            self._ready = True
+            mx.eval(self._adam.state)
+
+    def apply(self, policy: Policy, gradients: Any) -> Metrics:
+        """Move the policy's adapter by one update, by the gradients of all ranks; returns `grad_norm`, `rate`, `applied`."""
+        gradients = policy.ranks.sum(gradients)
+        # One wait for the device, not one for every tensor.
+        squares: Any = mx.stack([mx.square(g).sum() for _, g in tree_flatten(gradients)]).tolist()
+        norm = math.sqrt(sum(squares))
+        if not math.isfinite(norm):
+            self.skipped += 1
+            return {"grad_norm": None, "rate": 0.0, "applied": 0}
+        self.updates += 1
+        rate = self.rate * min(1.0, self.updates / max(1, self.cfg.warmup_steps))
+        most = self.cfg.grad_clip
+        factor = mx.array(1.0 if most is None or norm <= most else most / norm, mx.float32)
+        self.prepare(policy)
+        self._adam.learning_rate = rate
+        parameters, self._adam.state = self._step(
+            policy.model.trainable_parameters(), gradients, self._adam.state, factor
+        )
+        policy.model.update(parameters)
+        mx.eval(policy.model.trainable_parameters(), self._adam.state)
+        return {"grad_norm": norm, "rate": rate, "applied": 1}
+
+    def arrays(self) -> dict[str, mx.array]:
+        """The optimizer's state by name, for a checkpoint."""
+        return dict(tree_flatten(self._adam.state))
+
+    def restore(self, arrays: Mapping[str, mx.array], updates: int, skipped: int) -> None:
+        """Take up a checkpoint's state."""
+        self._adam.state = tree_unflatten(list(arrays.items()))
+        self._ready = True
+        self.updates, self.skipped = updates, skipped
+
+
+@dataclass
+class Pass:
+    """What one walk over a minibatch leaves: this rank's gradients, the loss, and per row each token's figures."""
+
+    gradients: Any
+    loss: float
+    columns: list[dict[str, Floats]]
+
+
+Constants = Callable[[Sequence[int]], Sequence[Mapping[str, mx.array]]]
+"""Indices of rows -> what the token loss needs for each beside its targets, token by token."""
+
+Weigh = Callable[[list[Floats]], Sequence[Floats]]
+"""Log-probabilities of every row's tokens -> their weights. A pure function: it may be asked again."""
+
+
+def accumulate(
+    policy: Policy,
+    rows: Sequence[Row],
+    weights: Sequence[Floats],
+    constants: Constants,
+    token_loss: TokenLoss,
+    seed: int,
+    into: Pass | None = None,
+) -> Pass:
+    """Sum of weighted token losses over rows and its gradient, micro-batch by micro-batch, on top of `into`.
+
+    With several ranks each walks its share: loss and figures are those of all rows, the gradients are summed by
+    `Learner.apply`. Where memory runs out the walk starts over with smaller micro-batches, to the same sum.
+    """
+    own = policy.ranks.share(rows)
+    mine = [rows[i] for i in own]
+    fixed = constants(own)
+    start = into.gradients if into else None
+    gradients, loss, columns = policy.within_memory(
+        lambda: _accumulate(policy, mine, [weights[i] for i in own], fixed, token_loss, seed, start)
+    )
+    if gradients is None:  # more ranks than rows
+        gradients = tree_map(mx.zeros_like, policy.model.trainable_parameters())
+    return Pass(
+        gradients,
+        (into.loss if into else 0.0) + sum(policy.ranks.gather(loss)),
+        policy.ranks.collect(own, columns, len(rows)),
+    )
+
+
+def accumulate_weighed(policy: Policy, rows: Sequence[Row], weigh: Weigh, token_loss: TokenLoss, seed: int) -> Pass:
+    """`accumulate` with weights that follow from the log-probabilities of all rows, which a forward pass must find first.
+
+    Where all rows of one rank fill half a micro-batch at most, that forward pass is the one that the backward pass goes on
+    from: a pass over the blocks less, and the same bits. Half, since looking at a forward pass midway keeps all that it made,
+    some two thirds more than its gradient needs: so the peak stays below that of a full micro-batch.
+    """
+
+    def in_one() -> tuple[Any, float, list[dict[str, Floats]]] | None:
+        if policy.ranks.size > 1 or policy.has_dropout or not policy.fit_half(rows):
+            return None
+        return _accumulate(policy, rows, weigh, [{} for _ in rows], token_loss, seed, None)
+
+    done = policy.within_memory(in_one)
+    if done is not None:
+        return Pass(*done)
+    return accumulate(policy, rows, weigh(scored(policy, rows)), lambda own: [{} for _ in own], token_loss, seed)
+
+
+def scored(policy: Policy, rows: Sequence[Row]) -> list[Floats]:
+    """`Policy.logps` of all rows, each rank scoring its share."""
+    own = policy.ranks.share(rows)
+    return policy.ranks.collect(own, policy.logps([rows[i] for i in own]), len(rows))
+
+
+def _accumulate(
+    policy: Policy,
+    rows: Sequence[Row],
+    weights: Sequence[Floats] | Weigh,
+    constants: Sequence[Mapping[str, mx.array]],
+    token_loss: TokenLoss,
+    seed: int,
+    gradients: Any,
+) -> tuple[Any, float, list[dict[str, Floats]]]:
+    total = 0.0
+    columns: list[dict[str, Floats]] = [{} for _ in rows]
+    mx.random.seed(seed)  # dropout's masks, where there is any
+    for indices in policy.split(rows):
+        part = [rows[i] for i in indices]
+        fixed = {k: mx.concatenate([constants[i][k] for i in indices]) for k in constants[indices[0]]}
+
+        def batch_loss(
+            part: list[Row] = part, indices: list[int] = indices, fixed: Mapping[str, mx.array] = fixed
+        ) -> tuple[mx.array, dict[str, mx.array]]:
+            states, targets = policy.hidden(part)
+            if callable(weights):  # all rows are in this micro-batch
+                found = dict(zip(indices, policy.scores(part, states, targets), strict=True))
+                each = weights([found[i] for i in range(len(rows))])
+            else:
+                each = weights
+            flat = mx.array(np.concatenate([each[i] for i in indices]))
+            return weighted_token_loss(
+                policy.head, token_loss, states, flat, {"targets": targets, **fixed}, policy.head_chunk
+            )
+
+        with policy.dropout_on():
+            (value, figures), gradient = nn.value_and_grad(policy.model, batch_loss)()
+        gradients = gradient if gradients is None else tree_map(mx.add, gradients, gradient)
+        mx.eval(value, figures, gradients)
+        total += float(value)
+        start = 0
+        values = {name: np.array(column) for name, column in figures.items()}
+        for i in indices:
+            stop = start + len(rows[i].completion)
+            columns[i] = {name: column[start:stop] for name, column in values.items()}
+            start = stop
+    return gradients, total, columns
+
+
+def unit_weights(rows: Sequence[Row]) -> list[Floats]:
+    """1 for every token: for losses that carry their weights themselves."""
+    return [np.ones(len(r.completion), np.float32) for r in rows]
+
+
+def update_metrics(updates: Sequence[Metrics]) -> Metrics:
+    """`grad_norm` (mean before clipping), `rate`, and how many updates were made or left out as not finite."""
+    norms = [u["grad_norm"] for u in updates if u["grad_norm"] is not None]
+    return {
+        "grad_norm": mean(norms),
+        "rate": updates[-1]["rate"] if updates else 0.0,
+        "updates": sum(u["applied"] for u in updates),
+        "nonfinite": sum(1 - u["applied"] for u in updates),
+    }

@@ -1,0 +1,335 @@
+"""Sampling: groups of completions from the student, one prefill per prompt, all rows decoded side by side.
+
+The only module that touches mlx-lm's `BatchGenerator`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.generate import BatchGenerator, generation_stream
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.sample_utils import make_sampler
+
+from vpd_mlx.engine.policy import Policy
+from vpd_mlx.errors import DataError
+from vpd_mlx.prompts import Prompter
+from vpd_mlx.types import FinishReason, Group, Problem, Rollout
+
+__all__ = ["Sampling", "as_groups", "default_streams", "generate", "probe_batches", "roll_out", "student_prompts"]
+
+PREFILL = 2048  # prompt tokens read at once
+CPU_STREAMS = 2  # one mlx stream keeps one core busy; a constant, so that a run is the same on any number of cores
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample. `temperature` 0 is greedy; `rows` bounds the sequences decoded side by side; `streams` is the number of
+    threads among which prompts are divided, each with draws of its own."""
+
+    temperature: float
+    top_p: float
+    max_tokens: int
+    rows: int | None = None
+    streams: int = 1
+
+
+def default_streams() -> int:
+    """How many threads decode where the recipe does not say: a GPU is one device, a CPU has cores to spare."""
+    return CPU_STREAMS if mx.default_device() == mx.Device(mx.cpu) else 1
+
+
+Finished = tuple[int, int, Rollout]
+"""(prompt index, sample index, rollout)."""
+
+
+def generate(
+    policy: Policy, prompts: Sequence[tuple[int, ...]], samples: int, how: Sampling, seed: int
+) -> Generator[Finished, None, None]:
+    """Sample `samples` completions of each prompt; yields (prompt index, sample index, rollout) as each one finishes.
+
+    The same seed, prompts and counts give the same tokens. Log-probabilities are those of the untempered distribution
+    that the sampler saw.
+    """
+    parts = min(how.streams, len(prompts))
+    if parts > 1:
+        yield from _side_by_side(policy, prompts, samples, how, seed, parts)
+        return
+    for finished in _steps(policy, prompts, samples, replace(how, streams=1), seed):
+        yield from finished
+
+
+def _side_by_side(
+    policy: Policy, prompts: Sequence[tuple[int, ...]], samples: int, how: Sampling, seed: int, parts: int
+) -> Iterator[Finished]:
+    """Each part of the prompts in a thread of its own, for devices whose one stream leaves cores idle.
+
+    mlx keeps streams and random states by thread, so that a part's draws depend on its seed alone.
+    """
+    results: queue.SimpleQueue[list[Finished] | BaseException | None] = queue.SimpleQueue()
+    stop = threading.Event()
+    rows = None if how.rows is None else max(1, how.rows // parts)
+
+    def work(part: int) -> None:
+        start, end = len(prompts) * part // parts, len(prompts) * (part + 1) // parts
+        try:
+            steps = _steps(policy, prompts[start:end], samples, replace(how, rows=rows), seed + part)
+            with contextlib.closing(steps):
+                for finished in steps:
+                    if stop.is_set():
+                        return
+                    if finished:
+                        results.put([(start + p, n, r) for p, n, r in finished])
+            results.put(None)
+        except BaseException as error:  # noqa: BLE001 - raised again where the results are asked for
+            results.put(error)
+        finally:
+            mx.clear_streams()  # mlx's own must not outlive the thread, or the process may abort at its end
+
+    mx.eval(policy.model.parameters())  # what was put in lazily belongs to this thread's stream
+    threads = [
+        threading.Thread(target=work, args=(part,), name=f"rollout-{part}", daemon=True) for part in range(parts)
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        left = parts
+        while left:
+            found = results.get()
+            if isinstance(found, BaseException):
+                raise found
+            if found is None:
+                left -= 1
+            else:
+                yield from found
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+def _steps(
+    policy: Policy, prompts: Sequence[tuple[int, ...]], samples: int, how: Sampling, seed: int
+) -> Generator[list[Finished], None, None]:
+    """Decode token by token; yields after each the rows that it finished."""
+    total = len(prompts) * samples
+    if not total:
+        return
+    mx.random.seed(seed)
+    width = min(total, how.rows or total, policy.widest or total)
+    together = samples > 1 and width == total and all(len(p) > 1 for p in prompts)
+    cache = _behind_prompts(policy, prompts, samples) if together else None
+    if cache is not None:
+        yield from _all_at_once(policy, prompts, cache, samples, how)
+    else:
+        yield from _continuous(policy, prompts, samples, how, width)
+
+
+def _sampler(how: Sampling) -> Callable[[mx.array], mx.array]:
+    sampler: Callable[[mx.array], mx.array] = make_sampler(
+        temp=how.temperature, top_p=how.top_p if how.top_p < 1.0 else 0.0
+    )
+    return sampler
+
+
+def _all_at_once(
+    policy: Policy, prompts: Sequence[tuple[int, ...]], cache: list[Any], samples: int, how: Sampling
+) -> Generator[list[Finished], None, None]:
+    """All rows from first to last, behind prompts that were read once.
+
+    What `BatchGenerator` does where no row waits for a place, with the same draws, less what its other uses need: each row's
+    whole distribution, stop sequences, copies of finished rows' caches.
+    """
+    sampler, stops = _sampler(how), set(policy.tokenizer.eos_token_ids)
+    rows = [(p, n) for p in range(len(prompts)) for n in range(samples)]
+    done: dict[tuple[int, int], tuple[list[int], list[float]]] = {at: ([], []) for at in rows}
+    # mlx lets few tasks wait, counted over all streams: beside another thread, async_eval waits for that one's.
+    start: Callable[..., None] = mx.async_eval if how.streams == 1 else mx.eval
+
+    def step(tokens: mx.array) -> tuple[mx.array, mx.array]:
+        logits = policy.model(tokens[:, None], cache=cache)[:, -1, :]
+        logps = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        sampled = sampler(logps)
+        # Only the sampled token's is kept: a row of log-probabilities would pin the whole (rows, V) buffer.
+        chosen = mx.take_along_axis(logps, sampled[:, None], axis=-1)[:, 0].astype(mx.float32)
+        start(sampled, chosen)
+        return sampled, chosen
+
+    with mx.stream(generation_stream):
+        tokens, chosen = step(mx.array([prompts[p][-1] for p, _ in rows]))
+    for length in range(1, how.max_tokens + 1):
+        here, scores = tokens, chosen
+        if length < how.max_tokens:  # the next tokens are under way while these are looked at
+            with mx.stream(generation_stream):
+                tokens, chosen = step(here)
+        mx.eval(here, scores)  # waits without holding Python up, unlike a conversion
+        finished, keep = [], []
+        for i, (at, token, score) in enumerate(
+            zip(rows, np.array(here).tolist(), np.array(scores).tolist(), strict=True)
+        ):
+            done[at][0].append(token)
+            done[at][1].append(score)
+            if token in stops or length == how.max_tokens:
+                ids, logps = done.pop(at)
+                finished.append((*at, _rollout(policy.tokenizer, ids, tuple(logps), "length", stops)))
+            else:
+                keep.append(i)
+        yield finished
+        if not keep:
+            return
+        if len(keep) < len(rows):
+            rows = [rows[i] for i in keep]
+            for layer in cache:
+                layer.filter(keep)
+            index = mx.array(keep)
+            tokens, chosen = tokens[index], chosen[index]
+
+
+def _continuous(
+    policy: Policy, prompts: Sequence[tuple[int, ...]], samples: int, how: Sampling, width: int
+) -> Generator[list[Finished], None, None]:
+    """At most `width` rows at a time: the next one takes the place of one that has finished."""
+    generator = BatchGenerator(
+        policy.model,
+        stop_tokens=[[int(t)] for t in sorted(policy.tokenizer.eos_token_ids)],
+        sampler=_sampler(how),
+        completion_batch_size=width,
+        prefill_batch_size=width,
+    )
+    try:
+        places = _insert(policy, generator, prompts, samples, how.max_tokens)
+        tokens: dict[int, list[int]] = {uid: [] for uid in places}
+        scores: dict[int, list[tuple[int, int]]] = {uid: [] for uid in places}
+        columns: list[mx.array] = []
+        stops = set(policy.tokenizer.eos_token_ids)
+        while responses := generator.next_generated():
+            # One gather a step for all rows: a kept row of log-probabilities would pin the whole (rows, V) buffer.
+            column = mx.stack([r.logprobs[r.token] for r in responses]).astype(mx.float32)
+            mx.async_eval(column)  # type: ignore[no-untyped-call]
+            columns.append(column)
+            finished = []
+            for i, r in enumerate(responses):
+                tokens[r.uid].append(r.token)
+                scores[r.uid].append((len(columns) - 1, i))
+                if r.finish_reason is not None:
+                    finished.append((r.uid, r.finish_reason))
+            del responses  # finished rows carry a copy of their cache
+            values = {at: np.array(columns[at]) for uid, _ in finished for at, _ in scores[uid]}
+            yield [
+                (
+                    *places[uid],
+                    _rollout(
+                        policy.tokenizer,
+                        tokens.pop(uid),
+                        tuple(float(values[at][i]) for at, i in scores.pop(uid)),
+                        reason,
+                        stops,
+                    ),
+                )
+                for uid, reason in finished
+            ]
+    finally:
+        generator.close()
+
+
+def _behind_prompts(policy: Policy, prompts: Sequence[tuple[int, ...]], samples: int) -> list[Any] | None:
+    """One cache for all rows, each prompt read once and nothing kept of it but the rows' own copies."""
+    caches = []
+    for prompt in prompts:
+        cache = _read(policy, prompt)
+        if cache is None:
+            return None
+        caches.append(cache)
+    return [
+        layers[0].merge([layer for layer in layers for _ in range(samples)]) for layers in zip(*caches, strict=True)
+    ]
+
+
+def _read(policy: Policy, prompt: tuple[int, ...]) -> list[Any] | None:
+    """The cache behind all of the prompt but its last token; None where this architecture's cannot be shared."""
+    cache: list[Any] = make_prompt_cache(policy.model)
+    if not all(hasattr(c, "merge") for c in cache):
+        return None
+    for start in range(0, len(prompt) - 1, PREFILL):
+        policy.model(mx.array([prompt[start : min(start + PREFILL, len(prompt) - 1)]]), cache=cache)
+        mx.eval([c.state for c in cache])
+    return cache
+
+
+def _insert(
+    policy: Policy, generator: BatchGenerator, prompts: Sequence[tuple[int, ...]], samples: int, max_tokens: int
+) -> dict[int, tuple[int, int]]:
+    """Queue all rows; a prompt with several samples is read once and its cache shared."""
+    places: dict[int, tuple[int, int]] = {}
+    for p, prompt in enumerate(prompts):
+        shared = _read(policy, prompt) if samples > 1 and len(prompt) > 1 else None
+        caches, ids = None, list(prompt)
+        if shared is not None:
+            caches, ids = [shared] * samples, list(prompt[-1:])
+        uids = generator.insert([list(ids) for _ in range(samples)], [max_tokens] * samples, caches)
+        places.update({uid: (p, n) for n, uid in enumerate(uids)})
+    return places
+
+
+def _rollout(
+    tokenizer: Any, ids: list[int], logps: tuple[float, ...], reason: FinishReason, stops: set[int]
+) -> Rollout:
+    stopped = ids[-1] in stops
+    text = tokenizer.decode(ids[:-1] if stopped else ids)
+    return Rollout(tokens=tuple(ids), logps=logps, text=text, finish="stop" if stopped else reason)
+
+
+def probe_batches(policy: Policy) -> None:
+    """Find out whether mlx-lm can decode this architecture in batches; where it cannot, rows are decoded one by one."""
+    policy.widest = None
+    try:
+        for _ in generate(policy, [(1, 2, 3), (4, 5)], 2, Sampling(1.0, 1.0, 3), 0):
+            pass
+    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        policy.widest = 1
+        policy.notes.append(
+            f"{policy.architecture}: mlx-lm cannot decode it in batches ({str(error).splitlines()[0]}), so completions are "
+            "sampled one by one: the same results, several times slower"
+        )
+
+
+def student_prompts(prompter: Prompter, problems: Sequence[Problem]) -> list[tuple[int, ...]]:
+    """Prompt ids of each problem.
+
+    Raises:
+        DataError: a prompt is longer than the limit.
+    """
+    prompts = []
+    for problem in problems:
+        ids = prompter.student(problem)
+        if len(ids) > prompter.max_prompt_tokens:
+            raise DataError(
+                f"row {problem.id}: its prompt has {len(ids)} tokens, more than rollout.max_prompt_tokens "
+                f"{prompter.max_prompt_tokens}; raise the limit or take the row out"
+            )
+        prompts.append(ids)
+    return prompts
+
+
+def roll_out(
+    policy: Policy, prompter: Prompter, problems: Sequence[Problem], group_size: int, how: Sampling, seed: int
+) -> Iterator[tuple[int, int, Rollout]]:
+    """`generate` for problems."""
+    yield from generate(policy, student_prompts(prompter, problems), group_size, how, seed)
+
+
+def as_groups(
+    problems: Sequence[Problem], prompts: Sequence[tuple[int, ...]], rollouts: dict[tuple[int, int], Rollout], size: int
+) -> list[Group]:
+    """Groups from rollouts by (problem, sample); one left out for a failed verifier makes its group smaller."""
+    return [
+        Group(problem, prompt, tuple(rollouts[p, n] for n in range(size) if (p, n) in rollouts))
+        for p, (problem, prompt) in enumerate(zip(problems, prompts, strict=True))
+    ]

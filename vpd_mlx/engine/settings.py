@@ -1,0 +1,89 @@
+"""The recipe's sections about the network: adapter, sampling, optimizer, memory. Imports no mlx."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import Field
+
+from vpd_mlx.common.settings import Positive, Section
+from vpd_mlx.errors import Fault
+
+__all__ = ["LoraSettings", "MemorySettings", "OptimizerSettings", "RolloutSettings"]
+
+
+class LoraSettings(Section):
+    """The adapter: low-rank matrices on the frozen base (mlx-lm's format)."""
+
+    rank: Positive = Field(16, description="Rank of the two matrices.")
+    scale: float = Field(2.0, gt=0, description="Factor of the low-rank product (mlx-lm's `scale`, not alpha / rank).")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Dropout on the adapter's input in updates. Scores and rollouts never drop."
+    )
+    layers: int = Field(-1, ge=-1, description="Adapt the last n blocks; -1 adapts all.")
+    keys: list[str] | None = Field(
+        None, description="Names of the linear layers within a block, e.g. `self_attn.q_proj`; null adapts all of them."
+    )
+
+
+class RolloutSettings(Section):
+    """Sampling in training."""
+
+    prompts: Positive = Field(32, description="Problems per step.")
+    group_size: Positive = Field(8, description="Completions per problem.")
+    max_prompt_tokens: Positive = Field(2048, description="Longest prompt, student's or teacher's, in tokens.")
+    max_completion_tokens: Positive = Field(1024, description="Longest completion in tokens.")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling; 1 samples from the whole distribution.")
+    success_threshold: float = Field(0.5, gt=0, le=1, description="A score of at least this is a success.")
+
+
+class OptimizerSettings(Section):
+    """AdamW, warm-up, clipping. The E-step and the M-step have moments of their own."""
+
+    learning_rate: float = Field(
+        1e-4, gt=0, description="Rate after warm-up. LoRA wants about 10 x a full fine-tune's."
+    )
+    warmup_steps: int = Field(10, ge=0, description="Updates over which the rate rises linearly to its full value.")
+    weight_decay: float = Field(0.01, ge=0, description="Decoupled weight decay.")
+    beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment.")
+    beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the second moment.")
+    grad_clip: float | None = Field(1.0, gt=0, description="Largest gradient norm of one update; null clips nothing.")
+
+
+class MemorySettings(Section):
+    """What the run may take of the machine."""
+
+    micro_batch_tokens: Positive = Field(
+        8192, description="Most tokens, padding included, in one forward and backward. Changes memory and speed only."
+    )
+    head_chunk: Positive | None = Field(
+        None, description="Completion tokens per vocabulary-sized chunk; null chooses from the vocabulary."
+    )
+    gradient_checkpointing: bool = Field(False, description="Recompute blocks in the backward pass to save memory.")
+    rollout_rows: Positive | None = Field(None, description="Most sequences decoded side by side; null decodes all.")
+    rollout_streams: Positive | None = Field(
+        None,
+        description="Threads among which the prompts are divided for decoding; null takes 2 on a CPU and 1 on a GPU. "
+        "Another number draws other completions.",
+    )
+    cache_limit_gb: float | None = Field(None, gt=0, description="Limit of MLX's buffer cache; null leaves it.")
+    limit_gb: float | None = Field(None, gt=0, description="Limit of MLX's memory; null leaves it.")
+    wired_limit_gb: float | None = Field(
+        None,
+        gt=0,
+        description="Memory that macOS may not page out; null takes what the GPU's driver recommends. Macs only.",
+    )
+
+    def faults(self, recipe: Any) -> Iterator[Fault]:
+        """One sequence must fit a micro-batch."""
+        rollout = recipe.rollout
+        longest = rollout.max_prompt_tokens + rollout.max_completion_tokens
+        if self.micro_batch_tokens < longest:
+            yield Fault(
+                "memory.micro_batch_tokens",
+                f"{self.micro_batch_tokens} cannot hold one sequence of {longest} tokens "
+                "(rollout.max_prompt_tokens + rollout.max_completion_tokens)",
+                f"raise it to {longest} or lower those two",
+            )

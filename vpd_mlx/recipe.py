@@ -1,0 +1,218 @@
+"""The recipe: one YAML file, a strict model behind it, and all faults reported at once.
+
+Precedence is recipe < `--set key=value` < named flag. Each part of the program carries its own section; here they are put
+together: those of the engine and the run by name, those of tasks, feedback sources and algorithms from their lists.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar, Union
+
+import yaml
+from pydantic import BaseModel, Field, create_model
+
+from vpd_mlx.algos import ALGORITHMS, Entry
+from vpd_mlx.common.settings import Positive, Section, absolute, assign, parse_yaml, validate
+from vpd_mlx.engine.settings import LoraSettings, MemorySettings, OptimizerSettings, RolloutSettings
+from vpd_mlx.errors import ConfigError, Fault
+from vpd_mlx.feedback import FeedbackSettings
+from vpd_mlx.prompts import Templates
+from vpd_mlx.tasks import TASKS
+
+__all__ = ["RECIPE_VERSION", "Recipe", "builtin_recipes", "dump", "load_recipe", "model_fields", "resolve_recipe_path"]
+
+RECIPE_VERSION = 1
+
+
+class EvaluationSettings(Section):
+    """Held-out problems, before, after and on the way."""
+
+    every: Positive | None = Field(None, description="Evaluate every n steps; null only before and after.")
+    patience: Positive | None = Field(
+        None, description="Stop after so many evaluations without a better student; needs `every`. null never stops."
+    )
+    keep_best: bool = Field(False, description="End with the adapter of the best evaluation instead of the last one.")
+    problems: Positive = Field(200, description="Most held-out problems.")
+    samples: Positive = Field(4, description="k of avg@k: sampled completions per problem.")
+    temperature: float = Field(0.6, gt=0, description="Sampling temperature.")
+    top_p: float = Field(0.95, gt=0, le=1, description="Nucleus sampling.")
+
+    def faults(self, recipe: Any) -> Iterator[Fault]:
+        """Patience needs something to wait for."""
+        if self.patience is not None and self.every is None:
+            yield Fault("evaluation.patience", "needs evaluations on the way", "set evaluation.every, too")
+
+
+class CheckpointSettings(Section):
+    """What is kept for going on."""
+
+    every: Positive = Field(20, description="Steps between checkpoints. One is written at every stop as well.")
+    keep: Positive = Field(2, description="Newest checkpoints kept; each holds the best adapter by evaluation, too.")
+
+
+class LoggingSettings(Section):
+    """Services that get the run's figures and recipe, never its texts. One that fails gets a note and never stops the run."""
+
+    to: list[Literal["wandb", "swanlab", "trackio", "tensorboard"]] = Field(
+        [],
+        description="Services, each an extra of its own: `pip install 'vpd-mlx[wandb]'`. Log in to them as they ask.",
+    )
+    project: str = Field("vpd-mlx", min_length=1, description="Project at wandb, swanlab or trackio.")
+
+    def faults(self, recipe: Any) -> Iterator[Fault]:
+        """A service is named once."""
+        if len(set(self.to)) != len(self.to):
+            yield Fault("logging.to", f"{self.to} names a service twice", "name each once")
+
+
+Kind = TypeVar("Kind", bound=Section)
+_TASK: Any = Annotated[Union[tuple(settings for settings, _ in TASKS)], Field(discriminator="kind")]  # noqa: UP007
+
+
+class _Core(Section):
+    """All that decides a run."""
+
+    version: Literal[1] = Field(1, description="Version of the recipe format.")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run folder.")
+    description: str = Field("", description="One line for `vpd-mlx recipes`.")
+    algorithm: Literal[tuple(ALGORITHMS)] = Field("vpd", description="What happens with the rollouts of a step.")  # type: ignore[valid-type]
+    model: str = Field(description="A folder (relative to the recipe) or a hub id, in mlx-lm's format.")
+    model_revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    thinking: bool = Field(False, description="Let the chat template turn thinking on, for student and teacher.")
+    seed: int = Field(0, ge=0, description="Decides everything random.")
+    steps: Positive = Field(100, description="Rollout batches of the whole run.")
+    task: _TASK = Field(description="Problems and verifier.")
+    lora: LoraSettings = LoraSettings()
+    feedback: FeedbackSettings = FeedbackSettings()
+    templates: Templates = Templates()
+    rollout: RolloutSettings = RolloutSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    memory: MemorySettings = MemorySettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    logging: LoggingSettings = LoggingSettings()
+
+    @property
+    def entry(self) -> Entry:
+        """What the list of algorithms says of this recipe's."""
+        return ALGORITHMS[self.algorithm]
+
+    def section(self, kind: type[Kind]) -> Kind:
+        """The section of this type, e.g. one that an algorithm has added."""
+        return next(value for value in self.sections().values() if isinstance(value, kind))
+
+    def sections(self) -> dict[str, Section]:
+        """All sections by name."""
+        return {name: value for name in type(self).model_fields if isinstance(value := getattr(self, name), Section)}
+
+    def contradictions(self) -> Iterator[Fault]:
+        """Values that are fine alone and make no sense together."""
+        for section in self.sections().values():
+            yield from section.faults(self)
+
+    def located(self, folder: Path) -> Self:
+        """The recipe with every path in it absolute, as seen from its folder."""
+        changes: dict[str, Any] = {name: section.located(folder) for name, section in self.sections().items()}
+        local = (folder / Path(self.model).expanduser()).resolve()
+        if self.model.startswith((".", "/", "~")) or local.exists():
+            changes["model"] = absolute(self.model, folder)
+        return self.model_copy(update=changes)
+
+
+if TYPE_CHECKING:
+    Recipe = _Core
+else:
+    # The sections that algorithms read, each once.
+    Recipe = create_model(
+        "Recipe",
+        __base__=_Core,
+        __module__=__name__,
+        __doc__=_Core.__doc__,
+        **{name: (kind, kind()) for entry in ALGORITHMS.values() for name, kind in entry.sections.items()},
+    )
+
+
+# --- reading
+
+
+def builtin_recipes() -> dict[str, Path]:
+    """Name -> file of every recipe that comes with the package."""
+    package = Path(__file__).parent
+    # A wheel carries the recipes inside the package; in a checkout they stand beside it.
+    root = package / "_recipes" if (package / "_recipes").is_dir() else package.parent / "recipes"
+    found: dict[str, Path] = {}
+    for path in sorted(root.glob("*/*.yaml")):
+        name = path.parent.name if path.stem == path.parent.name else f"{path.parent.name}/{path.stem}"
+        found[name] = path
+    return found
+
+
+def resolve_recipe_path(recipe: str) -> Path:
+    """A recipe's file, from a built-in name or a path.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    known = builtin_recipes()
+    if recipe in known:
+        return known[recipe]
+    path = Path(recipe).expanduser()
+    if path.is_file():
+        return path
+    close = difflib.get_close_matches(recipe, known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"give a .yaml file or one of: {', '.join(known)}"
+    what = "is a folder, not a file" if path.is_dir() else "there is no such file or built-in recipe"
+    raise ConfigError([Fault(recipe, what, hint)], "recipe")
+
+
+def load_recipe(path: Path, overrides: list[tuple[str, Any]] | None = None) -> Recipe:
+    """Read, override and check a recipe; paths in it become absolute, relative to the recipe's folder.
+
+    Raises:
+        ConfigError: every fault found, at once.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([Fault(str(path), f"cannot be read ({error})", "give a readable text file")]) from None
+    raw = parse_yaml(text, str(path))
+    if not isinstance(raw, dict):
+        kind = "empty" if raw is None else f"a {type(raw).__name__}"
+        raise ConfigError(
+            [Fault("text", f"the recipe is {kind}", "write keys and values, e.g. `name: mine`")], str(path)
+        )
+    faults: list[Fault] = []
+    version = raw.get("version", RECIPE_VERSION)
+    if isinstance(version, int) and not isinstance(version, bool) and version > RECIPE_VERSION:
+        newer = Fault("version", f"{version} is newer than {RECIPE_VERSION}", "update vpd-mlx to read this recipe")
+        raise ConfigError([newer], str(path))
+    for key, value in overrides or []:
+        faults += assign(raw, key, value)
+    recipe, found = validate(Recipe, raw)
+    faults += found
+    if recipe is not None:
+        known = {f.path for f in faults}  # what was dropped as faulty is not missing besides
+        faults += [f for f in recipe.contradictions() if f.path not in known]
+    if faults or recipe is None:
+        overridden = {key for key, _ in overrides or []}
+        blamed = any(f.path in overridden for f in faults)
+        raise ConfigError(faults, f"{path}, as overridden" if blamed else str(path))
+    return recipe.located(path.parent)
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, every key written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+
+
+def model_fields(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+    """(path, field, extras) of every key of a recipe, depth first; `task` is left to its kinds."""
+    for name, info in model.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from model_fields(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", info, {"section": model.__doc__}

@@ -1,0 +1,260 @@
+"""What the terminal shows of a run: a live table where there is a terminal, plain lines where there is none."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from vpd_mlx.common.text import duration, percent
+from vpd_mlx.types import Rollout
+
+__all__ = ["LiveView", "PlainView", "QuietView", "make_view", "step_line"]
+
+PLAIN_EVERY = 10.0  # seconds between lines when nobody watches a terminal
+WORTH_SAYING = 3.0  # seconds: of shorter phases nobody wants to know how long they take
+SAMPLE_LINES = 14
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def spark(values: list[float], width: int) -> str:
+    """The last `width` values as a line of bars, scaled to their own range."""
+    shown = values[-width:]
+    if not shown:
+        return ""
+    low, high = min(shown), max(shown)
+    if high == low:
+        return BARS[0] * len(shown)
+    return "".join(BARS[round((v - low) / (high - low) * (len(BARS) - 1))] for v in shown)
+
+
+def _number(value: Any, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What one step has to say, whichever algorithm made it."""
+    divergence = metrics.get("m_step/divergence", metrics.get("policy_gradient/divergence"))
+    figures = [("reward", _number(metrics.get("reward"))), ("length", _number(metrics.get("length"), 1))]
+    if divergence is not None:
+        figures.append(("divergence", _number(divergence)))
+    if metrics.get("e_step/margin") is not None:
+        figures.append(("margin", _number(metrics["e_step/margin"], 2)))
+    figures.append(("tokens/s", f"{metrics.get('tokens_per_s', 0):,.0f}"))
+    return figures
+
+
+def step_line(step: int, steps: int, metrics: Mapping[str, Any], seconds_left: float) -> str:
+    """One step in one line."""
+    figures = "  ".join(f"{name} {value}" for name, value in _figures(metrics))
+    return f"step {step}/{steps}  {figures}  {duration(seconds_left)} left"
+
+
+def evaluation_line(step: int, result: Mapping[str, Any]) -> str:
+    """One evaluation in one line."""
+    return (
+        f"evaluation after step {step}, {result['problems']} held-out problems: student {percent(result['student'])} "
+        f"(avg@{result['samples']}), greedy {percent(result['student_greedy'])}, "
+        f"teacher under feedback {percent(result['teacher'])}"
+    )
+
+
+class QuietView:
+    """Warnings only, on standard error."""
+
+    def __enter__(self) -> QuietView:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def note(self, text: str) -> None:
+        """A line on standard error."""
+        print(text, file=sys.stderr, flush=True)
+
+    def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
+        """Nothing."""
+
+    def step(self, step: int, steps: int, metrics: Mapping[str, Any], seconds_left: float) -> None:
+        """Nothing."""
+
+    def sample(self, prompt: str, rollout: Rollout) -> None:
+        """Nothing."""
+
+    def evaluation(self, step: int, result: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Nothing to pause: lines stay where they are."""
+        return nullcontext()
+
+
+class PlainView(QuietView):
+    """Lines for pipes and logs: every evaluation, and a step now and then."""
+
+    def __init__(self, every: float = PLAIN_EVERY) -> None:
+        self._every = every
+        self._last = -every
+
+    def __enter__(self) -> PlainView:
+        return self
+
+    def note(self, text: str) -> None:
+        """A line."""
+        print(text, flush=True)
+
+    def step(self, step: int, steps: int, metrics: Mapping[str, Any], seconds_left: float) -> None:
+        """A line, unless there was one a moment ago."""
+        if step in (1, steps) or time.monotonic() - self._last >= self._every:
+            self._last = time.monotonic()
+            print(step_line(step, steps, metrics, seconds_left), flush=True)
+
+    def evaluation(self, step: int, result: Mapping[str, Any]) -> None:
+        """A line."""
+        print(evaluation_line(step, result), flush=True)
+
+
+class LiveView:
+    """A few lines at the foot of the terminal, redrawn in place; notes and evaluations scroll above them."""
+
+    def __init__(self, console: Console, title: str) -> None:
+        self._console = console
+        self._title = title
+        self._phase: tuple[str, int, int | None] = ("loading", 0, None)
+        self._began = time.monotonic()
+        self._took: dict[str, float] = {}  # seconds that each phase took when it was last through
+        self._sample: tuple[str, Rollout] | None = None
+        self._step: tuple[int, int, Mapping[str, Any], float] | None = None
+        self._curves: dict[str, list[float]] = {}
+        self._live = Live(console=console, get_renderable=self._draw, refresh_per_second=8, transient=True)
+
+    def __enter__(self) -> LiveView:
+        self._live.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.__exit__(kind, error, trace)
+
+    def note(self, text: str) -> None:
+        """A line above the table."""
+        self._console.print(Text(text, style="yellow"))
+
+    def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
+        """What is going on."""
+        before = self._phase[0]
+        if name != before:
+            now = time.monotonic()
+            self._took[before] = now - self._began
+            self._began = now
+        self._phase = (name, done, total)
+
+    def sample(self, prompt: str, rollout: Rollout) -> None:
+        """What is shown below the curves until the next one comes."""
+        self._sample = (prompt, rollout)
+
+    def step(self, step: int, steps: int, metrics: Mapping[str, Any], seconds_left: float) -> None:
+        """New figures."""
+        self._step = (step, steps, metrics, seconds_left)
+        curves = {
+            "reward": metrics.get("reward"),
+            "divergence": metrics.get("m_step/divergence", metrics.get("policy_gradient/divergence")),
+            "margin": metrics.get("e_step/margin"),
+            "length": metrics.get("length"),
+        }
+        for name, value in curves.items():
+            if value is not None:
+                self._curves.setdefault(name, []).append(float(value))
+
+    def evaluation(self, step: int, result: Mapping[str, Any]) -> None:
+        """A line above the table; the teacher's gap becomes a curve."""
+        self._console.print(Text(evaluation_line(step, result)))
+        if result.get("gap") is not None:
+            self._curves.setdefault("teacher gap", []).append(float(result["gap"]))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The table is taken away for a while."""
+        self._live.stop()
+        try:
+            yield
+        finally:
+            self._live.start(refresh=True)
+
+    def _phase_text(self) -> str:
+        """The phase, how far it is, and the time that it still takes, where that is worth saying."""
+        name, done, total = self._phase
+        spent = time.monotonic() - self._began
+        text, left = name, None
+        if total:
+            text += f" {done}/{total}"
+            left = spent / done * (total - done) if done else None
+        if left is None and name in self._took:
+            left = max(0.0, self._took[name] - spent)
+        return text if left is None or spent + left < WORTH_SAYING else f"{text}, {duration(left)} left"
+
+    def _draw(self) -> RenderableType:
+        width = self._console.width
+        if self._step is None:
+            head = Text(f"{self._title}  {self._phase_text()}", style="bold", overflow="ellipsis", no_wrap=True)
+            return Group(head)
+        step, steps, metrics, left = self._step
+        head = Text(overflow="ellipsis", no_wrap=True)
+        head.append(f"{self._title}  step {step}/{steps}", style="bold").append(f"  {self._phase_text()}")
+        bar = Table.grid(padding=(0, 1))
+        bar.add_row(ProgressBar(total=steps, completed=step, width=max(10, width - 24)), f"{duration(left)} left")
+        table = Table.grid(padding=(0, 2))
+        for curve, values in self._curves.items():
+            table.add_row(curve, f"{values[-1]:.3f}", spark(values, max(8, width - 30)))
+        speed = (
+            f"{metrics.get('tokens_per_s', 0):,.0f} tokens/s, peak memory {metrics.get('peak_memory_mb', 0):,.0f} MB"
+        )
+        taken = 3 + len(self._curves)
+        sample = self._draw_sample(width, self._console.height - taken - 2)
+        return Group(head, bar, table, Text(speed, style="dim"), *sample)
+
+    def _draw_sample(self, width: int, height: int) -> list[RenderableType]:
+        """One completion with what was asked and what was said of it, in no more than `height` lines; none where they are few."""
+        if self._sample is None or height < 4:
+            return []
+        prompt, rollout = self._sample
+        if rollout.verdict is None or rollout.verdict.error is not None:
+            verdict = "none: the verifier failed"
+        else:
+            verdict = f"{'right' if rollout.success else 'wrong'}, score {rollout.verdict.score:.2f}"
+        colour = "green" if rollout.success else "red"
+        parts = [("prompt", prompt, "dim"), ("completion", rollout.text, ""), ("verdict", verdict, colour)]
+        if rollout.context is not None:
+            parts.append(("feedback", f"{rollout.context.kind}: {rollout.context.text}", "cyan"))
+        most = max(1, (min(height, SAMPLE_LINES) - 2) // (len(parts) - 1))
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="bold", no_wrap=True, min_width=len("teacher gap"))
+        table.add_column()
+        for name, text, style in parts:
+            table.add_row(name, Text("\n".join(self._cut(text, width - 15, most)), style=style))
+        return [Text(), table]
+
+    def _cut(self, text: str, width: int, lines: int) -> list[str]:
+        """The first `lines` lines of the text, wrapped; the last ends in an ellipsis where there were more."""
+        whole = [str(line).rstrip() for line in Text(text.strip()).wrap(self._console, max(8, width))]
+        if len(whole) <= lines:
+            return whole
+        return [*whole[: lines - 1], f"{whole[lines - 1][: max(7, width - 1)]}…"]
+
+
+def make_view(title: str, *, quiet: bool) -> QuietView | PlainView | LiveView:
+    """The right view for where the output goes."""
+    if quiet:
+        return QuietView()
+    console = Console(highlight=False)
+    return LiveView(console, title) if console.is_terminal else PlainView()

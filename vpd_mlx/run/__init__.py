@@ -1,0 +1,3 @@
+"""A run from its recipe to its folder."""
+
+__all__: list[str] = []

@@ -1,0 +1,82 @@
+"""Sampling and grading side by side: a finished completion goes to the verifier while the others are still decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing
+from dataclasses import dataclass
+
+from vpd_mlx.engine.policy import Policy
+from vpd_mlx.engine.sampling import Sampling, as_groups, generate, student_prompts
+from vpd_mlx.prompts import Prompter
+from vpd_mlx.types import Group, Problem, Rollout, Verdict
+
+__all__ = ["Batch", "collect"]
+
+WORKERS = 4
+HEARTBEAT = 1.0  # seconds
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Graded groups, and what verifiers that failed had to say, by problem. A failed verdict is no score: its rollout is
+    not among the groups."""
+
+    groups: list[Group]
+    failures: list[str]
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        """All rollouts, in order."""
+        return [r for g in self.groups for r in g.rollouts]
+
+
+def collect(
+    policy: Policy,
+    prompter: Prompter,
+    verify: Callable[[Problem, str], Verdict],
+    problems: Sequence[Problem],
+    group_size: int,
+    how: Sampling,
+    *,
+    threshold: float,
+    seed: int,
+    moved: Callable[[int, int], None] = lambda done, total: None,
+    heard: Callable[[Problem, Rollout], None] = lambda problem, rollout: None,
+) -> Batch:
+    """Groups of completions for problems, graded.
+
+    `moved` hears how many of how many are finished, and again every second while verdicts are awaited; what it raises ends
+    this at once, whatever verifiers are still at. `heard` hears each rollout once it has its verdict, in a worker thread.
+    """
+    prompts = student_prompts(prompter, problems)
+    total = len(problems) * group_size
+
+    def grade(problem: Problem, rollout: Rollout) -> Rollout:
+        verdict = verify(problem, rollout.text)
+        rollout = rollout.graded(verdict, threshold)
+        if verdict.error is None:
+            heard(problem, rollout)
+        return rollout
+
+    waiting: dict[tuple[int, int], Future[Rollout]] = {}
+    pool = ThreadPoolExecutor(WORKERS)
+    try:
+        # Closed at once when `moved` ends the run: an exception's traceback would keep it, and its threads, alive.
+        with closing(generate(policy, prompts, group_size, how, seed)) as finished:
+            for p, n, rollout in finished:
+                waiting[p, n] = pool.submit(grade, problems[p], rollout)
+                moved(len(waiting), total)
+        while wait(waiting.values(), timeout=HEARTBEAT).not_done:
+            moved(len(waiting), total)
+        graded = {at: rollout.result() for at, rollout in waiting.items()}
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    failures = [
+        f"{problems[p].id}: {r.verdict.error}"
+        for (p, _), r in sorted(graded.items(), key=lambda x: x[0])
+        if r.verdict is not None and r.verdict.error is not None
+    ]
+    good = {at: r for at, r in graded.items() if r.verdict is not None and r.verdict.error is None}
+    return Batch(as_groups(problems, prompts, good, group_size), failures)

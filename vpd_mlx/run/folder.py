@@ -1,0 +1,246 @@
+"""What a run folder says, whatever stage it is in: a missing file, key or figure is None, never a fault and never a zero."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vpd_mlx.common.stats import Paired, paired
+from vpd_mlx.common.text import interval, number
+from vpd_mlx.errors import ConfigError, DataError, Fault
+from vpd_mlx.run.log import MARK
+
+__all__ = ["NO_CONTEXT", "Entry", "Run", "flat", "labels", "load_run"]
+
+NO_CONTEXT = "none"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a rollout stands in `rollouts.jsonl`, and what it can be chosen by."""
+
+    offset: int
+    step: int
+    problem: str
+    right: bool
+    kind: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder. `rollouts` is an index; `read` fetches the rows, so that a long run need not fit in memory."""
+
+    path: Path
+    config: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    evals: list[dict[str, Any]]
+    summary: dict[str, Any]
+    rollouts: list[Entry] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """The recipe's name."""
+        return str(self.config.get("name") or self.path.resolve().name)
+
+    @property
+    def algorithm(self) -> str:
+        """The recipe's algorithm."""
+        return str(self.config.get("algorithm") or "?")
+
+    @property
+    def done(self) -> int:
+        """The last step that was logged, 0 before the first."""
+        return int(number(self.metrics[-1].get("step")) or 0) if self.metrics else 0
+
+    @property
+    def planned(self) -> int | None:
+        """The steps that the recipe asks for."""
+        steps = number(self.config.get("steps"))
+        return None if steps is None else int(steps)
+
+    @property
+    def finished(self) -> bool:
+        """All planned steps are done and summed up."""
+        return bool(self.summary) and (self.planned is None or self.done >= self.planned)
+
+    @property
+    def before(self) -> dict[str, Any]:
+        """The evaluation before the first step; empty where there is none."""
+        return self.evals[0] if self.evals and not number(self.evals[0].get("step")) else {}
+
+    @property
+    def after(self) -> dict[str, Any]:
+        """The evaluation after at least one step that counts: of the adapter handed over; empty where there is none."""
+        return self.evaluation if number(self.evaluation.get("step")) else {}
+
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """The evaluation of the adapter that the run hands over: the best one's with `keep_best`, else the newest."""
+        of = number(self.summary.get("adapter_of_step"))
+        chosen = [e for e in self.evals if of is not None and number(e.get("step")) == of]
+        return (chosen or self.evals or [{}])[-1]
+
+    @property
+    def evaluated(self) -> int:
+        """The step after which `evaluation` was made, 0 before the first."""
+        return int(number(self.evaluation.get("step")) or 0)
+
+    @cached_property
+    def seconds(self) -> dict[str, float]:
+        """Seconds by phase over all logged steps and evaluations, the longest first."""
+        total: dict[str, float] = {}
+        for row in self.metrics:
+            phases = row.get("seconds")
+            for phase, value in (phases if isinstance(phases, dict) else {}).items():
+                if phase != "total" and (seconds := number(value)) is not None:
+                    total[phase] = total.get(phase, 0.0) + seconds
+        evaluation = sum(number(e.get("seconds")) or 0.0 for e in self.evals)
+        if evaluation:
+            total["evaluation"] = total.get("evaluation", 0.0) + evaluation
+        return dict(sorted(total.items(), key=lambda item: -item[1]))
+
+    @cached_property
+    def peak_memory_mb(self) -> float | None:
+        """The largest peak of any step, in MiB."""
+        return max(self.series("peak_memory_mb")[1], default=None)
+
+    def series(self, *keys: str) -> tuple[list[int], list[float]]:
+        """(steps, values) of a metric: of each row the first of `keys` that has a number."""
+        return _series(self.metrics, keys)
+
+    def evaluations(self, key: str) -> tuple[list[int], list[float], list[tuple[float, float]]]:
+        """(steps, values, 95 % intervals) of an evaluation's figure; without an interval it is the value twice."""
+        steps, values = _series(self.evals, (key,))
+        rows = {int(number(e.get("step")) or 0): e for e in self.evals}
+        return steps, values, [interval(rows[s], key) or (v, v) for s, v in zip(steps, values, strict=True)]
+
+    def read(self, entries: Sequence[Entry]) -> Iterator[dict[str, Any]]:
+        """The rows of these rollouts, in the given order."""
+        if not entries:
+            return
+        with (self.path / "rollouts.jsonl").open("rb") as f:
+            for entry in entries:
+                f.seek(entry.offset)
+                yield json.loads(f.readline())
+
+    def greedy(self) -> dict[str, float]:
+        """Greedy score by held-out problem at `evaluation`, trained or not; empty where it was not logged."""
+        return _by_problem(self.evaluation)
+
+    def change(self) -> Paired | None:
+        """Greedy accuracy after training less before, paired by problem."""
+        return paired(_by_problem(self.before), _by_problem(self.after))
+
+
+def load_run(path: Path) -> Run:
+    """Read a run folder, of a run that ended, goes on or broke off.
+
+    Raises:
+        ConfigError: there is no run.
+        DataError: a file of it is broken.
+    """
+    if not (path / MARK).is_file():
+        there = "holds no run" if path.is_dir() else "does not exist, so holds no run"
+        raise ConfigError(
+            [Fault("RUN", f"{path} {there} ({MARK} is missing)", "give the folder of a run, e.g. runs/quickstart")],
+            "command line",
+        )
+    try:
+        config = yaml.safe_load(_text(path / MARK))
+    except yaml.YAMLError as error:
+        raise DataError(f"{path / MARK}: not valid YAML ({' '.join(str(error).split())}); mend the file") from None
+    summary: Any = {}
+    if (path / "summary.json").is_file():
+        try:
+            summary = json.loads(_text(path / "summary.json"))
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path / 'summary.json'}: broken JSON ({error}); take the file away") from None
+    entries: list[Entry] = []
+    for offset, row in _rows(path / "rollouts.jsonl"):
+        context = row.get("context")
+        kind = str(context.get("kind")) if isinstance(context, dict) else NO_CONTEXT
+        step = int(number(row.get("step")) or 0)
+        entries.append(Entry(offset, step, str(row.get("problem", "?")), bool(row.get("success")), kind))
+    return Run(
+        path=path,
+        config=config if isinstance(config, dict) else {},
+        metrics=[row for _, row in _rows(path / "metrics.jsonl")],
+        evals=[row for _, row in _rows(path / "evals.jsonl")],
+        summary=summary if isinstance(summary, dict) else {},
+        rollouts=entries,
+    )
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); mend the file or its permissions") from None
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(byte offset, row) of each whole line; a last line without its newline is still being written."""
+    if not path.is_file():
+        return
+    offset = 0
+    try:
+        with path.open("rb") as f:
+            for count, line in enumerate(f, 1):
+                if line.endswith(b"\n") and line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise DataError(f"{path}:{count}: got {type(row).__name__}, not an object; remove the line")
+                    yield offset, row
+                offset += len(line)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); mend its permissions") from None
+    except ValueError as error:  # broken JSON, or bytes that are no UTF-8
+        raise DataError(f"{path}:{count}: broken JSON ({error}); remove the line") from None
+
+
+def _series(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> tuple[list[int], list[float]]:
+    steps, values = [], []
+    for row in rows:
+        value = next((v for k in keys if (v := number(row.get(k))) is not None), None)
+        step = number(row.get("step"))
+        if value is not None and step is not None:
+            steps.append(int(step))
+            values.append(value)
+    return steps, values
+
+
+def _by_problem(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    scores = evaluation.get("greedy_by_problem")
+    if not isinstance(scores, dict):
+        return {}
+    return {str(k): value for k, v in scores.items() if (value := number(v)) is not None}
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested recipe by dotted keys."""
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            out |= flat(value, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = value
+    return out
+
+
+def labels(paths: Sequence[Path]) -> list[str]:
+    """A short name for each folder: as many of its last parts as tell all of them apart."""
+    parts = [p.resolve().parts for p in paths]
+    for n in range(1, max(len(p) for p in parts) + 1):
+        names = ["/".join(p[-n:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{'/'.join(p[-1:])} ({i})" for i, p in enumerate(parts, 1)]
+
+
+# --- figures as text

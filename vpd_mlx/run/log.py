@@ -1,0 +1,195 @@
+"""The run folder: append-only JSON lines, one writer, cut back to a known place on resume."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from vpd_mlx.common.files import file_errors, plain, read_rows, write_atomic
+from vpd_mlx.errors import RunError
+
+__all__ = ["LOGS", "NoLog", "RunLog", "free_run_folder"]
+
+LOGS = ("metrics.jsonl", "rollouts.jsonl", "evals.jsonl")
+MARK = "config.yaml"  # a folder that holds it is a run
+LEAST_FREE = 64 << 20  # bytes: below it a run stops while its last checkpoint can still be written
+
+
+def free_run_folder(parent: Path, name: str) -> Path:
+    """`parent/name`, or with -2, -3 … behind it: the first that no older run holds."""
+    path, number = parent / name, 1
+    while path.exists() and any(path.iterdir()):
+        number += 1
+        path = parent / f"{name}-{number}"
+    return path
+
+
+class RunLog:
+    """One run's files, open for appending, held by one process."""
+
+    def __init__(self, path: Path, lock: TextIO) -> None:
+        self.path = path
+        self._lock = lock
+        self._files: dict[str, TextIO] = {}
+
+    @classmethod
+    def create(cls, path: Path, config: str, *, overwrite: bool) -> RunLog:
+        """A new run.
+
+        Raises:
+            RunError: the folder holds something already, is held by another process, or cannot be written.
+        """
+        with file_errors(path):
+            taken = path.exists() and any(path.iterdir())
+            if taken and not overwrite:
+                if not (path / MARK).exists():
+                    raise RunError(f"{path}: holds other files already; give another --out")
+                raise RunError(f"{path}: holds a run already; give another --out, or --overwrite to replace it")
+            if taken and not (path / MARK).exists():
+                raise RunError(f"{path}: is not a run folder, so --overwrite leaves it alone; give another --out")
+            path.mkdir(parents=True, exist_ok=True)
+            log = cls(path, _hold(path))
+            if taken:
+                for item in path.iterdir():
+                    if item.name != "run.lock":
+                        shutil.rmtree(item) if item.is_dir() else item.unlink()
+            write_atomic(path / MARK, config)
+            for name in LOGS:
+                log._open(name)
+            return log
+
+    @classmethod
+    def reopen(cls, path: Path) -> RunLog:
+        """A run to go on with.
+
+        Raises:
+            RunError: there is no run, or another process holds it.
+        """
+        if not (path / MARK).exists():
+            raise RunError(f"{path}: no run to resume here ({MARK} is missing)")
+        with file_errors(path):
+            log = cls(path, _hold(path))
+            for name in LOGS:
+                log._open(name)
+            return log
+
+    def _open(self, name: str) -> None:
+        self._files[name] = (self.path / name).open("a", encoding="utf-8")
+
+    def read(self, name: str) -> list[dict[str, Any]]:
+        """The rows of a log as it stands."""
+        return read_rows(self.path / name)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """The run's last word."""
+        write_atomic(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+    def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add rows to a log and see them to the disk's cache.
+
+        Raises:
+            RunError: the disk is full or the folder cannot be written.
+        """
+        with file_errors(self.path):
+            f = self._files[name]
+            f.write("".join(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in rows))
+            f.flush()
+
+    def offsets(self) -> dict[str, int]:
+        """Bytes in each log, for a checkpoint."""
+        return {name: os.fstat(f.fileno()).st_size for name, f in self._files.items()}
+
+    def cut_back(self, offsets: Mapping[str, int]) -> None:
+        """Cut each log to the given bytes, so that no step stands twice."""
+        with file_errors(self.path):
+            for name, f in self._files.items():
+                f.truncate(offsets.get(name, 0))
+                os.fsync(f.fileno())
+
+    def keep(self, folder: str, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write rows as a file of their own in a folder of the run."""
+        with file_errors(self.path):
+            (self.path / folder).mkdir(exist_ok=True)
+        lines = "".join(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in rows)
+        write_atomic(self.path / folder / name, lines)
+
+    def sync(self) -> None:
+        """See the logs to the disk."""
+        with file_errors(self.path):
+            for f in self._files.values():
+                os.fsync(f.fileno())
+
+    def check_space(self) -> None:
+        """Refuse to go on when the disk is nearly full.
+
+        Raises:
+            RunError: less than 64 MB are free.
+        """
+        free = shutil.disk_usage(self.path).free
+        if free < LEAST_FREE:
+            raise RunError(
+                f"{self.path}: {free >> 20} MB left on the disk, less than the {LEAST_FREE >> 20} MB that a checkpoint and "
+                "the logs need; free some space, then go on with --resume"
+            )
+
+    def close(self) -> None:
+        """Close the files and let the folder go."""
+        for f in self._files.values():
+            f.close()
+        self._lock.close()
+
+
+class NoLog:
+    """The log of a rank that does not write."""
+
+    path = Path()
+
+    def read(self, _name: str) -> list[dict[str, Any]]:
+        """Nothing was written."""
+        return []
+
+    def offsets(self) -> dict[str, int]:
+        """Nothing was written."""
+        return {}
+
+    def append(self, _name: str, _rows: Sequence[Mapping[str, Any]]) -> None:
+        """The first rank does it."""
+
+    def cut_back(self, _offsets: Mapping[str, int]) -> None:
+        """The first rank does it."""
+
+    def keep(self, _folder: str, _name: str, _rows: Sequence[Mapping[str, Any]]) -> None:
+        """The first rank does it."""
+
+    def finish(self, _summary: Mapping[str, Any]) -> None:
+        """The first rank does it."""
+
+    def sync(self) -> None:
+        """The first rank does it."""
+
+    def check_space(self) -> None:
+        """The first rank does it."""
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
+def _hold(path: Path) -> TextIO:
+    lock = (path / "run.lock").open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip() or "unknown"
+        lock.close()
+        raise RunError(f"{path}: another process trains here (process {holder}); wait for it or stop it") from None
+    lock.seek(0)
+    lock.truncate()
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock

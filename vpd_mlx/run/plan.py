@@ -1,0 +1,326 @@
+"""How much memory a run will take at most, phase by phase, from the model's config alone.
+
+Nothing of the model is loaded: networks of two and of three of its blocks, with random weights of its shapes, type and bits, go
+through the very code of an update at the recipe's longest prompts and completions. What the third block adds, every further
+block adds, so the whole follows; the caches of the rollout phase follow from the shapes of keys and values.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from huggingface_hub import hf_hub_download
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import _get_classes
+
+from vpd_mlx.algos.e_step import bco_update
+from vpd_mlx.algos.m_step import divergence_update
+from vpd_mlx.algos.policy_gradient import policy_gradient_update
+from vpd_mlx.algos.settings import EStepSettings, GrpoSettings, MStepSettings, TeacherSettings
+from vpd_mlx.algos.teacher import Teacher
+from vpd_mlx.engine.gradients import Learner, Sample
+from vpd_mlx.engine.policy import Policy
+from vpd_mlx.errors import ConfigError, Fault, ModelError
+from vpd_mlx.recipe import Recipe
+from vpd_mlx.types import Context, Rollout, Row, Verdict
+
+__all__ = ["Plan", "check_fits", "memory_limit", "plan", "read_model_config"]
+
+CACHE_STEP = 256  # mlx-lm's caches grow by so many positions
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Peak bytes of each phase, the weights' among them, and what the longest sequences are."""
+
+    weights: int
+    adapter: int
+    phases: dict[str, int]
+    blocks: int
+    rows: int
+    prompt: int
+    teacher_prompt: int
+    completion: int
+    probe_seconds: float
+
+    @property
+    def peak(self) -> int:
+        """The largest of all phases."""
+        return max(self.phases.values())
+
+
+def read_model_config(recipe: Recipe) -> dict[str, Any]:
+    """The model's config.json, from its folder or alone from the hub.
+
+    Raises:
+        ModelError: it cannot be had.
+    """
+    try:
+        local = Path(recipe.model)
+        path = (
+            local / "config.json"
+            if local.is_dir()
+            else Path(hf_hub_download(recipe.model, "config.json", revision=recipe.model_revision))
+        )
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"model: no config.json of {recipe.model!r} ({first}); give a model folder or a hub id"
+        ) from None
+    return config
+
+
+def _shrunk(config: dict[str, Any], blocks: int) -> dict[str, Any]:
+    whole = config["num_hidden_layers"]
+    # a list with an entry a block says what kind each one is
+    return {k: v[:blocks] if isinstance(v, list) and len(v) == whole else v for k, v in config.items()} | {
+        "num_hidden_layers": blocks
+    }
+
+
+def _build(config: dict[str, Any], blocks: int) -> nn.Module:
+    kind, arguments = _get_classes(config)
+    model = kind(arguments.from_dict(_shrunk(config, blocks)))
+    dtype = getattr(mx, str(config.get("torch_dtype", config.get("dtype", "float32"))), mx.float32)
+    model.set_dtype(dtype)
+    quantisation = config.get("quantization")
+    if quantisation is not None:
+        size, bits = quantisation["group_size"], quantisation["bits"]
+
+        def fits(_path: str, module: nn.Module) -> bool:
+            return hasattr(module, "to_quantized") and module.weight.shape[-1] % size == 0
+
+        nn.quantize(model, group_size=size, bits=bits, class_predicate=fits)
+    mx.eval(model.parameters())
+    return model
+
+
+class _NoTokenizer:
+    """The probe encodes nothing."""
+
+    eos_token_ids = frozenset({0})
+
+
+def _bytes(tree: Any) -> int:
+    return sum(int(v.nbytes) for _, v in tree_flatten(tree))
+
+
+def _samples(recipe: Recipe, prompt: int, teacher_prompt: int, completion: int, vocabulary: int) -> list[Sample]:
+    """A batch at its longest, or enough of it to fill micro-batches.
+
+    Groups share the student's prompt; every rollout has a context of its own.
+    """
+    rng = np.random.default_rng(0)
+
+    def ids(n: int) -> tuple[int, ...]:
+        return tuple(int(i) for i in rng.integers(1, min(vocabulary, 32000), n))
+
+    # Peak memory is that of the fullest micro-batch: two micro-batches' worth of groups find it.
+    size = recipe.rollout.group_size * (teacher_prompt + completion)
+    groups = min(recipe.rollout.prompts, 2 + 2 * recipe.memory.micro_batch_tokens // size)
+    out = []
+    for group in range(groups):
+        student = ids(prompt)
+        for n in range(recipe.rollout.group_size):
+            tokens, behind = ids(completion), ids(teacher_prompt)
+            right = n % 2 == 0
+            rollout = Rollout(
+                tokens=tokens,
+                logps=(-1.0,) * completion,
+                text="",
+                finish="length",
+                verdict=Verdict(float(right)),
+                success=right,
+                context=Context("verifier", ""),
+                teacher_prompt=behind,
+            )
+            out.append(Sample(group, Row(student, tokens), Row(behind, tokens), rollout))
+    return out
+
+
+def _grown(positions: int) -> int:
+    return -(-positions // CACHE_STEP) * CACHE_STEP
+
+
+def _measured(run: Callable[[], object]) -> int:
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    run()
+    return int(mx.get_peak_memory())
+
+
+def _update_peak(recipe: Recipe, policy: Policy, samples: Sequence[Sample]) -> int:
+    """Peak bytes of the recipe's updates on these samples: the real code, with the optimizers' moments there from the start."""
+    teacher = Teacher(recipe.section(TeacherSettings), "live" if recipe.algorithm != "sdpo" else "ema", policy)
+    if recipe.algorithm == "grpo":
+        learner = Learner(recipe.optimizer)
+        learner.prepare(policy)
+        return _measured(lambda: policy_gradient_update(policy, samples, learner, recipe.section(GrpoSettings), seed=0))
+    e, m = Learner(recipe.optimizer), Learner(recipe.optimizer)
+    m.prepare(policy)
+    if recipe.algorithm == "vpd":
+        e.prepare(policy)
+
+    def both() -> None:
+        if recipe.algorithm == "vpd":
+            bco_update(policy, samples, e, recipe.section(EStepSettings), previous_delta=None, seed=0, teacher=teacher)
+        divergence_update(policy, samples, m, recipe.section(MStepSettings), teacher, seed=0)
+
+    return _measured(both)
+
+
+def plan(recipe: Recipe, *, prompt: int | None = None, context: int | None = None) -> Plan:
+    """Peak memory of each phase when prompts and completions are as long as the recipe lets them be.
+
+    Args:
+        recipe: the run.
+        prompt: longest student prompt in tokens, where known; else `rollout.max_prompt_tokens`.
+        context: longest context in tokens, where known; else `feedback.max_tokens`.
+
+    Raises:
+        ModelError: no config, or an architecture that mlx-lm does not know.
+    """
+    start = time.perf_counter()
+    config = read_model_config(recipe)
+    rollout = recipe.rollout
+    longest = min(prompt or rollout.max_prompt_tokens, rollout.max_prompt_tokens)
+    teacher_prompt = min(longest + (context or recipe.feedback.max_tokens), rollout.max_prompt_tokens)
+    rows = rollout.prompts * rollout.group_size
+    try:
+        blocks = int(config["num_hidden_layers"])
+        vocabulary = int(config["vocab_size"])
+        few = 2 if blocks > 2 else 1  # the first block hides behind the head's own peak
+        found = [_probe(recipe, config, n, longest, teacher_prompt, vocabulary) for n in (few, few + 1)]
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"model: {recipe.model!r} cannot be planned for ({type(error).__name__}: {error}); it needs a dense architecture "
+            "that mlx-lm knows"
+        ) from error
+
+    def whole(key: str) -> int:
+        one, two = found[0][key], found[1][key]
+        return int(one + (blocks - few) * (two - one))
+
+    weights, adapter = whole("weights"), whole("adapter")
+    decoded = min(rows, recipe.memory.rollout_rows or rows)
+    length = _grown(longest + rollout.max_completion_tokens)
+    cache = whole("cache_per_token") * length * decoded
+    # a prompt's own cache, from which its rows' are made
+    prompts = whole("cache_per_token") * _grown(longest) * -(-decoded // rollout.group_size)
+    # while one block's cache grows, its old and its new copy stand side by side
+    growth = (found[1]["cache_per_token"] - found[0]["cache_per_token"]) * length * decoded
+    logits = 3 * 4 * vocabulary * decoded
+    optimizers = (2 if recipe.algorithm != "vpd" else 4) * adapter
+    return Plan(
+        weights=weights,
+        adapter=adapter,
+        phases={
+            "rollout": weights + adapter + optimizers + cache + prompts + growth + logits,
+            "update": whole("update"),
+        },
+        blocks=blocks,
+        rows=rows,
+        prompt=longest,
+        teacher_prompt=teacher_prompt,
+        completion=rollout.max_completion_tokens,
+        probe_seconds=time.perf_counter() - start,
+    )
+
+
+def _probe(
+    recipe: Recipe, config: dict[str, Any], blocks: int, prompt: int, teacher_prompt: int, vocabulary: int
+) -> dict[str, int]:
+    model = _build(config, blocks)
+    model.freeze()
+    before = mx.get_active_memory()
+    memory = recipe.memory
+    policy = Policy(model, _NoTokenizer(), recipe.model, micro_batch_tokens=memory.micro_batch_tokens)
+    policy._head_chunk = memory.head_chunk
+    # `lora.layers` counts from the last block; of two or three blocks all are adapted, as all would be.
+    policy.adapt(recipe.lora.model_copy(update={"layers": -1}), 0)
+    cache = make_prompt_cache(model)
+    model(mx.array([[1, 2, 3, 4]]), cache=cache)
+    per_token = sum(
+        int(np.prod(c.keys.shape[:2])) * (c.keys.shape[-1] + c.values.shape[-1]) * c.keys.dtype.size for c in cache
+    )
+    del cache
+    samples = _samples(recipe, prompt, teacher_prompt, recipe.rollout.max_completion_tokens, vocabulary)
+    trained = _bytes(model.trainable_parameters())
+    # Active memory that is not this network's: what else the process holds.
+    foreign = max(0, before - _bytes(model.parameters()) + trained)
+    peak = _update_peak(recipe, policy, samples) - foreign
+    # The teacher's hidden states of the whole batch stay until the M-step is through.
+    states, _ = policy.hidden([samples[0].student])
+    rows = recipe.rollout.prompts * recipe.rollout.group_size
+    if recipe.algorithm != "grpo":
+        peak += (rows - len(samples)) * int(states.nbytes)
+    return {
+        "weights": _bytes(model.parameters()) - trained,
+        "adapter": trained,
+        "update": peak,
+        "cache_per_token": per_token,
+    }
+
+
+def memory_limit(recipe: Recipe) -> int:
+    """Bytes that a run may take: the recipe's limit, else the GPU's working set, else the machine's memory."""
+    if recipe.memory.limit_gb is not None:
+        return int(recipe.memory.limit_gb * 2**30)
+    info = mx.device_info(mx.default_device())
+    size = info.get("max_recommended_working_set_size", info.get("memory_size"))
+    if size is None:
+        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(size)
+
+
+def check_fits(recipe: Recipe, planned: Plan, limit: int) -> None:
+    """Refuse what cannot fit, and name the key to lower.
+
+    Raises:
+        ConfigError: a phase needs more than `limit` bytes.
+    """
+
+    def gb(n: int) -> str:
+        return f"{n / 2**30:.2f} GB"
+
+    if planned.weights > limit:
+        raise ConfigError(
+            [
+                Fault(
+                    "model",
+                    f"its weights take {gb(planned.weights)} of {gb(limit)}",
+                    "take a smaller model or fewer bits",
+                )
+            ]
+        )
+    remedies = {
+        "update": (
+            "memory.micro_batch_tokens",
+            recipe.memory.micro_batch_tokens,
+            "lower it (not below the longest sequence), or lower rollout.max_prompt_tokens, "
+            "rollout.max_completion_tokens or lora.rank",
+        ),
+        "rollout": (
+            "memory.rollout_rows",
+            recipe.memory.rollout_rows,
+            f"set it below {planned.rows}, or lower rollout.max_completion_tokens",
+        ),
+    }
+    faults = []
+    for phase, size in planned.phases.items():
+        if size > limit:
+            key, value, remedy = remedies[phase]
+            faults.append(Fault(key, f"{value}: the {phase} phase would take {gb(size)} of {gb(limit)}", remedy))
+    if faults:
+        raise ConfigError(faults, "memory")

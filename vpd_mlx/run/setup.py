@@ -1,0 +1,169 @@
+"""What a run is put together from, checked before anything is written: memory, model, prompts, ranks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import mlx.core as mx
+
+from vpd_mlx import __version__
+from vpd_mlx.engine.policy import Policy
+from vpd_mlx.engine.sampling import probe_batches
+from vpd_mlx.errors import ConfigError, DataError, Fault
+from vpd_mlx.prompts import Prompter
+from vpd_mlx.recipe import Recipe
+from vpd_mlx.run.plan import check_fits, memory_limit, plan
+from vpd_mlx.tasks import Task
+from vpd_mlx.tasks.python_file import PythonSettings
+from vpd_mlx.types import Problem
+
+__all__ = [
+    "build_prompter",
+    "check_prompts",
+    "check_ranks",
+    "check_sources",
+    "load_policy",
+    "refuse_what_cannot_fit",
+    "task_fingerprint",
+]
+
+
+def refuse_what_cannot_fit(recipe: Recipe) -> None:
+    """Plan the run's memory before anything is loaded; a tiny local model on a machine of some size is let through.
+
+    Raises:
+        ConfigError: a phase needs more memory than there is, with the key to lower.
+    """
+    limit, folder = memory_limit(recipe), Path(recipe.model)
+    size = sum(p.stat().st_size for p in folder.glob("*.safetensors")) if folder.is_dir() else None
+    if size is None or (size and size * 50 < limit and limit > 2**30):
+        return  # a hub model is planned for by `vpd-mlx plan`; here it is not fetched twice
+    check_fits(recipe, plan(recipe), limit)
+
+
+def _wire(limit_gb: float | None) -> None:
+    """Keep the model from being paged out, where the device knows such a limit.
+
+    Raises:
+        ConfigError: a limit is asked for, and there is none here, or it is more than the device allows.
+    """
+    most = mx.device_info().get("max_recommended_working_set_size")
+    if most is None and limit_gb is not None:
+        fault = Fault(
+            "memory.wired_limit_gb", f"{limit_gb:g}: {mx.default_device()} has no wired memory", "leave it null here"
+        )
+        raise ConfigError([fault])
+    if most is None:
+        return
+    if limit_gb is not None and limit_gb * 2**30 > int(most):
+        much = f"{limit_gb:g} is more than this machine's {int(most) / 2**30:.1f}"
+        raise ConfigError([Fault("memory.wired_limit_gb", much, "lower it, or leave it null")])
+    mx.set_wired_limit(int(most) if limit_gb is None else int(limit_gb * 2**30))
+
+
+def load_policy(recipe: Recipe) -> Policy:
+    """The recipe's model with a fresh adapter."""
+    memory = recipe.memory
+    if memory.limit_gb is not None:
+        mx.set_memory_limit(int(memory.limit_gb * 2**30))
+    if memory.cache_limit_gb is not None:
+        mx.set_cache_limit(int(memory.cache_limit_gb * 2**30))
+    _wire(memory.wired_limit_gb)
+    policy = Policy.load(
+        recipe.model,
+        recipe.lora,
+        seed=recipe.seed,
+        revision=recipe.model_revision,
+        micro_batch_tokens=memory.micro_batch_tokens,
+        head_chunk=memory.head_chunk,
+        gradient_checkpointing=memory.gradient_checkpointing,
+    )
+    probe_batches(policy)
+    return policy
+
+
+def build_prompter(recipe: Recipe, policy: Policy) -> Prompter:
+    """The recipe's wording and limits with the policy's tokenizer."""
+    return Prompter(
+        tokenizer=policy.tokenizer,
+        templates=recipe.templates,
+        thinking=recipe.thinking,
+        max_prompt_tokens=recipe.rollout.max_prompt_tokens,
+        max_context_tokens=recipe.feedback.max_tokens,
+    )
+
+
+def check_prompts(prompter: Prompter, problems: Sequence[Problem]) -> None:
+    """Every prompt must fit before anything is written.
+
+    A prompt has at most one token a byte, template aside, so that short ones need not be encoded.
+    """
+    frame = len(prompter.encode([{"role": "user", "content": "x"}])) + 16
+    for problem in problems:
+        size = sum(len(m["content"].encode()) + frame for m in problem.messages)
+        size += len(prompter.template("student").encode())
+        if size <= prompter.max_prompt_tokens:
+            continue
+        length = len(prompter.student(problem))
+        if length > prompter.max_prompt_tokens:
+            raise DataError(
+                f"row {problem.id}: its prompt has {length} tokens, more than rollout.max_prompt_tokens "
+                f"{prompter.max_prompt_tokens}; raise the limit or take the row out"
+            )
+
+
+def check_ranks(recipe: Recipe, policy: Policy, task: Task) -> None:
+    """Several ranks must have the same to work with, and each something to do.
+
+    Raises:
+        ConfigError: the recipe is not for so many.
+        RunError: versions, model or data differ.
+    """
+    ranks, faults = policy.ranks, []
+    if ranks.size == 1:
+        return
+    if recipe.rollout.prompts < ranks.size:
+        faults.append(
+            Fault("rollout.prompts", f"{recipe.rollout.prompts} for {ranks.size} ranks", "one a rank at least")
+        )
+    if "human" in recipe.feedback.sources:
+        faults.append(
+            Fault("feedback.sources", "human sits at one terminal, not at several ranks", "train on one machine")
+        )
+    if faults:
+        raise ConfigError(faults)
+    ranks.agree("versions", f"vpd-mlx {__version__}, mlx {version('mlx')}, mlx-lm {version('mlx-lm')}")
+    ranks.agree("the model", policy.fingerprint + f", {policy.architecture}, vocabulary {policy.vocabulary}")
+    ranks.agree("the data", task_fingerprint(recipe, task))
+
+
+def task_fingerprint(recipe: Recipe, task: Task) -> str:
+    """A short hash of all rows, and of the verifier's file where there is one."""
+    found = hashlib.sha256()
+    for p in (*task.train, *task.held_out):
+        found.update(repr((p.id, p.messages, p.answer, p.reference)).encode())
+    if isinstance(recipe.task, PythonSettings):
+        found.update(Path(recipe.task.verifier).read_bytes())
+    return found.hexdigest()[:16]
+
+
+def check_sources(recipe: Recipe, task: Task) -> None:
+    """A recipe that learns from reference solutions alone needs some.
+
+    Raises:
+        DataError: no row to train on has one.
+    """
+    if (
+        recipe.feedback.sources == ["reference"]
+        and recipe.algorithm != "grpo"
+        and not any(p.reference for p in task.train)
+    ):
+        column = getattr(recipe.task, "reference", None)
+        where = f"column {column!r} (task.reference)" if column else "task"
+        raise DataError(
+            f"feedback.sources: reference is all there is, and no row has a reference solution in its {where}; add them, or "
+            "name another source"
+        )

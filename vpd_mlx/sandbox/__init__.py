@@ -1,0 +1,3 @@
+"""Where programs run that nobody trusts."""
+
+__all__: list[str] = []

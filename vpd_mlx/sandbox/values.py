@@ -1,0 +1,137 @@
+"""Plain values that came out of a sandbox: compared and shown without ever being trusted.
+
+They stay in the encoded form of `child.encode`. Sets and dicts are looked up in our own value and never built from
+what a program sent: it could have chosen elements whose hashes collide, and keep us busy for minutes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vpd_mlx.sandbox.child import DEEPEST
+
+__all__ = ["Value", "check", "show_arguments"]
+
+SEQUENCES = ("t", "s", "z")
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Value:
+    """What a call returned, encoded. `str` shows it as Python would write it."""
+
+    encoded: Any
+
+    def equals(self, expected: Any, tuples_as_lists: bool = False) -> bool:
+        """Python's == against a plain value of ours; `tuples_as_lists` where that one came from JSON."""
+        return _same(expected, self.encoded, tuples_as_lists)
+
+    def __str__(self) -> str:
+        return _show(self.encoded)
+
+
+def check(obj: Any, depth: int = 0) -> None:
+    """Refuse what `encode` cannot have written.
+
+    Raises:
+        ValueError: it is malformed or nested too deeply.
+    """
+    if depth > 2 * DEEPEST:
+        raise ValueError("nested too deeply")
+    if isinstance(obj, list):
+        for item in obj:
+            check(item, depth + 1)
+    elif isinstance(obj, dict):
+        if len(obj) != 1:
+            raise ValueError("not an encoded value")
+        ((tag, body),) = obj.items()
+        pairs = tag == "d" and isinstance(body, list) and all(isinstance(p, list) and len(p) == 2 for p in body)
+        if pairs or (tag in SEQUENCES and isinstance(body, list)):
+            check(body, depth + 1)
+        elif tag == "c" and isinstance(body, list) and len(body) == 2:
+            complex(*[_scalar(x) for x in body])
+        elif tag in ("i", "f", "b") and isinstance(body, str):
+            _scalar(obj)
+        else:
+            raise ValueError("not an encoded value")
+
+
+def show_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """Encoded arguments as they would stand in a call."""
+    return ", ".join([*map(_show, args), *(f"{k}={_show(v)}" for k, v in kwargs.items())])
+
+
+def _scalar(obj: Any) -> Any:
+    """A value that holds no others. Raises ValueError for the rest."""
+    if not isinstance(obj, list | dict):
+        return obj
+    if isinstance(obj, dict):
+        ((tag, body),) = obj.items()
+        match tag:
+            case "i":
+                return int(body, 16)
+            case "f":
+                return float(body)
+            case "b":
+                return bytes.fromhex(body)
+            case "c":
+                real, imaginary = (_scalar(x) for x in body)
+                if isinstance(real, int | float) and isinstance(imaginary, int | float):
+                    return complex(real, imaginary)
+    raise ValueError("not a scalar")
+
+
+def _hashable(obj: Any) -> Any:
+    """Scalars and tuples of them. Raises ValueError for the rest."""
+    if isinstance(obj, dict) and "t" in obj:
+        return tuple(_hashable(x) for x in obj["t"])
+    return _scalar(obj)
+
+
+def _same(want: Any, got: Any, loose: bool) -> bool:
+    tag, body = next(iter(got.items())) if isinstance(got, dict) else ("l" if isinstance(got, list) else "", got)
+    if tag == "l" or tag == "t":
+        kind = list | tuple if loose else (list if tag == "l" else tuple)
+        return isinstance(want, kind) and len(want) == len(body) and all(map(_same, want, body, [loose] * len(body)))
+    if tag in ("s", "z"):
+        if not isinstance(want, set | frozenset) or len(want) != len(body):
+            return False
+        found = [_find(want, item, loose) for item in body]
+        return all(x is not _ABSENT for x in found) and len(set(found)) == len(want)
+    if tag == "d":
+        if not isinstance(want, dict) or len(want) != len(body):
+            return False
+        keys = [_find(want, key, loose) for key, _ in body]
+        fine = all(k is not _ABSENT for k in keys) and len(set(keys)) == len(want)
+        return fine and all(_same(want[k], value, loose) for k, (_, value) in zip(keys, body, strict=True))
+    return bool(want == _scalar(got))
+
+
+def _find(ours: Collection[Any], item: Any, loose: bool) -> Any:
+    """The member of `ours` that equals `item`, else _ABSENT."""
+    try:
+        key = _hashable(item)
+    except ValueError:
+        return next((x for x in ours if _same(x, item, loose)), _ABSENT)
+    return key if key in ours else _ABSENT
+
+
+def _show(obj: Any) -> str:
+    if isinstance(obj, list):
+        return f"[{', '.join(map(_show, obj))}]"
+    if not isinstance(obj, dict):
+        return repr(obj)
+    ((tag, body),) = obj.items()
+    if tag == "d":
+        return "{" + ", ".join(f"{_show(k)}: {_show(v)}" for k, v in body) + "}"
+    if tag in SEQUENCES:
+        inner = ", ".join(map(_show, body))
+        if tag == "t":
+            return f"({inner},)" if len(body) == 1 else f"({inner})"
+        shown = "{" + inner + "}" if body else "set()"
+        return shown if tag == "s" else f"frozenset({shown if body else ''})"
+    if tag == "i" and len(body) > 3000:  # Python refuses to write out longer ones
+        return str(body)
+    return repr(_scalar(obj))

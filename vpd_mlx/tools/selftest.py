@@ -1,0 +1,207 @@
+"""Numerics on this machine: the default device against the CPU, gradients against finite differences, sampling against scoring.
+
+A wrong kernel, or a gradient that silently is zero on one backend, trains nothing while every loss looks fine. So each loss and
+each fused path is run on both devices, and each gradient is also compared with a central difference along a random direction,
+which no backend's vjp has a part in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.tuner.lora import LoRALinear
+
+from vpd_mlx import losses
+from vpd_mlx.engine.gradients import adam_step
+from vpd_mlx.engine.heads import weighted_token_loss
+from vpd_mlx.engine.policy import Policy
+from vpd_mlx.engine.sampling import Sampling, generate
+from vpd_mlx.types import Row
+
+__all__ = ["Check", "checks", "run_checks"]
+
+Parameters = dict[str, mx.array]
+DEVICE_TOLERANCE = 2e-3  # relative: GPUs sum in another order, and in less than float32 where kernels allow it
+DIFFERENCE_TOLERANCE = 3e-2  # relative: a central difference in float32
+STEP = 3e-2
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding: what was compared, how far apart it was at most, how far it may be."""
+
+    name: str
+    error: float
+    allowed: float
+    detail: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether it holds; what is not a number does not."""
+        return self.error <= self.allowed
+
+
+def _normal(shape: tuple[int, ...], seed: int, scale: float = 1.0) -> mx.array:
+    return mx.array(np.random.default_rng(seed).normal(size=shape).astype(np.float32) * scale)
+
+
+def _divergence(
+    teacher: mx.array, weights: mx.array, alpha: float, top_k: int | None, tail: bool, p: Parameters
+) -> mx.array:
+    return (losses.divergence(p["x"], teacher, alpha=alpha, top_k=top_k, tail=tail) * weights).sum()
+
+
+def _loss_cases() -> Iterator[tuple[str, Callable[[Parameters], mx.array], Parameters]]:
+    """(name, scalar function, parameters): every public loss, its gradient in the parameters."""
+    student, teacher = _normal((2, 5, 64), 0), _normal((2, 5, 64), 1, 2.0)
+    # Eight tokens stand clear of the others, so that a small step does not change which are the top k.
+    student = student + mx.where(mx.arange(64) % 8 == 3, 6.0, 0.0)
+    ids = mx.array(np.random.default_rng(2).integers(0, 64, (2, 5)))
+    weights = _normal((2, 5), 3)
+    for alpha in (0.0, 0.5, 1.0):
+        for top_k, tail in ((None, True), (8, True), (8, False)):
+            name = f"divergence alpha={alpha:g}" + (
+                "" if top_k is None else f" top_k={top_k}{'' if tail else ' no tail'}"
+            )
+            yield name, partial(_divergence, teacher, weights, alpha, top_k, tail), {"x": student}
+    yield "token log-probabilities", lambda p: (losses.token_logps(p["x"], ids) * weights).sum(), {"x": student}
+    sums, anchor = _normal((8,), 4, 3.0), _normal((8,), 5, 3.0)
+    labels = mx.array([1, 0, 1, 0, 0, 1, 0, 0])
+    yield "BCO", lambda p: losses.bco_loss(p["x"], anchor, labels, beta=0.3, delta=0.1)[0], {"x": sums}
+    old, advantages, mask = _normal((2, 5), 6, 0.3), _normal((2,), 7), mx.ones((2, 5))
+    yield (
+        "policy gradient",
+        lambda p: losses.policy_gradient_loss(
+            p["x"], old, advantages, mask, clip_low=0.9, clip_high=9.0, dual_clip=None
+        )[0],
+        {"x": old + 0.05},
+    )
+    yield "k3 KL", lambda p: losses.k3_kl(p["x"], old).sum(), {"x": old + 0.2}
+
+    hidden, matrix = _normal((20, 32), 8), _normal((64, 32), 9, 0.3)
+    packed, scales, biases = mx.quantize(matrix, group_size=32, bits=4)
+    teacher_hidden, token_weights = _normal((20, 32), 10), _normal((20,), 11)
+
+    def head(h: mx.array) -> mx.array:
+        return mx.quantized_matmul(h, packed, scales, biases, transpose=True, group_size=32, bits=4)
+
+    def fused(p: Parameters) -> mx.array:
+        return weighted_token_loss(
+            head,
+            lambda logits, fixed, h: (losses.divergence(logits, h(fixed["teacher"]), alpha=0.5), {}),
+            p["x"],
+            token_weights,
+            {"teacher": teacher_hidden},
+            chunk=7,
+        )[0]
+
+    yield "fused head and divergence, quantised", fused, {"x": hidden}
+
+    inputs = _normal((6, 64), 12)
+    base = nn.QuantizedLinear.from_linear(nn.Linear(64, 32), group_size=32, bits=4)
+    base.update(_quantised_linear())
+    adapted = LoRALinear.from_base(base, r=4, dropout=0.0, scale=2.0)
+    targets = _normal((6, 32), 13)
+
+    def lora(p: Parameters) -> mx.array:
+        adapted.update(p)
+        return mx.square(adapted(inputs) - targets).mean()
+
+    yield "LoRA on a quantised layer", lora, {"lora_a": _normal((64, 4), 14, 0.2), "lora_b": _normal((4, 32), 15, 0.2)}
+
+
+def _quantised_linear() -> dict[str, mx.array]:
+    packed, scales, biases = mx.quantize(_normal((32, 64), 16, 0.2), group_size=32, bits=4)
+    return {"weight": packed, "scales": scales, "biases": biases, "bias": _normal((32,), 17, 0.1)}
+
+
+def _relative(a: mx.array, b: mx.array) -> float:
+    scale = max(float(np.abs(np.array(b)).max()), 1e-6)
+    return float(np.abs(np.array(a) - np.array(b)).max()) / scale
+
+
+def _value_and_grad(
+    f: Callable[[Parameters], mx.array], parameters: Parameters, device: mx.Device
+) -> tuple[mx.array, Parameters]:
+    with mx.stream(device):
+        value, gradient = mx.value_and_grad(f)(parameters)
+        mx.eval(value, gradient)
+    return value, gradient
+
+
+def _check_loss(name: str, f: Callable[[Parameters], mx.array], parameters: Parameters) -> Iterator[Check]:
+    device = mx.default_device()
+    value, gradient = _value_and_grad(f, parameters, device)
+    cpu_value, cpu_gradient = _value_and_grad(f, parameters, mx.Device(mx.cpu))
+    apart = max(_relative(value, cpu_value), *(_relative(gradient[k], cpu_gradient[k]) for k in parameters))
+    yield Check(f"{name}: {device.type.name} against CPU", apart, DEVICE_TOLERANCE)
+    direction = {k: _normal(v.shape, 100 + i) for i, (k, v) in enumerate(parameters.items())}
+    with mx.stream(mx.cpu):
+        up = f({k: v + STEP * direction[k] for k, v in parameters.items()})
+        down = f({k: v - STEP * direction[k] for k, v in parameters.items()})
+        mx.eval(up, down)
+    numeric = (float(up) - float(down)) / (2 * STEP)
+    analytic = sum(float((np.array(gradient[k]) * np.array(direction[k])).sum()) for k in parameters)
+    scale = float(np.sqrt(sum((np.array(g) ** 2).sum() for g in cpu_gradient.values()))) + 1e-6
+    size = float(np.sqrt(sum((np.array(d) ** 2).sum() for d in direction.values())))
+    # A random direction sees about 1/sqrt(n) of the gradient's length; compare with that, or with the figure itself.
+    reference = max(abs(numeric), scale * size / np.sqrt(sum(v.size for v in parameters.values())) * 0.3)
+    yield Check(f"{name}: gradient against differences", abs(numeric - analytic) / reference, DIFFERENCE_TOLERANCE)
+
+
+def _check_model(policy: Policy) -> Iterator[Check]:
+    half = any(v.dtype in (mx.float16, mx.bfloat16) for _, v in tree_flatten(policy.model.parameters()))
+    before = policy.adapter
+    # A fresh adapter's second factor is zero: shake it, so that LoRA has a part in what is compared.
+    policy.set_adapter({k: v + _normal(v.shape, i, 0.02) for i, (k, v) in enumerate(before.items())})
+    prompt = tuple(
+        policy.tokenizer.apply_chat_template([{"role": "user", "content": "47+38="}], add_generation_prompt=True)
+    )
+    rollouts = [r for _, _, r in generate(policy, [prompt], 8, Sampling(1.0, 1.0, 8), 0)]
+    scored = policy.logps([Row(prompt, r.tokens) for r in rollouts])
+    apart = max(float(np.abs(np.array(r.logps) - s).max()) for r, s in zip(rollouts, scored, strict=True))
+    yield Check("sampled log-probabilities against scored ones", apart, 0.1 if half else 2e-3)
+    rows = [Row(prompt, r.tokens) for r in rollouts]
+    shares = policy.shares_prompts
+    try:
+        policy.shares_prompts = False
+        plain = policy.logps(rows)
+    finally:
+        policy.shares_prompts = shares
+        policy.set_adapter(before)
+    apart = max(float(np.abs(a - b).max()) for a, b in zip(scored, plain, strict=True))
+    yield Check("shared prompts against separate ones", apart, 0.1 if half else 2e-3)
+
+
+def _check_update() -> Check:
+    parameters, gradients = {"x": _normal((16, 8), 18)}, {"x": _normal((16, 8), 19, 0.1)}
+    adam = optim.AdamW(1e-2, bias_correction=True)
+    adam.init(parameters)
+    step, factor = adam_step(adam), mx.array(0.5)
+    start = tree_map(lambda a: a, adam.state)
+    compiled, _ = mx.compile(step)(parameters, gradients, tree_map(lambda a: a, start), factor)
+    plain, _ = step(parameters, gradients, start, factor)
+    return Check("AdamW compiled against plain", _relative(compiled["x"], plain["x"]), DEVICE_TOLERANCE)
+
+
+def checks(policy: Policy) -> Iterator[Check]:
+    """Every check, as it is made. `policy`: a small model on the default device."""
+    for name, f, parameters in _loss_cases():
+        yield from _check_loss(name, f, parameters)
+    yield _check_update()
+    yield from _check_model(policy)
+
+
+def run_checks(policy: Policy) -> tuple[list[Check], float]:
+    """(all checks, seconds they took)."""
+    start = time.perf_counter()
+    found = list(checks(policy))
+    return found, time.perf_counter() - start
