@@ -97,7 +97,9 @@ def test_the_figures_are_those_of_the_adapter_that_is_handed_over(run: Path, tmp
     assert "| student | 10.0 % | 75.0 % |" in card
     assert "the best of 3 steps, number 1" in card
     found = load_run(best)
-    assert (found.evaluated, found.after["student"]) == (1, 0.75)
+    assert (found.evaluated, found.after["student"], found.after.student) == (1, 0.75, 0.75)
+    assert (found.before.student_greedy, found.before.teacher) == (0.1, 0.1)
+    assert (found.adapters / "adapters.safetensors").is_file()
     table = CliRunner().invoke(app, ["compare", str(best), str(run)], env={"COLUMNS": "120"}).output
     assert "75.0 %" in table
     assert "evaluated after 1 step" in table

@@ -16,7 +16,7 @@ from vpd_mlx.common.text import interval, number
 from vpd_mlx.errors import ConfigError, DataError, Fault
 from vpd_mlx.run.log import MARK
 
-__all__ = ["NO_CONTEXT", "Entry", "Run", "flat", "labels", "load_run"]
+__all__ = ["NO_CONTEXT", "Entry", "Evaluation", "Run", "flat", "labels", "load_run"]
 
 NO_CONTEXT = "none"
 
@@ -32,6 +32,25 @@ class Entry:
     kind: str
 
 
+class Evaluation(dict[str, Any]):
+    """A row of `evals.jsonl`, empty where there was no evaluation; its main figures are attributes, None where missing."""
+
+    @property
+    def student(self) -> float | None:
+        """Mean score of the student's sampled completions, 0..1."""
+        return number(self.get("student"))
+
+    @property
+    def student_greedy(self) -> float | None:
+        """Mean score of the student's likeliest completions, 0..1."""
+        return number(self.get("student_greedy"))
+
+    @property
+    def teacher(self) -> float | None:
+        """Mean score of the teacher, who has read the feedback, 0..1."""
+        return number(self.get("teacher"))
+
+
 @dataclass(frozen=True)
 class Run:
     """One run folder. `rollouts` is an index; `read` fetches the rows, so that a long run need not fit in memory."""
@@ -39,7 +58,7 @@ class Run:
     path: Path
     config: dict[str, Any]
     metrics: list[dict[str, Any]]
-    evals: list[dict[str, Any]]
+    evals: list[Evaluation]
     summary: dict[str, Any]
     rollouts: list[Entry] = field(repr=False)
 
@@ -70,21 +89,26 @@ class Run:
         return bool(self.summary) and (self.planned is None or self.done >= self.planned)
 
     @property
-    def before(self) -> dict[str, Any]:
-        """The evaluation before the first step; empty where there is none."""
-        return self.evals[0] if self.evals and not number(self.evals[0].get("step")) else {}
+    def adapters(self) -> Path:
+        """The folder of the adapter that the run hands over; it is there once the run has ended or was stopped."""
+        return self.path / "adapters"
 
     @property
-    def after(self) -> dict[str, Any]:
-        """The evaluation after at least one step that counts: of the adapter handed over; empty where there is none."""
-        return self.evaluation if number(self.evaluation.get("step")) else {}
+    def before(self) -> Evaluation:
+        """The evaluation before the first step; empty if there is none."""
+        return self.evals[0] if self.evals and not number(self.evals[0].get("step")) else Evaluation()
 
     @property
-    def evaluation(self) -> dict[str, Any]:
+    def after(self) -> Evaluation:
+        """The evaluation of the adapter that the run hands over, made after at least one step; empty if there is none."""
+        return self.evaluation if number(self.evaluation.get("step")) else Evaluation()
+
+    @property
+    def evaluation(self) -> Evaluation:
         """The evaluation of the adapter that the run hands over: the best one's with `keep_best`, else the newest."""
         of = number(self.summary.get("adapter_of_step"))
         chosen = [e for e in self.evals if of is not None and number(e.get("step")) == of]
-        return (chosen or self.evals or [{}])[-1]
+        return (chosen or self.evals or [Evaluation()])[-1]
 
     @property
     def evaluated(self) -> int:
@@ -171,7 +195,7 @@ def load_run(path: Path) -> Run:
         path=path,
         config=config if isinstance(config, dict) else {},
         metrics=[row for _, row in _rows(path / "metrics.jsonl")],
-        evals=[row for _, row in _rows(path / "evals.jsonl")],
+        evals=[Evaluation(row) for _, row in _rows(path / "evals.jsonl")],
         summary=summary if isinstance(summary, dict) else {},
         rollouts=entries,
     )
