@@ -19,7 +19,6 @@ from rich.table import Table
 from vpd_mlx.commands.options import SetOption, overridden
 from vpd_mlx.common.files import read_rows
 from vpd_mlx.common.text import duration, percent
-from vpd_mlx.engine.ranks import Ranks
 from vpd_mlx.errors import ConfigError, Fault
 from vpd_mlx.recipe import Recipe, load_recipe, resolve_recipe_path
 from vpd_mlx.report.live import make_view
@@ -63,6 +62,8 @@ def train(
         if out is not None or overwrite:
             return cfg, out or Path("runs") / cfg.name
         return cfg, free_run_folder(Path("runs"), cfg.name)
+
+    from vpd_mlx.engine.ranks import Ranks  # late: it loads mlx, which `--help` does without
 
     ranks = Ranks.of_environment()
     # Of several ranks the first one's recipe and folder hold for all: the others' machines need not have the run.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import platform
 import time
 from importlib.metadata import version
@@ -17,7 +18,6 @@ from vpd_mlx.engine.heartbeat import Heartbeat
 from vpd_mlx.engine.ranks import ALONE, Ranks
 from vpd_mlx.errors import RunError, SourceError
 from vpd_mlx.recipe import Recipe, dump
-from vpd_mlx.report.services import Told
 from vpd_mlx.run.checkpoint import Checkpoint, find_checkpoint, write_checkpoint
 from vpd_mlx.run.log import NoLog, RunLog
 from vpd_mlx.run.progress import Progress, Silent
@@ -47,7 +47,8 @@ def train(
         VpdError: before anything is written, when something is unusable; later, with a checkpoint left behind, when a
             source fails throughout, numbers are not finite, or the disk is full.
     """
-    told = Told(progress or Silent(), recipe.logging)
+    services = importlib.import_module("vpd_mlx.report.services")  # a room above this one: a process of its own is next
+    told = services.Told(progress or Silent(), recipe.logging)
     progress = told
     started = time.perf_counter()
     refuse_what_cannot_fit(recipe)
