@@ -63,9 +63,7 @@ def save_state(learners: Mapping[str, Learner], teacher: Teacher | None, delta: 
     arrays = {f"{name}.{k}": v for name, learner in learners.items() for k, v in learner.arrays().items()}
     if teacher is not None:
         arrays |= {f"teacher.{k}": v for k, v in teacher.arrays().items()}
-    scalars: dict[str, Any] = {
-        name: {"updates": learner.updates, "skipped": learner.skipped} for name, learner in learners.items()
-    }
+    scalars: dict[str, Any] = {name: learner.scalars() for name, learner in learners.items()}
     return State(arrays, {**scalars, "delta": delta})
 
 
@@ -76,7 +74,7 @@ def load_state(state: State, learners: Mapping[str, Learner], teacher: Teacher |
         return {k.removeprefix(f"{name}."): v for k, v in state.arrays.items() if k.startswith(f"{name}.")}
 
     for name, learner in learners.items():
-        learner.restore(part(name), **state.scalars[name])
+        learner.restore(part(name), state.scalars[name])
     if teacher is not None:
         teacher.restore(part("teacher"))
     delta: float | None = state.scalars["delta"]
