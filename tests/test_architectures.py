@@ -20,7 +20,7 @@ from vpd_mlx.engine.gradients import accumulate
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.sampling import Sampling, generate, probe_batches
 from vpd_mlx.engine.settings import LoraSettings
-from vpd_mlx.types import Row
+from vpd_mlx.types import TokenRow
 
 COMMON = {
     "hidden_size": 64,
@@ -77,7 +77,7 @@ def test_scores_and_gradients_are_those_of_the_plain_model(tmp_path: Path, kind,
     assert policy.widest == (None if shares else 1)
     rollouts = [r for _, _, r in generate(policy, [(5, 6, 7, 8, 9, 10, 11), (12, 13)], 3, Sampling(1.0, 1.0, 9), 0)]
     prompts = [(5, 6, 7, 8, 9, 10, 11)] * 3 + [(12, 13)] * 3
-    rows = [Row(p, (20 + i, 30, 31, 32)[: 2 + i % 3]) for i, p in enumerate(prompts)]
+    rows = [TokenRow(p, (20 + i, 30, 31, 32)[: 2 + i % 3]) for i, p in enumerate(prompts)]
 
     def plain() -> mx.array:
         total = mx.array(0.0)
@@ -102,4 +102,4 @@ def test_scores_and_gradients_are_those_of_the_plain_model(tmp_path: Path, kind,
         scale = float(mx.abs(expected[name]).max()) + 1e-3
         assert float(mx.abs(value - expected[name]).max()) < 1e-3 * scale, name
     for p, r in zip(prompts, rollouts, strict=True):
-        np.testing.assert_allclose(policy.logps([Row(p, r.tokens)])[0], r.logps, atol=1e-3)
+        np.testing.assert_allclose(policy.logps([TokenRow(p, r.tokens)])[0], r.logps, atol=1e-3)

@@ -29,7 +29,7 @@ from vpd_mlx.recipe import Recipe
 from vpd_mlx.run.checkpoint import find_checkpoint
 from vpd_mlx.run.setup import check_ranks
 from vpd_mlx.run.step import Trainer
-from vpd_mlx.types import Row, Verdict
+from vpd_mlx.types import TokenRow, Verdict
 
 ALGORITHMS = ("vpd", "sdpo", "grpo", "joint", "reshape", "reweight")
 
@@ -255,7 +255,7 @@ def test_a_failing_source_on_one_rank_is_told_by_both(tmp_path: Path):
 
 
 def test_shares_are_whole_and_balanced():
-    rows = [Row((p,) * 30, tuple(range(n))) for p in range(5) for n in (3, 9, 4)]
+    rows = [TokenRow((p,) * 30, tuple(range(n))) for p in range(5) for n in (3, 9, 4)]
     shares = [Pretended(i, 2).share(rows) for i in range(2)]
     assert sorted(i for share in shares for i in share) == list(range(len(rows)))
     prompts = [{rows[i].prompt for i in share} for share in shares]

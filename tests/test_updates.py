@@ -30,7 +30,7 @@ from vpd_mlx.feedback import add_context
 from vpd_mlx.feedback.sibling import sibling
 from vpd_mlx.feedback.verifier import verifier
 from vpd_mlx.run.step import Trainer
-from vpd_mlx.types import Context, Rollout, Row
+from vpd_mlx.types import Context, Rollout, TokenRow
 
 
 class Recorder(Learner):
@@ -77,7 +77,7 @@ def world(request):
     raise AssertionError("no batch with both classes and a rollout without context")
 
 
-def plain_logps(policy: Policy, rows: list[Row]) -> list[mx.array]:
+def plain_logps(policy: Policy, rows: list[TokenRow]) -> list[mx.array]:
     """By a forward pass of each row alone through mlx-lm's own model."""
     out = []
     for row in rows:
@@ -165,7 +165,7 @@ def test_m_step_is_the_autograd_of_the_plain_divergence(world, budget, chunk, op
     chosen = [s for s in samples if s.teacher is not None]
     tokens = sum(len(s.student.completion) for s in chosen)
 
-    def logits(row: Row) -> mx.array:
+    def logits(row: TokenRow) -> mx.array:
         ids = mx.array([[*row.prompt, *row.completion]])
         return policy.model(ids[:, :-1]).astype(mx.float32)[:, len(row.prompt) - 1 :]
 
@@ -323,9 +323,8 @@ COMPILED_UPDATES = """
 import json, sys
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from vpd_mlx import recipe as config
-from vpd_mlx.engine import gradients as learner
-from vpd_mlx.engine.gradients import Learner
+from vpd_mlx.engine import optimizer
+from vpd_mlx.engine.settings import OptimizerSettings
 
 class Model:
     def __init__(self):
@@ -343,13 +342,13 @@ class Policy:
     model, ranks = Model(), Alone()
 
 (mx.enable_compile if sys.argv[1] == "on" else mx.disable_compile)()
-traces, plain = [], module.adam_step
+traces, plain = [], optimizer.adam_step
 def counted(adam):
     step = plain(adam)
     return lambda *given: traces.append(1) or step(*given)
-module.adam_step = counted
+optimizer.adam_step = counted
 policy = Policy()
-learner = Learner(config.Optimizer(learning_rate=0.01, warmup_steps=3, grad_clip=2.0))
+learner = optimizer.Learner(OptimizerSettings(learning_rate=0.01, warmup_steps=3, grad_clip=2.0))
 for i in range(5):  # the rate rises, and some of the gradients are clipped
     learner.apply(policy, {"a": mx.sin(policy.model.tree["a"] * (i + 1)), "b": {"c": policy.model.tree["b"]["c"] * i}})
 print(json.dumps({"traces": len(traces), "found": [v.flatten().tolist() for _, v in tree_flatten(policy.model.tree)]}))
@@ -527,7 +526,7 @@ def test_micro_batches_do_not_change_what_is_learned(world):
 
 
 def test_padding_puts_each_target_behind_the_position_that_predicts_it():
-    padded = pad([Row((5, 6, 7), (8, 9)), Row((1,), (2, 3, 4))], multiple=8)
+    padded = pad([TokenRow((5, 6, 7), (8, 9)), TokenRow((1,), (2, 3, 4))], multiple=8)
     assert padded.inputs.shape == (2, 8)
     assert padded.targets.tolist() == [8, 9, 2, 3, 4]
     flat = padded.inputs.reshape(-1)
@@ -546,10 +545,10 @@ def test_shared_prompts_give_the_same_states_and_gradients(world, kind, multiple
     trainer, groups = world
     policy = trainer.policy
     rows = [getattr(s, kind) for s in gather(groups) if s.teacher is not None]
-    rows.append(Row(rows[0].prompt, rows[0].completion[:1]))  # one token: nothing to extend
+    rows.append(TokenRow(rows[0].prompt, rows[0].completion[:1]))  # one token: nothing to extend
     assert policy.shares_prompts
 
-    def run(share: bool, part: list[Row]):
+    def run(share: bool, part: list[TokenRow]):
         policy.shares_prompts = share
         before, policy._multiple = policy._multiple, multiple
         weights = mx.random.normal((sum(len(r.completion) for r in part), 64), key=mx.random.key(3))
@@ -559,7 +558,7 @@ def test_shared_prompts_give_the_same_states_and_gradients(world, kind, multiple
         finally:
             policy.shares_prompts, policy._multiple = True, before
 
-    for part in (rows, [Row(r.prompt, r.completion[:1]) for r in rows]):
+    for part in (rows, [TokenRow(r.prompt, r.completion[:1]) for r in rows]):
         (states, targets), _, gradient = run(True, part)
         (want, want_targets), _, want_gradient = run(False, part)
         assert mx.array_equal(targets, want_targets).item()
@@ -568,7 +567,7 @@ def test_shared_prompts_give_the_same_states_and_gradients(world, kind, multiple
 
 
 def test_micro_batches_keep_to_the_budget_and_prompts_together():
-    rows = [Row(tuple([p] * (10 + p)), (1,) * n) for p in range(4) for n in (2, 5, 3)]
+    rows = [TokenRow(tuple([p] * (10 + p)), (1,) * n) for p in range(4) for n in (2, 5, 3)]
     for shared in (False, True):
         for budget in (1, 30, 60, 10**6):
             batches = micro_batches(rows, budget, shared=shared)
@@ -596,7 +595,7 @@ def test_crossed_contexts_pair_a_failures_words_with_a_right_answer():
             context=None if kind is None else Context(kind, "words"),
             teacher_prompt=None if kind is None else prompt,
         )
-        return Sample(group, Row((1,), tokens), None if kind is None else Row(prompt, tokens), rollout)
+        return Sample(group, TokenRow((1,), tokens), None if kind is None else TokenRow(prompt, tokens), rollout)
 
     samples = [
         sample(0, (5,), False, "verifier", (9, 1)),
@@ -608,7 +607,7 @@ def test_crossed_contexts_pair_a_failures_words_with_a_right_answer():
     out = crossed(samples)
     assert out[:5] == samples
     (extra,) = out[5:]  # not for the sibling's context, not in the group without a success
-    assert extra.teacher == Row((9, 1), (6, 7))
+    assert extra.teacher == TokenRow((9, 1), (6, 7))
     assert extra.student == samples[1].student
     assert extra.rollout.success
     assert extra.rollout.context == samples[0].rollout.context
@@ -663,7 +662,7 @@ def test_checkpointed_blocks_are_one_models_own():
     assert plain.shares_prompts
     assert not thrifty.shares_prompts
     moved = {k: v + 0.05 for k, v in plain.adapter.items()}
-    rows = [Row((5, 6, 7), (8, 9)), Row((5, 6, 7), (3, 4, 2))]
+    rows = [TokenRow((5, 6, 7), (8, 9)), TokenRow((5, 6, 7), (3, 4, 2))]
     found = []
     for policy in (plain, thrifty):
         policy.set_adapter(moved)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-__all__ = ["Context", "FinishReason", "Group", "Message", "Problem", "Rollout", "Row", "Verdict"]
+__all__ = ["Context", "FinishReason", "Group", "Message", "Problem", "Rollout", "TokenRow", "Verdict"]
 
 Message = dict[str, str]
 FinishReason = Literal["stop", "length"]
@@ -88,7 +88,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Row:
+class TokenRow:
     """A prompt and a completion, as token ids, to be scored or trained on."""
 
     prompt: tuple[int, ...]

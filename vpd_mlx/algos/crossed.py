@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from vpd_mlx.engine.gradients import Sample
-from vpd_mlx.types import Row
+from vpd_mlx.types import TokenRow
 
 __all__ = ["crossed"]
 
@@ -42,7 +42,7 @@ def crossed(samples: Sequence[Sample]) -> list[Sample]:
             Sample(
                 group=s.group,
                 student=right.student,
-                teacher=Row(s.teacher.prompt, right.student.completion),
+                teacher=TokenRow(s.teacher.prompt, right.student.completion),
                 rollout=replace(right.rollout, context=context, teacher_prompt=s.teacher.prompt),
             )
         )

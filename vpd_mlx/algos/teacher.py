@@ -16,7 +16,7 @@ import mlx.core as mx
 from vpd_mlx.algos.settings import TeacherSettings
 from vpd_mlx.engine.heads import Head
 from vpd_mlx.engine.policy import Adapter, Policy
-from vpd_mlx.types import Row
+from vpd_mlx.types import TokenRow
 
 __all__ = ["Teacher"]
 
@@ -58,7 +58,7 @@ class Teacher:
         finally:
             policy.set_adapter(student)
 
-    def states(self, policy: Policy, rows: Sequence[Row]) -> list[dict[str, mx.array]]:
+    def states(self, policy: Policy, rows: Sequence[TokenRow]) -> list[dict[str, mx.array]]:
         """Hidden states of the completion positions under the teacher's weights, per row, without gradient."""
         if self.kind == "trust_region":
             live = policy.states(rows)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from vpd_mlx.types import Row
+from vpd_mlx.types import TokenRow
 
 __all__ = ["Padded", "Shared", "micro_batches", "pad", "share", "token_weights"]
 
@@ -26,7 +26,7 @@ class Padded:
     targets: npt.NDArray[np.int32]
 
 
-def pad(rows: Sequence[Row], multiple: int = 1) -> Padded:
+def pad(rows: Sequence[TokenRow], multiple: int = 1) -> Padded:
     """Pad rows on the right to a common length, a multiple of `multiple`.
 
     Right padding needs no mask under causal attention: no real position sees a padded one.
@@ -65,7 +65,7 @@ def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def share(rows: Sequence[Row], multiple: int = 1) -> Shared | None:
+def share(rows: Sequence[TokenRow], multiple: int = 1) -> Shared | None:
     """Rows grouped by identical prompt ids; None where that would save less than a tenth of the positions."""
     index: dict[tuple[int, ...], int] = {}
     parents = [index.setdefault(r.prompt, len(index)) for r in rows]
@@ -93,7 +93,7 @@ def share(rows: Sequence[Row], multiple: int = 1) -> Shared | None:
     )
 
 
-def micro_batches(rows: Sequence[Row], budget: int, *, shared: bool = False) -> list[list[int]]:
+def micro_batches(rows: Sequence[TokenRow], budget: int, *, shared: bool = False) -> list[list[int]]:
     """Indices of rows, grouped so that each group's positions stay within `budget`, long rows together.
 
     Without sharing a group costs rows x longest; with it, its distinct prompts x longest plus rows x longest completion, and

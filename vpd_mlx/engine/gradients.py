@@ -19,7 +19,7 @@ from mlx.utils import tree_map
 from vpd_mlx.engine.heads import TokenLoss, weighted_token_loss
 from vpd_mlx.engine.optimizer import Learner, Metrics, adam_step, update_metrics
 from vpd_mlx.engine.policy import Policy
-from vpd_mlx.types import Group, Rollout, Row
+from vpd_mlx.types import Group, Rollout, TokenRow
 
 __all__ = [
     "Floats",
@@ -47,8 +47,8 @@ class Sample:
     """One rollout as the updates see it: the completion behind the student's and, with a context, the teacher's prompt."""
 
     group: int
-    student: Row
-    teacher: Row | None
+    student: TokenRow
+    teacher: TokenRow | None
     rollout: Rollout
 
 
@@ -57,8 +57,8 @@ def gather(groups: Sequence[Group]) -> list[Sample]:
     return [
         Sample(
             group=g,
-            student=Row(group.prompt, r.tokens),
-            teacher=None if r.teacher_prompt is None else Row(r.teacher_prompt, r.tokens),
+            student=TokenRow(group.prompt, r.tokens),
+            teacher=None if r.teacher_prompt is None else TokenRow(r.teacher_prompt, r.tokens),
             rollout=r,
         )
         for g, group in enumerate(groups)
@@ -74,7 +74,7 @@ def minibatches(samples: Sequence[Sample], prompts: int | None) -> list[list[int
     return [[i for i, s in enumerate(samples) if s.group in part] for part in chosen]
 
 
-def teacher_row(sample: Sample) -> Row:
+def teacher_row(sample: Sample) -> TokenRow:
     """The completion behind the teacher's prompt.
 
     Raises:
@@ -112,7 +112,7 @@ Weigh = Callable[[list[Floats]], Sequence[Floats]]
 
 def accumulate(
     policy: Policy,
-    rows: Sequence[Row],
+    rows: Sequence[TokenRow],
     weights: Sequence[Floats],
     constants: Constants,
     token_loss: TokenLoss,
@@ -140,7 +140,9 @@ def accumulate(
     )
 
 
-def accumulate_weighed(policy: Policy, rows: Sequence[Row], weigh: Weigh, token_loss: TokenLoss, seed: int) -> Pass:
+def accumulate_weighed(
+    policy: Policy, rows: Sequence[TokenRow], weigh: Weigh, token_loss: TokenLoss, seed: int
+) -> Pass:
     """`accumulate` with weights that follow from the log-probabilities of all rows, which a forward pass must find first.
 
     Where all rows of one rank fill half a micro-batch at most, that forward pass is the one that the backward pass goes on
@@ -159,7 +161,7 @@ def accumulate_weighed(policy: Policy, rows: Sequence[Row], weigh: Weigh, token_
     return accumulate(policy, rows, weigh(scored(policy, rows)), lambda own: [{} for _ in own], token_loss, seed)
 
 
-def scored(policy: Policy, rows: Sequence[Row]) -> list[Floats]:
+def scored(policy: Policy, rows: Sequence[TokenRow]) -> list[Floats]:
     """`Policy.logps` of all rows, each rank scoring its share."""
     own = policy.ranks.share(rows)
     return policy.ranks.collect(own, policy.logps([rows[i] for i in own]), len(rows))
@@ -167,7 +169,7 @@ def scored(policy: Policy, rows: Sequence[Row]) -> list[Floats]:
 
 def _accumulate(
     policy: Policy,
-    rows: Sequence[Row],
+    rows: Sequence[TokenRow],
     weights: Sequence[Floats] | Weigh,
     constants: Sequence[Mapping[str, mx.array]],
     token_loss: TokenLoss,
@@ -182,7 +184,7 @@ def _accumulate(
         fixed = {k: mx.concatenate([constants[i][k] for i in indices]) for k in constants[indices[0]]}
 
         def batch_loss(
-            part: list[Row] = part, indices: list[int] = indices, fixed: Mapping[str, mx.array] = fixed
+            part: list[TokenRow] = part, indices: list[int] = indices, fixed: Mapping[str, mx.array] = fixed
         ) -> tuple[mx.array, dict[str, mx.array]]:
             states, targets = policy.hidden(part)
             if callable(weights):  # all rows are in this micro-batch
@@ -209,6 +211,6 @@ def _accumulate(
     return gradients, total, columns
 
 
-def unit_weights(rows: Sequence[Row]) -> list[Floats]:
+def unit_weights(rows: Sequence[TokenRow]) -> list[Floats]:
     """1 for every token: for losses that carry their weights themselves."""
     return [np.ones(len(r.completion), np.float32) for r in rows]

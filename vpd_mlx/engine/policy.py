@@ -35,7 +35,7 @@ from vpd_mlx.engine.prefix import Capture, extended
 from vpd_mlx.engine.ranks import ALONE, Ranks
 from vpd_mlx.engine.settings import LoraSettings
 from vpd_mlx.errors import ConfigError, Fault, ModelError, RunError
-from vpd_mlx.types import Row
+from vpd_mlx.types import TokenRow
 
 __all__ = ["Adapter", "Policy", "lora_of"]
 
@@ -185,10 +185,10 @@ class Policy:
         if any(type(c).__name__ not in ("KVCache", "RotatingKVCache") for c in caches):
             return False  # recurrent layers keep no keys to share
         rows = [
-            Row(PROBE[:5], PROBE[:3]),
-            Row(PROBE[:5], PROBE[2:6]),
-            Row(PROBE[2:4], PROBE[:2]),
-            Row(PROBE[2:4], (1,)),
+            TokenRow(PROBE[:5], PROBE[:3]),
+            TokenRow(PROBE[:5], PROBE[2:6]),
+            TokenRow(PROBE[2:4], PROBE[:2]),
+            TokenRow(PROBE[2:4], (1,)),
         ]
         self.shares_prompts = False
         want, _ = self.hidden(rows)
@@ -210,11 +210,11 @@ class Policy:
         """Completion tokens per vocabulary-sized chunk."""
         return self._head_chunk or chunk_size(self.vocabulary)
 
-    def split(self, rows: Sequence[Row]) -> list[list[int]]:
+    def split(self, rows: Sequence[TokenRow]) -> list[list[int]]:
         """Indices of rows per micro-batch."""
         return micro_batches(rows, self._micro_batch_tokens, shared=self.shares_prompts)
 
-    def fit_half(self, rows: Sequence[Row]) -> bool:
+    def fit_half(self, rows: Sequence[TokenRow]) -> bool:
         """Whether rows fit half a micro-batch."""
         return len(micro_batches(rows, self._micro_batch_tokens // 2, shared=self.shares_prompts)) == 1
 
@@ -240,7 +240,7 @@ class Policy:
                 )
                 mx.clear_cache()
 
-    def hidden(self, rows: Sequence[Row]) -> tuple[mx.array, mx.array]:
+    def hidden(self, rows: Sequence[TokenRow]) -> tuple[mx.array, mx.array]:
         """States that predict each completion token, and these tokens: (M, D) and (M,), rows in order."""
         shared = share(rows, self._multiple) if self.shares_prompts else None
         if shared is None:
@@ -257,12 +257,12 @@ class Policy:
             flat = mx.concatenate([flat, added.reshape(-1, added.shape[-1])])
         return flat[mx.array(shared.positions)], mx.array(shared.targets)
 
-    def logps(self, rows: Sequence[Row]) -> list[npt.NDArray[np.float32]]:
+    def logps(self, rows: Sequence[TokenRow]) -> list[npt.NDArray[np.float32]]:
         """Log-probability of every completion token, float32, by a forward pass without gradient: per row (T_i,)."""
 
         return self._map_rows(rows, lambda part: self._logps(*self.hidden(part)))
 
-    def scores(self, rows: Sequence[Row], states: mx.array, targets: mx.array) -> list[npt.NDArray[np.float32]]:
+    def scores(self, rows: Sequence[TokenRow], states: mx.array, targets: mx.array) -> list[npt.NDArray[np.float32]]:
         """`logps` from what `hidden` gave for these rows, also within a function whose gradient is being taken.
 
         There every array that hangs together with the states would keep what it was made from until the end, whole logits
@@ -279,7 +279,7 @@ class Policy:
 
         return np.array(map_tokens(self.head, token_logps, states, {"targets": targets}, self.head_chunk)["loss"])
 
-    def _map_rows(self, rows: Sequence[Row], values_of: Callable[[list[Row]], Any]) -> list[Any]:
+    def _map_rows(self, rows: Sequence[TokenRow], values_of: Callable[[list[TokenRow]], Any]) -> list[Any]:
         """Values of all completion tokens, micro-batch by micro-batch, cut up by row again."""
 
         def run() -> list[Any]:
@@ -292,10 +292,10 @@ class Policy:
 
         return self.within_memory(run)
 
-    def states(self, rows: Sequence[Row]) -> list[mx.array]:
+    def states(self, rows: Sequence[TokenRow]) -> list[mx.array]:
         """Hidden states of the completion positions, without gradient: per row (T_i, D)."""
 
-        def pieces(part: list[Row]) -> Any:
+        def pieces(part: list[TokenRow]) -> Any:
             states = mx.stop_gradient(self.hidden(part)[0])
             mx.eval(states)
             return states
@@ -427,7 +427,7 @@ def lora_of(folder: Path) -> LoraSettings:
         raise ModelError(f"{path}: is no adapter's config ({type(error).__name__}: {what}); export it anew") from None
 
 
-def _per_row(values: Any, rows: Sequence[Row]) -> list[Any]:
+def _per_row(values: Any, rows: Sequence[TokenRow]) -> list[Any]:
     pieces, start = [], 0
     for row in rows:
         pieces.append(values[start : start + len(row.completion)])

@@ -17,7 +17,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from vpd_mlx.errors import RunError
-from vpd_mlx.types import Row
+from vpd_mlx.types import TokenRow
 
 __all__ = ["ALONE", "Ranks"]
 
@@ -71,7 +71,7 @@ class Ranks:
         """A seed of this rank's own, so that no two draw alike; the first keeps the run's."""
         return seed + self.index
 
-    def share(self, rows: Sequence[Row]) -> list[int]:
+    def share(self, rows: Sequence[TokenRow]) -> list[int]:
         """Indices of this rank's rows, in order; the same division on every rank.
 
         Rows with one prompt stay together, so that it is read once, unless there are fewer prompts than ranks. The

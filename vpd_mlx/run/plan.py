@@ -32,7 +32,7 @@ from vpd_mlx.engine.gradients import Learner, Sample
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.errors import ConfigError, Fault, ModelError
 from vpd_mlx.recipe import Recipe
-from vpd_mlx.types import Context, Rollout, Row, Verdict
+from vpd_mlx.types import Context, Rollout, TokenRow, Verdict
 
 __all__ = ["Plan", "check_fits", "memory_limit", "plan", "read_model_config"]
 
@@ -145,7 +145,7 @@ def _samples(recipe: Recipe, prompt: int, teacher_prompt: int, completion: int, 
                 context=Context("verifier", ""),
                 teacher_prompt=behind,
             )
-            out.append(Sample(group, Row(student, tokens), Row(behind, tokens), rollout))
+            out.append(Sample(group, TokenRow(student, tokens), TokenRow(behind, tokens), rollout))
     return out
 
 

@@ -24,7 +24,7 @@ from vpd_mlx.engine.gradients import adam_step
 from vpd_mlx.engine.heads import weighted_token_loss
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.sampling import Sampling, generate
-from vpd_mlx.types import Row
+from vpd_mlx.types import TokenRow
 
 __all__ = ["Check", "checks", "run_checks"]
 
@@ -166,10 +166,10 @@ def _check_model(policy: Policy) -> Iterator[Check]:
         policy.tokenizer.apply_chat_template([{"role": "user", "content": "47+38="}], add_generation_prompt=True)
     )
     rollouts = [r for _, _, r in generate(policy, [prompt], 8, Sampling(1.0, 1.0, 8), 0)]
-    scored = policy.logps([Row(prompt, r.tokens) for r in rollouts])
+    scored = policy.logps([TokenRow(prompt, r.tokens) for r in rollouts])
     apart = max(float(np.abs(np.array(r.logps) - s).max()) for r, s in zip(rollouts, scored, strict=True))
     yield Check("sampled log-probabilities against scored ones", apart, 0.1 if half else 2e-3)
-    rows = [Row(prompt, r.tokens) for r in rollouts]
+    rows = [TokenRow(prompt, r.tokens) for r in rollouts]
     shares = policy.shares_prompts
     try:
         policy.shares_prompts = False
