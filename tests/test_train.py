@@ -19,8 +19,8 @@ from vpd_mlx.errors import DataError, RunError, SourceError
 from vpd_mlx.recipe import load_recipe
 from vpd_mlx.run.checkpoint import find_checkpoint
 from vpd_mlx.run.loop import train
-from vpd_mlx.run.progress import Silent
-from vpd_mlx.run.step import Stop, Trainer, problems_of_step
+from vpd_mlx.run.progress import Silent, Stop
+from vpd_mlx.run.step import Trainer, problems_of_step
 from vpd_mlx.types import Problem
 
 

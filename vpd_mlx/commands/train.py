@@ -70,7 +70,7 @@ def train(
     cfg, folder = ranks.from_first(asked)
     # Late, so that a wrong recipe is told at once: mlx-lm and the tokenizers take two seconds to load.
     from vpd_mlx.run.loop import train as run
-    from vpd_mlx.run.step import Stop
+    from vpd_mlx.run.progress import Stop
 
     quiet = quiet or not ranks.first
     as_json = as_json and ranks.first

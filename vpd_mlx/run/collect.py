@@ -20,8 +20,8 @@ HEARTBEAT = 1.0  # seconds
 
 @dataclass(frozen=True)
 class Batch:
-    """Graded groups, and what verifiers that failed had to say, by problem. A failed verdict is no score: its rollout is
-    not among the groups."""
+    """Graded groups, and the verifier's failures as `problem: error`. A failed verdict is no score: its rollout is not among
+    the groups."""
 
     groups: list[Group]
     failures: list[str]
@@ -42,13 +42,14 @@ def collect(
     *,
     threshold: float,
     seed: int,
-    moved: Callable[[int, int], None] = lambda done, total: None,
-    heard: Callable[[Problem, Rollout], None] = lambda problem, rollout: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_graded: Callable[[Problem, Rollout], None] = lambda problem, rollout: None,
 ) -> Batch:
     """Groups of completions for problems, graded.
 
-    `moved` hears how many of how many are finished, and again every second while verdicts are awaited; what it raises ends
-    this at once, whatever verifiers are still at. `heard` hears each rollout once it has its verdict, in a worker thread.
+    `on_progress` is called with (finished, total) after each completion, and every second while verdicts are awaited; what it
+    raises ends the call at once, even while verifiers run. `on_graded` is called with each rollout that has its verdict, in a
+    worker thread.
     """
     prompts = student_prompts(prompter, problems)
     total = len(problems) * group_size
@@ -57,19 +58,19 @@ def collect(
         verdict = verify(problem, rollout.text)
         rollout = rollout.graded(verdict, threshold)
         if verdict.error is None:
-            heard(problem, rollout)
+            on_graded(problem, rollout)
         return rollout
 
     waiting: dict[tuple[int, int], Future[Rollout]] = {}
     pool = ThreadPoolExecutor(WORKERS)
     try:
-        # Closed at once when `moved` ends the run: an exception's traceback would keep it, and its threads, alive.
+        # Closed at once when `on_progress` ends the run: an exception's traceback would keep it, and its threads, alive.
         with closing(generate(policy, prompts, group_size, how, seed)) as finished:
             for p, n, rollout in finished:
                 waiting[p, n] = pool.submit(grade, problems[p], rollout)
-                moved(len(waiting), total)
+                on_progress(len(waiting), total)
         while wait(waiting.values(), timeout=HEARTBEAT).not_done:
-            moved(len(waiting), total)
+            on_progress(len(waiting), total)
         graded = {at: rollout.result() for at, rollout in waiting.items()}
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

@@ -153,7 +153,7 @@ def measure(
             evaluation_sampling(recipe, greedy=greedy),
             threshold=recipe.rollout.success_threshold,
             seed=phase_seed(seed, 0, name),
-            moved=lambda done, total: progress.phase(f"evaluation, {name}", done, total),
+            on_progress=lambda done, total: progress.phase(f"evaluation, {name}", done, total),
         )
 
     sampled = None if greedy_only else run("student", k, False)

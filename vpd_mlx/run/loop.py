@@ -20,9 +20,9 @@ from vpd_mlx.errors import RunError, SourceError
 from vpd_mlx.recipe import Recipe, dump
 from vpd_mlx.run.checkpoint import Checkpoint, find_checkpoint, write_checkpoint
 from vpd_mlx.run.log import NoLog, RunLog
-from vpd_mlx.run.progress import Progress, Silent
+from vpd_mlx.run.progress import Interrupted, Progress, Silent, Stop
 from vpd_mlx.run.setup import refuse_what_cannot_fit, task_fingerprint
-from vpd_mlx.run.step import Interrupted, Stop, Trainer
+from vpd_mlx.run.step import Trainer
 from vpd_mlx.run.warnings import Warnings
 from vpd_mlx.tasks import notices
 
@@ -84,7 +84,7 @@ def _run(trainer: Trainer, log: RunLog | NoLog, resume: bool, started: float) ->
         run.begin(resume)
         run.evaluate_if_due()
         while run.done < recipe.steps:
-            trainer.go_on()
+            trainer.check_stop()
             log.check_space()
             run.advance()
             run.evaluate_if_due()

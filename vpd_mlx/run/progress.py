@@ -4,11 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from vpd_mlx.types import Rollout
 
-__all__ = ["Progress", "Silent"]
+__all__ = ["Interrupted", "Progress", "Silent", "Stop"]
+
+
+@dataclass
+class Stop:
+    """Set from outside, e.g. by a signal handler, to end the run at the next safe moment."""
+
+    signal: int | None = None
+
+    def check(self) -> None:
+        """Raise `Interrupted` if the run is to end."""
+        if self.signal is not None:
+            raise Interrupted
+
+
+class Interrupted(Exception):
+    """The run ends here; its last snapshot stands."""
 
 
 class Progress(Protocol):

@@ -1,26 +1,35 @@
-"""What a run is put together from, checked before anything is written: memory, model, prompts, ranks."""
+"""What a run is put together from, loaded and checked before anything is written: task, model, prompts, sources, ranks."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, Self
 
 import mlx.core as mx
 
 from vpd_mlx import __version__
+from vpd_mlx.algos.base import Algorithm
+from vpd_mlx.common.seeds import phase_seed
 from vpd_mlx.engine.policy import Policy
-from vpd_mlx.engine.sampling import probe_batches
+from vpd_mlx.engine.ranks import ALONE, Ranks
+from vpd_mlx.engine.sampling import Sampling, default_streams, generate, probe_batches
 from vpd_mlx.errors import ConfigError, DataError, Fault
+from vpd_mlx.feedback import Host, Sources, build_sources
 from vpd_mlx.prompts import Prompter
 from vpd_mlx.recipe import Recipe
 from vpd_mlx.run.plan import check_fits, memory_limit, plan
-from vpd_mlx.tasks import Task
+from vpd_mlx.run.progress import Progress, Silent, Stop
+from vpd_mlx.tasks import Task, build_task, prove
 from vpd_mlx.tasks.python_file import PythonSettings
 from vpd_mlx.types import Problem
 
 __all__ = [
+    "Parts",
     "build_prompter",
     "check_prompts",
     "check_ranks",
@@ -29,6 +38,74 @@ __all__ = [
     "refuse_what_cannot_fit",
     "task_fingerprint",
 ]
+
+
+@dataclass
+class Parts:
+    """All that a step works with."""
+
+    recipe: Recipe
+    policy: Policy
+    prompter: Prompter
+    task: Task
+    sources: Sources
+    algorithm: Algorithm
+    progress: Progress = field(default_factory=Silent)
+    stop: Stop = field(default_factory=Stop)
+
+    @classmethod
+    def build(
+        cls, recipe: Recipe, progress: Progress | None = None, stop: Stop | None = None, ranks: Ranks = ALONE
+    ) -> Self:
+        """Load and check everything that a run needs; writes nothing.
+
+        Raises:
+            VpdError: data, model or recipe are unusable; the message gives the place and the remedy.
+        """
+        progress, stop = progress or Silent(), stop or Stop()
+        task = build_task(recipe)
+        if not task.train or not task.held_out:
+            side = "train on" if not task.train else "evaluate on"
+            raise DataError(f"task: no problem to {side}; widen the task's filter or add rows")
+        prove(task)
+        check_sources(recipe, task)
+        policy = load_policy(recipe)
+        policy.ranks = ranks
+        check_ranks(recipe, policy, task)
+        prompter = build_prompter(recipe, policy)
+        problems = (*task.train, *task.held_out)
+        check_prompts(prompter, problems)
+        ask, host = _critic(recipe, policy), _host(progress, stop)
+        sources = build_sources(recipe.feedback, prompter, ask, host, {p.id for p in problems})
+        algorithm = recipe.entry.load()(recipe, policy)
+        return cls(recipe, policy, prompter, task, sources, algorithm, progress, stop)
+
+
+def _critic(recipe: Recipe, policy: Policy) -> Callable[[Sequence[tuple[int, ...]]], list[str]]:
+    """The model's own critiques: sampled like rollouts, seeded by what is asked."""
+
+    def ask(prompts: Sequence[tuple[int, ...]]) -> list[str]:
+        keys: Any = recipe.feedback
+        streams = recipe.memory.rollout_streams or default_streams()
+        how = Sampling(recipe.rollout.temperature, recipe.rollout.top_p, keys.critique_tokens, streams=streams)
+        seed = phase_seed(recipe.seed, hash(tuple(prompts)) & 0xFFFFFFFF, "critique")
+        texts = {p: r.text for p, _, r in generate(policy, prompts, 1, how, seed)}
+        return [texts[i] for i in range(len(prompts))]
+
+    return ask
+
+
+def _host(progress: Progress, stop: Stop) -> Host:
+    """What sources outside this process may do to the run."""
+
+    def on_answer(done: int, total: int) -> None:
+        stop.check()
+        progress.phase("feedback", done, total)
+
+    def ask_to_stop() -> None:
+        stop.signal = signal.SIGINT
+
+    return Host(on_answer, progress.note, lambda: stop.signal is not None, ask_to_stop, progress.paused)
 
 
 def refuse_what_cannot_fit(recipe: Recipe) -> None:

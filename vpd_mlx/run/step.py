@@ -1,9 +1,8 @@
-"""A run's parts, and one step with them: roll out, grade, add contexts, let the algorithm learn. It knows no algorithm."""
+"""One step of a run: roll out, grade, add contexts, let the algorithm learn, say what to log. It knows no algorithm."""
 
 from __future__ import annotations
 
 import random
-import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,44 +10,29 @@ from typing import Any
 
 import mlx.core as mx
 
-from vpd_mlx.algos.base import Algorithm, Step
+from vpd_mlx.algos.base import Step
 from vpd_mlx.common.seeds import phase_seed
 from vpd_mlx.common.stats import Clock
-from vpd_mlx.engine.policy import Policy
-from vpd_mlx.engine.ranks import ALONE, Ranks
-from vpd_mlx.engine.sampling import Sampling, default_streams, generate
-from vpd_mlx.errors import DataError, RunError, SourceError, VpdError
-from vpd_mlx.feedback import Host, Sources, add_context, build_sources
-from vpd_mlx.prompts import Prompter
-from vpd_mlx.recipe import Recipe
+from vpd_mlx.engine.ranks import Ranks
+from vpd_mlx.engine.sampling import Sampling, default_streams
+from vpd_mlx.errors import RunError, SourceError, VpdError
+from vpd_mlx.feedback import add_context
 from vpd_mlx.run.collect import Batch, collect
 from vpd_mlx.run.evaluate import Measured, evaluate, measure
-from vpd_mlx.run.progress import Progress, Silent
+from vpd_mlx.run.progress import Interrupted
 from vpd_mlx.run.records import rollout_metrics, rollout_row
-from vpd_mlx.run.setup import build_prompter, check_prompts, check_ranks, check_sources, load_policy
-from vpd_mlx.tasks import Task, build_task, prove
+from vpd_mlx.run.setup import Parts
 from vpd_mlx.types import Group, Problem
 
-__all__ = ["Interrupted", "Stop", "Trainer", "problems_of_step"]
+__all__ = ["Trainer", "problems_of_step"]
 
-FAILURES_IN_A_ROW = 64  # a source that fails so often without one success is broken, not unlucky
+FAILURES_IN_A_ROW = 64  # a verifier that fails so often without one success is broken, not unlucky
 NONFINITE_IN_A_ROW = 5
 
 
-@dataclass
-class Stop:
-    """Set from outside, a signal handler for one, to end the run at the next safe moment."""
-
-    signal: int | None = None
-
-
-class Interrupted(Exception):
-    """The run is to end here; its last snapshot stands."""
-
-
 @dataclass(frozen=True)
-class _Share:
-    """What a rank's part of a step's rollouts came to: groups with contexts, or why there are none."""
+class _RankRollouts:
+    """One rank's part of a step's rollouts: groups with contexts, or the reason why there are none."""
 
     batch: Batch = field(default_factory=lambda: Batch([], []))
     groups: Sequence[Group] = ()
@@ -73,78 +57,29 @@ def problems_of_step(problems: Sequence[Problem], step: int, count: int, seed: i
 
 
 @dataclass
-class Trainer:
-    """One run, its parts put together."""
-
-    recipe: Recipe
-    policy: Policy
-    prompter: Prompter
-    task: Task
-    sources: Sources
-    algorithm: Algorithm
-    progress: Progress = field(default_factory=Silent)
-    stop: Stop = field(default_factory=Stop)
+class Trainer(Parts):
+    """A run's parts at work."""
 
     def __post_init__(self) -> None:
         self.failures_in_a_row = 0
         self.nonfinite_in_a_row = 0
-        self._said = len(self.policy.notes)
-
-    @classmethod
-    def build(
-        cls, recipe: Recipe, progress: Progress | None = None, stop: Stop | None = None, ranks: Ranks = ALONE
-    ) -> Trainer:
-        """Load and check everything that a run needs; writes nothing.
-
-        Raises:
-            VpdError: data, model or recipe are not usable, with the place and the remedy.
-        """
-        progress, stop = progress or Silent(), stop or Stop()
-        task = build_task(recipe)
-        if not task.train or not task.held_out:
-            side = "train on" if not task.train else "evaluate on"
-            raise DataError(f"task: no problem to {side}; widen the task's filter or add rows")
-        prove(task)
-        check_sources(recipe, task)
-        policy = load_policy(recipe)
-        policy.ranks = ranks
-        check_ranks(recipe, policy, task)
-        prompter = build_prompter(recipe, policy)
-        check_prompts(prompter, (*task.train, *task.held_out))
-
-        keys: Any = recipe.feedback
-
-        def ask(prompts: Sequence[tuple[int, ...]]) -> list[str]:
-            # The model's own critiques: sampled like rollouts, seeded by what is asked.
-            how = Sampling(
-                recipe.rollout.temperature,
-                recipe.rollout.top_p,
-                keys.critique_tokens,
-                streams=recipe.memory.rollout_streams or default_streams(),
-            )
-            seed = phase_seed(recipe.seed, hash(tuple(prompts)) & 0xFFFFFFFF, "critique")
-            texts = {p: r.text for p, _, r in generate(policy, prompts, 1, how, seed)}
-            return [texts[i] for i in range(len(prompts))]
-
-        return cls(
-            recipe=recipe,
-            policy=policy,
-            prompter=prompter,
-            task=task,
-            sources=build_sources(
-                recipe.feedback, prompter, ask, _host(progress, stop), {p.id for p in (*task.train, *task.held_out)}
-            ),
-            algorithm=recipe.entry.load()(recipe, policy),
-            progress=progress,
-            stop=stop,
-        )
-
-    # --- one step
+        self._notes_shown = len(self.policy.notes)
 
     @property
     def ranks(self) -> Ranks:
-        """Who else takes part."""
+        """This process's place among those that train together."""
         return self.policy.ranks
+
+    def step(self, number: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Step `number`, from prompts to an updated adapter: (metrics, a row for each rollout)."""
+        clock, start = Clock(), time.perf_counter()
+        mx.reset_peak_memory()
+        batch, groups = self.roll_out(number, clock)
+        row, rows = self.learn(number, batch, groups, clock)
+        row["seconds"]["total"] = round(time.perf_counter() - start, 4)
+        return row, rows
+
+    # --- rollouts
 
     def roll_out(self, step: int, clock: Clock) -> tuple[Batch, list[Group]]:
         """Graded rollouts of a step, and the same with contexts: those of all ranks."""
@@ -152,48 +87,46 @@ class Trainer:
         if self.ranks.size == 1:
             batch, groups = self._roll_out(problems, step, clock)
         else:
-            share = self._share(problems, step, clock)
+            mine = self._roll_out_own(problems, step, clock)
             with clock("ranks"):
-                batch, groups = self._together(self.ranks.gather(share))
+                batch, groups = self._merge(self.ranks.gather(mine))
         self._count_failures(batch)
-        self._say_failures(groups)
+        self._note_source_errors(groups)
         self._show_one(groups)
+        with clock("rollout"):
+            mx.clear_cache()
+        if self.ranks.size == 1:  # several ranks have just agreed to go on
+            self.stop.check()
         return batch, groups
 
-    def _share(self, problems: Sequence[Problem], step: int, clock: Clock) -> _Share:
-        """This rank's part. What ends it must reach the others, who wait for it."""
+    def _roll_out_own(self, problems: Sequence[Problem], step: int, clock: Clock) -> _RankRollouts:
+        """This rank's part. Whatever ends it must reach the other ranks, which wait for it."""
         try:
             batch, groups = self._roll_out([problems[i] for i in self.ranks.own(len(problems))], step, clock)
-            return _Share(batch, groups, stop=self.stop.signal)
+            return _RankRollouts(batch, groups, stop=self.stop.signal)
         except Interrupted:
-            return _Share(stop=self.stop.signal)
+            return _RankRollouts(stop=self.stop.signal)
         except SourceError as error:
-            return _Share(source_error=str(error))
+            return _RankRollouts(source_error=str(error))
         except VpdError as error:
-            return _Share(error=str(error))
+            return _RankRollouts(error=str(error))
 
-    def _together(self, shares: Sequence[_Share]) -> tuple[Batch, list[Group]]:
-        for rank, share in enumerate(shares):
-            if share.source_error is not None:
-                raise SourceError(f"rank {rank}: {share.source_error}")
-            if share.error is not None:
-                raise RunError(f"rank {rank}: {share.error}")
-        self._stop_together([s.stop for s in shares])
-        batch = Batch([g for s in shares for g in s.batch.groups], [f for s in shares for f in s.batch.failures])
-        return batch, [g for s in shares for g in s.groups]
-
-    def _stop_together(self, signals: Sequence[int | None]) -> None:
-        """Stop where all know of it; a signal that came in since then waits for the next time."""
-        told = next((s for s in signals if s is not None), None)
-        if told is not None:
-            self.stop.signal = told
-            raise Interrupted
+    def _merge(self, parts: Sequence[_RankRollouts]) -> tuple[Batch, list[Group]]:
+        for rank, part in enumerate(parts):
+            if part.source_error is not None:
+                raise SourceError(f"rank {rank}: {part.source_error}")
+            if part.error is not None:
+                raise RunError(f"rank {rank}: {part.error}")
+        self._stop_together([p.stop for p in parts])
+        batch = Batch([g for p in parts for g in p.batch.groups], [f for p in parts for f in p.batch.failures])
+        return batch, [g for p in parts for g in p.groups]
 
     def _roll_out(self, problems: Sequence[Problem], step: int, clock: Clock) -> tuple[Batch, list[Group]]:
-        cfg = self.recipe.rollout
+        cfg, memory = self.recipe.rollout, self.recipe.memory
+        streams = memory.rollout_streams or default_streams()
 
-        def moved(done: int, total: int) -> None:
-            self._interruptible()
+        def on_progress(done: int, total: int) -> None:
+            self.stop.check()
             self.progress.phase("rollout", done, total)
 
         with clock("rollout"):
@@ -203,51 +136,22 @@ class Trainer:
                 self.task.verify,
                 problems,
                 cfg.group_size,
-                Sampling(
-                    cfg.temperature,
-                    cfg.top_p,
-                    cfg.max_completion_tokens,
-                    self.recipe.memory.rollout_rows,
-                    self.recipe.memory.rollout_streams or default_streams(),
-                ),
+                Sampling(cfg.temperature, cfg.top_p, cfg.max_completion_tokens, memory.rollout_rows, streams),
                 threshold=cfg.success_threshold,
                 seed=self.ranks.seed(phase_seed(self.recipe.seed, step, "rollout")),
-                moved=moved,
-                heard=self.sources.early,
+                on_progress=on_progress,
+                on_graded=self.sources.early,
             )
         with clock("feedback"):
             self.progress.phase("feedback")
             return batch, add_context(self.sources, batch.groups, self.prompter, self.recipe.feedback)
 
-    def _show_one(self, groups: Sequence[Group]) -> None:
-        """To whoever watches: a failure of which something was said, where there is one."""
-        told = [(g, r) for g in groups for r in g.rollouts if r.context is not None and not r.success]
-        for group, rollout in (told or [(g, r) for g in groups for r in g.rollouts])[:1]:
-            self.progress.sample(group.problem.messages[-1]["content"], rollout)
+    # --- learning
 
-    def _say_failures(self, groups: Sequence[Group]) -> None:
-        for name in self.sources:
-            whys = [
-                f"{g.problem.id}: {r.source_errors[name]}"
-                for g in groups
-                for r in g.rollouts
-                if name in r.source_errors
-            ]
-            if whys:
-                self.progress.note(
-                    f"{name} failed on {len(whys)} completions, which get no context from it; first {whys[0]}"
-                )
-
-    def step(self, number: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Step `number`, from prompts to an updated adapter: (metrics, a row for each rollout)."""
-        clock = Clock()
-        start = time.perf_counter()
-        mx.reset_peak_memory()
-        batch, groups = self.roll_out(number, clock)
-        with clock("rollout"):
-            mx.clear_cache()
-        if self.ranks.size == 1:  # several have just agreed to go on
-            self._interruptible()
+    def learn(
+        self, number: int, batch: Batch, groups: Sequence[Group], clock: Clock
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Let the algorithm learn from the groups of step `number`: (metrics, a row for each rollout)."""
         self.progress.phase("update")
         step = Step(number, self.recipe.seed, clock)
         metrics = self.algorithm(self.policy, groups, step)
@@ -265,39 +169,31 @@ class Trainer:
             for i, tokens in step.tokens.items():
                 rows[i]["shift"] = [round(float(x), 3) for x in tokens["teacher_logp"] - tokens["student_logp"]]
         row["seconds"] = {k: round(v, 4) for k, v in clock.seconds.items()}
-        row["seconds"]["total"] = round(time.perf_counter() - start, 4)
         self._count_nonfinite(metrics)
-        self._say_new_notes()
+        for note in self.policy.notes[self._notes_shown :]:
+            self.progress.note(note)
+        self._notes_shown = len(self.policy.notes)
         return row, rows
 
-    def _say_new_notes(self) -> None:
-        for note in self.policy.notes[self._said :]:
-            self.progress.note(note)
-        self._said = len(self.policy.notes)
+    # --- evaluation
 
     def evaluate(self, step: int) -> dict[str, Any]:
-        """Accuracy on held-out problems."""
+        """Accuracy on held-out problems after `step` steps."""
         start = time.perf_counter()
+        sources = self.sources.for_evaluation()
         result = evaluate(
-            self.policy,
-            self.prompter,
-            self.task,
-            self.sources.for_evaluation(),
-            self.recipe,
-            step=step,
-            progress=self.progress,
+            self.policy, self.prompter, self.task, sources, self.recipe, step=step, progress=self.progress
         )
         mx.clear_cache()
         return {**result, "seconds": round(time.perf_counter() - start, 3)}
 
     def measure(self, problems: Sequence[Problem], *, greedy_only: bool = False) -> Measured:
         """Student and teacher on these problems, a value for each."""
-        sources = self.sources.for_evaluation()
         found = measure(
             self.policy,
             self.prompter,
             self.task,
-            sources,
+            self.sources.for_evaluation(),
             self.recipe,
             problems,
             progress=self.progress,
@@ -306,13 +202,36 @@ class Trainer:
         mx.clear_cache()
         return found
 
-    def go_on(self) -> None:
+    # --- stopping
+
+    def check_stop(self) -> None:
         """Between steps: ends the run here if any rank is to stop."""
         self._stop_together(self.ranks.gather(self.stop.signal))
 
-    def _interruptible(self) -> None:
-        if self.stop.signal is not None:
+    def _stop_together(self, signals: Sequence[int | None]) -> None:
+        """Stop where all ranks know of it; a signal that came in since then waits for the next time."""
+        first = next((s for s in signals if s is not None), None)
+        if first is not None:
+            self.stop.signal = first
             raise Interrupted
+
+    # --- what is shown and counted
+
+    def _show_one(self, groups: Sequence[Group]) -> None:
+        """Show one failed completion that got feedback, else the first completion."""
+        every = [(g, r) for g in groups for r in g.rollouts]
+        failed = [(g, r) for g, r in every if r.context is not None and not r.success]
+        for group, rollout in (failed or every)[:1]:
+            self.progress.sample(group.problem.messages[-1]["content"], rollout)
+
+    def _note_source_errors(self, groups: Sequence[Group]) -> None:
+        rollouts = [(g.problem.id, r.source_errors) for g in groups for r in g.rollouts]
+        for name in self.sources:
+            reasons = [f"{problem}: {errors[name]}" for problem, errors in rollouts if name in errors]
+            if reasons:
+                self.progress.note(
+                    f"{name} failed on {len(reasons)} completions, which get no context from it; first {reasons[0]}"
+                )
 
     def _count_failures(self, batch: Batch) -> None:
         if not batch.failures:
@@ -324,7 +243,7 @@ class Trainer:
         self.failures_in_a_row = 0 if batch.rollouts else self.failures_in_a_row + len(batch.failures)
         if not batch.rollouts or self.failures_in_a_row >= FAILURES_IN_A_ROW:
             raise SourceError(
-                f"the verifier failed on every completion of this step, first {batch.failures[0]}; mend it, then go on "
+                f"the verifier failed on every completion of this step, first {batch.failures[0]}; fix it, then go on "
                 "with --resume"
             )
 
@@ -338,17 +257,3 @@ class Trainer:
                 f"{self.nonfinite_in_a_row} updates in a row were not finite; lower optimizer.learning_rate, then go on "
                 "with --resume from the last checkpoint"
             )
-
-
-def _host(progress: Progress, stop: Stop) -> Host:
-    """What sources outside this process may do to the run."""
-
-    def moved(done: int, total: int) -> None:
-        if stop.signal is not None:
-            raise Interrupted
-        progress.phase("feedback", done, total)
-
-    def ask_to_stop() -> None:
-        stop.signal = signal.SIGINT
-
-    return Host(moved, progress.note, lambda: stop.signal is not None, ask_to_stop, progress.paused)
