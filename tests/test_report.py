@@ -20,7 +20,7 @@ from vpd_mlx.common.files import read_rows
 from vpd_mlx.common.stats import paired
 from vpd_mlx.errors import ConfigError, DataError, VpdError
 from vpd_mlx.recipe import load_recipe
-from vpd_mlx.report.page import choose, comparison_page, json_for_html, run_page
+from vpd_mlx.report.page import choose, comparison_page, run_page
 from vpd_mlx.report.plots import run_plots
 from vpd_mlx.report.warnings import findings
 from vpd_mlx.run.folder import Entry, labels, load_run
@@ -130,29 +130,55 @@ def test_grpo_with_one_step(runs):
     assert {f"plot-{p}" for p in ALWAYS} == plots
 
 
-def test_what_a_model_wrote_stays_text(run):
+def hostile(run: Path, text: str) -> None:
+    """Put a text into every place of a run folder that a model, a data set, a recipe or a machine decides."""
     rows = read_rows(run / "rollouts.jsonl")
-    texts = dict.fromkeys(("problem", "prompt", "completion", "verdict", "teacher_prompt"), HOSTILE)
-    context = {"kind": HOSTILE, "text": HOSTILE, "cut": True}
+    texts = dict.fromkeys(("problem", "prompt", "completion", "verdict", "teacher_prompt", "finish"), text)
+    context = {"kind": text, "text": text, "cut": True}
     write(
         run / "rollouts.jsonl",
-        [{**rows[0], **texts, "context": context, "pieces": [HOSTILE], "shift": [-9.0], "step": 9}],
+        [{**rows[0], **texts, "context": context, "pieces": [text], "shift": [-9.0], "step": 9}],
     )
-    (run / "config.yaml").write_text(f"name: {json.dumps(HOSTILE)}\nalgorithm: {json.dumps(HOSTILE)}\nsteps: 2\n")
+    steps = read_rows(run / "metrics.jsonl")
+    write(run / "metrics.jsonl", [{**r, "contexts": {text: 9}} for r in steps])
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, "versions": {text: text}}))
+    keys = ("name", "algorithm", "model", "seed", text)
+    (run / "config.yaml").write_text("".join(f"{json.dumps(k)}: {json.dumps(text)}\n" for k in keys) + "steps: 2\n")
+
+
+@pytest.mark.parametrize("text", [HOSTILE, "<script>hacked()</script>", "{{ 7 * 191 }}{% raw %}"])
+def test_what_a_model_wrote_stays_text(run, text):
+    plain = run_page(load_run(run), 400)
+    hostile(run, text)
     page = run_page(load_run(run), 400)
-    assert page.count("</script>") == 2
+    parsed = Parsed(page)
+    assert page.count("</script>") == page.count("<script") == plain.count("<script") == 2
     assert "<img" not in page
-    assert Parsed(page).rollouts[0]["completion"] == HOSTILE
-    assert "<img" not in comparison_page({HOSTILE: load_run(run), "b": load_run(run)})
+    assert "1337" not in re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL)
+    assert parsed.rollouts[0]["completion"] == text
+    assert {t for t, _ in parsed.tags} <= {t for t, _ in Parsed(plain).tags}
+    assert not [a for _, a in parsed.tags if "onerror" in a]
+    compared = comparison_page({text: load_run(run), "b": load_run(run)})
+    assert "<img" not in compared
+    assert "<script" not in compared
+    assert text.replace("\x1b", "") in Parsed(compared).text.replace("\x1b", "")
+
+
+def test_the_terminal_shows_no_control_characters(run):
+    hostile(run, HOSTILE)
     shown = CliRunner().invoke(app, ["show", str(run)])
     assert "\x1b" not in shown.output
     assert "\u202e" not in shown.output
     assert "\\x1b[31m" in shown.output
 
 
-def test_half_a_surrogate_can_be_written(tmp_path):
-    assert json_for_html({"a": "\ud800"}).encode() == b'{"a": "?"}'
-    assert "<" not in json_for_html("</script><!--")
+def test_half_a_surrogate_can_be_written(run, no_plots):
+    hostile(run, "a\ud800")
+    page = run_page(load_run(run), 400)
+    page.encode()
+    assert Parsed(page).rollouts[0]["completion"] == "a?"
+    comparison_page({"a": load_run(run), "b": load_run(run)}).encode()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vpd_mlx.common.stats import paired
-from vpd_mlx.common.text import figures, points, steps
+from vpd_mlx.common.text import figures, points, points_range, steps
 from vpd_mlx.errors import ConfigError, Fault
 from vpd_mlx.run.folder import Run, labels, load_run
 
@@ -20,30 +20,28 @@ __all__ = ["compare"]
 
 def compare(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Run folders; the first is the one compared with.")
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders; the others are compared with the first.")
     ],
-    out: Annotated[Path | None, typer.Option(help="Write a page with curves to this file, too.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write a page with curves to this file.")] = None,
 ) -> None:
-    """Lay runs side by side: held-out accuracy with 95 % intervals, differences paired problem by problem."""
+    """Compare runs: held-out accuracy with 95 % intervals, and differences paired problem by problem."""
     if len(runs) < 2:
-        raise ConfigError(
-            [Fault("RUN...", f"got {len(runs)} run, {runs[0]}", "name two or more; for one there is `vpd-mlx report`")],
-            "command line",
-        )
+        remedy = "name two or more; for a single run use `vpd-mlx report`"
+        raise ConfigError([Fault("RUN...", f"got {len(runs)} run, {runs[0]}", remedy)], "command line")
     if len({r.resolve() for r in runs}) < len(runs):
         raise ConfigError([Fault("RUN...", "names a run twice", "name each once")], "command line")
     found = dict(zip(labels(runs), map(load_run, runs), strict=True))
     console = Console(highlight=False)
     console.print(_table(found))
     console.print(
-        "Of each run the evaluation of the adapter it hands over, else the newest. Difference: greedy, on the problems that both "
-        "runs were evaluated on. Second lines are 95 % intervals over problems; another seed of a recipe may differ by more."
+        "Each run is judged by the evaluation of its final adapter, or by the newest one if it is unfinished. Difference: "
+        "greedy, on the problems that both runs were evaluated on. Second lines are 95 % intervals over problems; another "
+        "seed of a recipe may differ by more."
     )
     if out is not None:
         from vpd_mlx.report.page import comparison_page, save
 
-        save(out, comparison_page(found))
-        typer.echo(f"written: {out} ({out.stat().st_size / 1000:,.0f} kB)")
+        typer.echo(f"written: {save(out, comparison_page(found))}")
 
 
 def _table(runs: dict[str, Run]) -> Table:
@@ -53,11 +51,10 @@ def _table(runs: dict[str, Run]) -> Table:
     for head in ("student", "greedy", "teacher", "difference"):
         table.add_column(head, justify="right", no_wrap=True)
     for name, run in runs.items():
-        row = run.evaluation
-        cells = [Text("\n".join(figures(row, key))) for key in ("student", "student_greedy", "teacher")]
+        cells = [Text("\n".join(figures(run.evaluation, key))) for key in ("student", "student_greedy", "teacher")]
         p = None if run is base else paired(base.greedy(), run.greedy())
         if p is not None:
-            difference = f"{points(p.difference)} {p.verdict}\n{points(p.low)} to {points(p.high)}"
+            difference = f"{points(p.difference)} {p.verdict}\n{points_range(p.low, p.high)}"
         else:
             difference = "-" if run is base else "no problem\nin common"
         done = steps(run.done) if run.planned in (None, run.done) else f"{run.done} of {run.planned} steps"

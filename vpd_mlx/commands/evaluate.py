@@ -17,7 +17,7 @@ from rich.text import Text
 
 from vpd_mlx.common.files import read_rows
 from vpd_mlx.common.settings import HUB, parse_set
-from vpd_mlx.common.text import figures, points
+from vpd_mlx.common.text import figures, points, points_range
 from vpd_mlx.errors import ConfigError, DataError, Fault
 from vpd_mlx.recipe import Recipe, builtin_recipes, load_recipe, resolve_recipe_path
 from vpd_mlx.report.live import make_view
@@ -225,8 +225,7 @@ def _table(out: dict[str, Any], names: list[str]) -> Table:
 def _difference(paired: dict[str, Any] | None) -> str:
     if paired is None:
         return "-"
-    low, high = points(paired["low"]), points(paired["high"])
-    return f"{points(paired['difference'])} {paired['verdict']}\n{low} to {high}"
+    return f"{points(paired['difference'])} {paired['verdict']}\n{points_range(paired['low'], paired['high'])}"
 
 
 def _caption(out: dict[str, Any]) -> str:

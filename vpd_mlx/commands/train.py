@@ -18,7 +18,7 @@ from rich.table import Table
 
 from vpd_mlx.commands.options import SetOption, overridden
 from vpd_mlx.common.files import read_rows
-from vpd_mlx.common.text import duration, percent
+from vpd_mlx.common.text import duration, mlx_lm_command, percent
 from vpd_mlx.errors import ConfigError, Fault
 from vpd_mlx.recipe import Recipe, load_recipe, resolve_recipe_path
 from vpd_mlx.report.live import make_view
@@ -192,20 +192,10 @@ def _report(cfg: Recipe, folder: Path, summary: dict[str, Any]) -> None:
         + f"{summary['steps']} steps, {duration(training)} training, {duration(summary['seconds']['wall'])} in all"
     )
     console.print(f"adapters: {folder / 'adapters'}", soft_wrap=True)
-    prompt = _first_prompt(folder)
-    console.print(
-        f"try it: python -m mlx_lm generate --model {_quoted(cfg.model)} --adapter-path {_quoted(str(folder / 'adapters'))} "
-        f"--max-tokens {cfg.rollout.max_completion_tokens} --prompt {_quoted(prompt)}",
-        soft_wrap=True,
-    )
+    options = ("--max-tokens", str(cfg.rollout.max_completion_tokens), "--prompt", _first_prompt(folder))
+    console.print(f"try it: {mlx_lm_command('generate', cfg.model, folder / 'adapters', *options)}", soft_wrap=True)
 
 
 def _first_prompt(folder: Path) -> str:
     with (folder / "rollouts.jsonl").open(encoding="utf-8") as f:
         return str(json.loads(f.readline())["prompt"])
-
-
-def _quoted(text: str) -> str:
-    import shlex
-
-    return shlex.quote(text)

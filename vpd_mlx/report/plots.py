@@ -10,6 +10,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -31,6 +32,7 @@ DASHES = ("-", "--", "-.", ":")
 STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "vpd-mlx",
+    "text.parse_math": False,  # a `$` in a label is a dollar
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -69,7 +71,7 @@ class Plot:
     name: str
     title: str
     sentence: str
-    svg: str
+    svg: Markup
 
 
 Draw = Callable[[Figure], bool]
@@ -81,7 +83,7 @@ def _plot(name: str, title: str, sentence: str, draw: Draw, height: float = 2.5)
         figure = Figure(figsize=(4.4, height), layout="constrained")
         if not draw(figure):
             return None
-        return Plot(name, title, sentence, _svg(figure, name, title))
+        return Plot(name, title, sentence, Markup(_svg(figure, name, title)))
 
 
 def _svg(figure: Figure, name: str, title: str) -> str:

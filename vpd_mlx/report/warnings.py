@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vpd_mlx.common.text import figures, interval, number, percentage
+from vpd_mlx.common.text import figures_in_line, interval, number, percent
 from vpd_mlx.run.folder import Run
 
 __all__ = ["findings"]
@@ -70,8 +70,8 @@ def _outcome(run: Run, out: list[str]) -> None:
     change = run.change()
     if change is not None and change.verdict == "worse":
         out.append(
-            f"The student got worse: greedy {percentage(run.before.get('student_greedy'))} before, "
-            f"{percentage(run.after.get('student_greedy'))} after. Lower optimizer.learning_rate, or take an earlier checkpoint."
+            f"The student got worse: greedy {percent(run.before.get('student_greedy'))} before, "
+            f"{percent(run.after.get('student_greedy'))} after. Lower optimizer.learning_rate, or take an earlier checkpoint."
         )
     steps, values, _ = run.evaluations("student")
     if run.after and len(values) > 2:
@@ -79,8 +79,8 @@ def _outcome(run: Run, out: list[str]) -> None:
         bounds = interval(run.after, "student")
         if bounds is not None and values[best] > bounds[1]:
             out.append(
-                f"The best evaluation was after step {steps[best]} ({percentage(values[best])}), the last is at "
-                f"{' ('.join(figures(run.after, 'student'))}). Stop earlier, or lower optimizer.learning_rate."
+                f"The best evaluation was after step {steps[best]} ({percent(values[best])}), the last is at "
+                f"{figures_in_line(run.after, 'student')}. Stop earlier, or lower optimizer.learning_rate."
             )
 
 
@@ -91,7 +91,7 @@ def _groups(run: Run, out: list[str]) -> None:
     ):
         level = _last(run.series(key)[1])
         if level is not None and level >= UNIFORM:
-            out.append(f"All completions are {word} in {percentage(level)} of the last groups. {remedy}")
+            out.append(f"All completions are {word} in {percent(level)} of the last groups. {remedy}")
     skipped = run.series("e_step/skipped")[1]
     if skipped and np.mean(skipped) > 0.5:
         out.append(
@@ -137,7 +137,7 @@ def _collapse(run: Run, out: list[str]) -> None:
     cut = _last(run.series("truncated")[1])
     if cut is not None and cut > TRUNCATED:
         out.append(
-            f"{percentage(cut)} of the last completions were cut off at rollout.max_completion_tokens. Raise it, or the model "
+            f"{percent(cut)} of the last completions were cut off at rollout.max_completion_tokens. Raise it, or the model "
             "learns from unfinished answers."
         )
 
@@ -149,11 +149,11 @@ def _context(run: Run, out: list[str]) -> None:
     without = sum(e.kind == "none" for e in last)
     if last and without > len(last) / 2:
         out.append(
-            f"{percentage(without / len(last))} of the last completions got no feedback and teach nothing. Add a source to "
+            f"{percent(without / len(last))} of the last completions got no feedback and teach nothing. Add a source to "
             "feedback.sources."
         )
     cut, given = sum(run.series("contexts_cut")[1]), sum(e.kind != "none" for e in run.rollouts)
     if given and cut > given / 5:
         out.append(
-            f"{percentage(cut / given)} of the feedback was cut to feedback.max_tokens. Raise it where memory allows."
+            f"{percent(cut / given)} of the feedback was cut to feedback.max_tokens. Raise it where memory allows."
         )
