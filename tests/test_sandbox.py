@@ -24,7 +24,8 @@ from pathlib import Path
 import pytest
 
 from vpd_mlx.errors import SourceError
-from vpd_mlx.sandbox.sandbox import Failure, Limits, Result, Sandbox, Value, seatbelt_profile
+from vpd_mlx.sandbox import Failure, Limits, Result, Sandbox, Value
+from vpd_mlx.sandbox.layers import seatbelt_profile
 
 LIMITS = Limits(wall_s=1.5, cpu_s=1, memory_mb=256, output_kb=64, file_mb=4, threads=8)
 SECRET = 918273645546372819
@@ -156,6 +157,9 @@ FORGED = {
     "      if m: return int(m[0])\n    except OSError: pass",
     "false frames": "import os\nfor fd in range(3,300):\n  for b in (b'Vtrue',b'R',b'T'+b'{\"ok\": true}',b'Vnull'):\n"
     "    try: os.write(fd,len(b).to_bytes(4,'big')+b)\n    except OSError: pass\ndef answer(x): return True",
+    "false numbers": "import os\nfor fd in range(3,300):\n  for b in ('[\"a\",\"b\"]','[{\"i\":5},0]','[1'+'0'*400+',0]'):\n"
+    "    b=('V{\"c\":'+b+'}').encode()\n    try: os.write(fd,len(b).to_bytes(4,'big')+b)\n    except OSError: pass\n"
+    "def answer(x): return True",
     "huge frame": "import os\nfor fd in range(3,300):\n  try: os.write(fd,b'\\xff\\xff\\xff\\xffV')\n  except OSError: pass\n"
     "def answer(x): return True",
     "pickle": "import os\nclass P:\n  def __reduce__(self): return (os.system,('touch {canary}.pwned',))\n"
@@ -188,8 +192,7 @@ FORGED = {
 @pytest.fixture(scope="module", params=WITHOUT)
 def sandbox(request: pytest.FixtureRequest) -> Sandbox:
     box = Sandbox(LIMITS, without=WITHOUT[request.param])
-    needed = {"files", "network", "processes", "descendants"}
-    if not needed <= set(box.abilities.kept):
+    if box.abilities.missing:
         # On such a machine a hostile program could do to ours what it says.
         pytest.skip(f"{request.param}: {box.abilities.notice()}")
     return box
@@ -386,7 +389,7 @@ def test_a_broken_test_is_not_the_programs_fault(box: Sandbox) -> None:
         (["assert f(1) =="], ""),
         (["assert f(1)"], "import nowhere"),
     ):
-        with box.open("def f(x): return 1") as session, pytest.raises(SourceError, match="mend the row's tests"):
+        with box.open("def f(x): return 1") as session, pytest.raises(SourceError, match="fix the row's tests"):
             box.judge(session, tests, {"f": "f"}, setup)
     with box.open("def f(x): return None") as session:
         (outcome,) = box.judge(session, ["assert len(f(1)) == 2"], {"f": "f"})
@@ -398,7 +401,7 @@ def test_a_session_ends_with_its_program(box: Sandbox) -> None:
     with box.open("import os\ndef f(x):\n  if x == 2: os._exit(7)\n  return x") as session:
         assert isinstance(session.call("f", [1]), Value)
         assert session.call("f", [2]) == session.call("f", [1]) == Failure("SystemExit", "ended with status 7")
-        assert session.over
+        assert session.ended == "error"
     with box.open("def f(x):\n  while True: pass") as session:
         assert str(session.call("f", [1])).startswith("Timeout")
         assert session.ended == "timeout"
@@ -429,7 +432,7 @@ def test_what_is_missing_is_said_and_strict_refuses() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_programs_do_not_outlive_us() -> None:
-    code = "from vpd_mlx.sandbox.sandbox import *; s = Sandbox(); print('up', flush=True); s.run('import time; time.sleep(7)')"
+    code = "from vpd_mlx.sandbox import *; s = Sandbox(); print('up', flush=True); s.run('import time; time.sleep(7)')"
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]
     ) as parent:
@@ -501,4 +504,4 @@ def test_a_value_that_chokes_the_tests_is_the_programs_fault() -> None:
         )
     assert passed.passed
     assert not choked.passed
-    assert str(choked.failure) == "ValueError: returned what no test can bear"
+    assert str(choked.failure) == "ValueError: returned a value on which the tests hang or exceed a limit"

@@ -1,8 +1,7 @@
-"""A grading library kept in a sandbox: it reads what a model wrote, and some of them evaluate it.
+"""A grading library in a sandbox of its own, because it reads model-written text and may evaluate it.
 
-math-verify and reasoning-gym hand parts of an answer to Python's `eval`, directly or through sympy, and a power tower keeps
-sympy busy for ever, where only a signal in the main thread could stop it. In a process of its own it can do neither harm nor
-hold up a run, and it is called from any thread.
+math-verify and reasoning-gym pass parts of an answer to Python's `eval`, directly or through sympy, and a power tower keeps
+sympy busy for ever. In a child process they can neither do harm nor hang a run, and any thread may call them.
 """
 
 from __future__ import annotations
@@ -15,21 +14,23 @@ from pathlib import Path
 from typing import Any
 
 from vpd_mlx.errors import ConfigError, Fault, SourceError
-from vpd_mlx.sandbox.sandbox import Failure, Limits, Sandbox, Session, Value
+from vpd_mlx.sandbox.results import Failure, Limits
+from vpd_mlx.sandbox.sandbox import LoadedProgram, Sandbox
+from vpd_mlx.sandbox.values import Value
 
 __all__ = ["Library"]
 
-# Room for what numpy and sympy map; the CPU limit counts for the whole life of the process, wall time for each call.
+# numpy and sympy map much memory. The CPU limit counts for the whole life of the process, wall time for each call.
 ROOM = {"memory_mb": 4096, "cpu_s": 1_000_000, "output_kb": 1024, "threads": 32}
-# One thread each: the limit on threads is ours, and answers are small.
+# One thread each: answers are small, and the sandbox limits threads.
 QUIET = "import os\nos.environ.update(OPENBLAS_NUM_THREADS='1', OMP_NUM_THREADS='1', MPLCONFIGDIR='.')\n"
 
 
 class Library:
-    """Functions of `program`, called one at a time, each within `timeout` seconds. Starts anew after it was stopped.
+    """Functions of `program`, called one at a time, each within `timeout` seconds. Restarts after a call that killed it.
 
     Raises:
-        ConfigError: the module `needs` is not installed; `extra` is the extra of this package that brings it.
+        ConfigError: the module `needs` is not installed; `extra` is this package's extra that installs it.
         SourceError: it does not start.
     """
 
@@ -42,17 +43,17 @@ class Library:
         folders = [p for p in sys.path if Path(p).name in ("site-packages", "dist-packages") and Path(p).is_dir()]
         self._program = QUIET + program
         self._sandbox = Sandbox(Limits(wall_s=timeout, **ROOM), packages=folders)
-        # A thread of its own: the process ends with the thread that starts it, and those that call come and go.
+        # A thread of its own: the process ends with the thread that starts it, and callers' threads come and go.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=needs)
-        self._session: Session | None = None
+        self._loaded: LoadedProgram | None = None
 
     @property
     def notice(self) -> str:
-        """What the sandbox could not have on this machine, in one line, or nothing."""
+        """`Abilities.notice` of its sandbox."""
         return self._sandbox.abilities.notice()
 
     def call(self, name: str, *args: Any) -> Any:
-        """The JSON value that a function returned as text.
+        """Call a function that returns JSON text; returns the value.
 
         Raises:
             SourceError: it raised, took too long, or returned no JSON.
@@ -70,12 +71,12 @@ class Library:
         self._thread.submit(self._stop).result()
 
     def _call(self, name: str, args: tuple[Any, ...]) -> Value | Failure:
-        if self._session is None or self._session.over:
+        if self._loaded is None or self._loaded.ended:
             self._stop()
-            self._session = self._sandbox.open(self._program, per_call=True)
-        return self._session.call(name, args)
+            self._loaded = self._sandbox.open(self._program, per_call=True)
+        return self._loaded.call(name, args)
 
     def _stop(self) -> None:
-        if self._session is not None:
-            self._session.__exit__()
-            self._session = None
+        if self._loaded is not None:
+            self._loaded.close()
+            self._loaded = None

@@ -21,7 +21,7 @@ from pydantic import Field
 
 from vpd_mlx.common.settings import Positive
 from vpd_mlx.errors import SourceError
-from vpd_mlx.sandbox.sandbox import Ended, Failure, Limits, Sandbox
+from vpd_mlx.sandbox import Ended, Failure, Limits, Sandbox
 from vpd_mlx.tasks.answers import in_fence, spoken
 from vpd_mlx.tasks.data import DatasetSettings, read_split
 from vpd_mlx.tasks.suites import Suite, imports_for, read_suite

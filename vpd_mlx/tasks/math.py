@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from vpd_mlx.errors import DataError, SourceError
-from vpd_mlx.sandbox.library import Library
+from vpd_mlx.sandbox import Library
 from vpd_mlx.tasks.answers import final_answer, spoken
 from vpd_mlx.tasks.data import DatasetSettings, read_split
 from vpd_mlx.types import Problem, Verdict

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from vpd_mlx.common.settings import Positive, Section
 from vpd_mlx.errors import ConfigError, DataError, Fault, SourceError
-from vpd_mlx.sandbox.library import Library
+from vpd_mlx.sandbox import Library
 from vpd_mlx.tasks.answers import in_tag
 from vpd_mlx.tasks.data import fraction
 from vpd_mlx.types import Problem, Verdict

@@ -19,7 +19,7 @@ from vpd_mlx import __version__
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.settings import LoraSettings
 from vpd_mlx.recipe import builtin_recipes, load_recipe
-from vpd_mlx.sandbox.sandbox import Limits, Sandbox
+from vpd_mlx.sandbox import Limits, Sandbox
 from vpd_mlx.tools.selftest import Check, run_checks
 
 __all__ = ["Fact", "facts", "self_test"]
