@@ -75,8 +75,8 @@ def test_quantising_again_is_measured_and_warned_of(run: Path, tmp_path: Path):
         (["--to", "fused", "--bits", "7"], "--bits: MLX cannot quantise by 7; use one of 2, 3, 4, 5, 6, 8"),
         (["--to", "fused", "--bits", "4", "--group-size", "7"], "--group-size: MLX cannot quantise by 7"),
         (["--to", "fused", "--group-size", "64"], "--group-size: means nothing without --bits"),
-        (["--to", "peft", "--bits", "4"], "--bits: means nothing for peft"),
-        (["--to", "adapters", "--repo", "a/b"], "--repo: means nothing for adapters"),
+        (["--to", "peft", "--bits", "4"], "--bits: means nothing with --to peft"),
+        (["--to", "adapters", "--repo", "a/b"], "--repo: means nothing with --to adapters"),
         (["--to", "hub"], "--repo: is missing"),
     ],
 )
@@ -93,7 +93,7 @@ def test_the_figures_are_those_of_the_adapter_that_is_handed_over(run: Path, tmp
     (best / "evals.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     summary = json.loads((best / "summary.json").read_text())
     (best / "summary.json").write_text(json.dumps({**summary, "adapter_of_step": 1}))
-    card = export.card(export.open_run(best), "adapter")
+    card = export.model_card(export.open_run(best), "adapter")
     assert "| student | 10.0 % | 75.0 % |" in card
     assert "the best of 3 steps, number 1" in card
     found = load_run(best)

@@ -15,14 +15,14 @@ from vpd_mlx.tools.lab import (
     Result,
     best_rates,
     check_recipe,
+    claim_results,
     curves,
-    interval,
     load_grid,
+    mean_interval,
     results,
     run_grid,
     sweep_table,
     table,
-    verdicts,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -52,10 +52,10 @@ def grid_file(tmp_path: Path, text: str = GRID) -> Path:
 
 
 def test_interval_is_students_t():
-    mean, half = interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    mean, half = mean_interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert mean == 3.0
     assert half == pytest.approx(2.776 * math.sqrt(2.5) / math.sqrt(5))
-    assert interval([2.0]) == (2.0, math.inf)
+    assert mean_interval([2.0]) == (2.0, math.inf)
 
 
 def result(method: str, seed: int, final: float, curve=((0, 0.0), (1, 0.9)), margins=(1.0, 1.0)) -> Result:
@@ -70,7 +70,7 @@ def result(method: str, seed: int, final: float, curve=((0, 0.0), (1, 0.9)), mar
 def test_verdicts(tmp_path: Path, fast, verdict):
     grid = load_grid(grid_file(tmp_path))
     found = [result("sdpo", s, 0.5) for s in (0, 1)] + [result("fast", s, fast[s]) for s in (0, 1)]
-    assert verdicts(grid, found)[0]["verdict"] == verdict
+    assert claim_results(grid, found)[0].verdict == verdict
 
 
 def test_measures_by_hand():
@@ -104,7 +104,7 @@ def test_a_grid_runs_goes_on_and_repeats(tmp_path: Path):
     (out / found[0].cell.folder / "summary.json").unlink()
     said.clear()
     run_grid(grid, recipe, out, jobs=1, say=said.append)
-    assert any("3 of 4 runs are there, 1 to go" in s for s in said)
+    assert any("3 of 4 runs are finished, 1 to go" in s for s in said)
     again = results(grid, out)
     assert [(r.final, r.curve, r.margins) for r in again] == [(r.final, r.curve, r.margins) for r in found]
     assert json.loads((out / "rates.json").read_text())["plain/fast"] == rates["plain", "fast"]

@@ -28,10 +28,12 @@ class Format(StrEnum):
 
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
-    to: Annotated[Format, typer.Option(help="mlx-lm adapters, a fused model, PEFT adapters, or adapters on the hub.")],
+    to: Annotated[
+        Format, typer.Option(help="mlx-lm adapters, a fused model, PEFT adapters, or adapters uploaded to the hub.")
+    ],
     out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default="RUN/export-<format>")] = None,
     bits: Annotated[
-        int | None, typer.Option(help="fused: quantise again to so many bits. Can lose what was learned.")
+        int | None, typer.Option(help="fused: quantise again to this many bits. Can lose what was learned.")
     ] = None,
     group_size: Annotated[
         int | None, typer.Option(help="fused: group size of that quantisation.", show_default="64")
@@ -39,19 +41,17 @@ def export(
     repo: Annotated[str | None, typer.Option(help="hub: owner/name.")] = None,
     private: Annotated[bool, typer.Option(help="hub: make the repository private.")] = True,
 ) -> None:
-    """Write a run's result for mlx-lm, transformers or the hub; it is loaded back and compared before it is called done."""
-    if to is Format.hub and repo is None:
-        raise ConfigError([Fault("--repo", "is missing", "name the repository: --repo owner/name")], "command line")
+    """Export a run's result for mlx-lm, transformers or the hub. The export is loaded back and compared with the run."""
     faults = _faults(to, bits, group_size, repo)
     if faults:
         raise ConfigError(faults, "command line")
     from vpd_mlx.tools.export import export_adapters, export_fused, export_peft, open_run, reserve, upload
 
     target = out if out is not None else run / f"export-{to.value}"
-    if to is Format.hub and repo is not None:
+    if repo is not None:
         reserve(repo, private=private)
         if out is None and target.exists():
-            shutil.rmtree(target)  # our own, of an upload before
+            shutil.rmtree(target)  # our own, from an earlier upload
     source = open_run(run)
     if to is Format.fused:
         done = export_fused(source, target, bits=bits, group_size=group_size or 64)
@@ -61,20 +61,22 @@ def export(
         done = export_adapters(source, target)
     typer.echo(f"written: {done.folder}")
     typer.echo(
-        f"loaded back: greatest difference {done.difference:.2g}, KL to the trained model {done.kl:.2g} nats a token"
+        f"loaded back: largest difference {done.difference:.2g}, KL to the trained model {done.kl:.2g} nats a token"
     )
     if done.warning:
         typer.echo(f"warning: {done.warning}", err=True)
-    if to is Format.hub and repo is not None:
+    if repo is not None:
         typer.echo(f"uploaded: {upload(target, repo)}")
     for command in done.commands:
         typer.echo(f"try it: {command}")
 
 
 def _faults(to: Format, bits: int | None, group_size: int | None, repo: str | None) -> list[Fault]:
-    """What does not go together, and what MLX cannot quantise to."""
+    """Options that do not go together, and what MLX cannot quantise to."""
+    if to is Format.hub and repo is None:
+        return [Fault("--repo", "is missing", "name the repository: --repo owner/name")]
     faults = [
-        Fault(flag, f"means nothing for {to.value}", f"use it with --to {its.value}")
+        Fault(flag, f"means nothing with --to {to.value}", f"use it with --to {its.value}")
         for flag, value, its in (
             ("--bits", bits, Format.fused),
             ("--group-size", group_size, Format.fused),
@@ -88,5 +90,5 @@ def _faults(to: Format, bits: int | None, group_size: int | None, repo: str | No
         if value is not None and value not in known:
             faults.append(Fault(flag, f"MLX cannot quantise by {value}", f"use one of {', '.join(map(str, known))}"))
     if group_size is not None and bits is None:
-        faults.append(Fault("--group-size", "means nothing without --bits", "give --bits, too"))
+        faults.append(Fault("--group-size", "means nothing without --bits", "give --bits as well"))
     return faults

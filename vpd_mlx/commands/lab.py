@@ -1,4 +1,4 @@
-"""`vpd-mlx lab`: a grid of methods and seeds, as a table with intervals and a picture."""
+"""`vpd-mlx lab`: a grid of methods and seeds, as tables with intervals and a plot."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ __all__ = ["lab"]
 
 def lab(
     grid: Annotated[Path, typer.Argument(help="A grid's .yaml file, e.g. recipes/lab/grids/paper.yaml.")],
-    out: Annotated[Path | None, typer.Option(help="Folder of the grid's runs.", show_default="lab-runs/<name>")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs side by side, each a process of its own.")] = 2,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the grid's runs.", show_default="lab-runs/<name>")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each in a process of its own.")] = 2,
 ) -> None:
-    """Run a grid {setting x method x seed}, each method at the best rate of the same small sweep.
+    """Run a grid {setting x method x seed}, each method at its best rate from the same small sweep.
 
-    Interrupt it at will: finished runs are kept, an interrupted one goes on from its checkpoint when the command is given again.
-    Writes results.md, rates.json and curves.png into the grid's folder.
+    You can interrupt it at any time: give the command again, and finished runs are kept and interrupted ones go on from their
+    checkpoint. Writes results.md, rates.json and curves.png into the grid's folder.
     """
     from vpd_mlx.common.files import write_atomic
     from vpd_mlx.tools.lab import best_rates, check_recipe, curves, load_grid, results, run_grid, sweep_table, table
@@ -28,9 +30,9 @@ def lab(
     check_recipe(spec, recipe)
     folder = out if out is not None else Path("lab-runs") / spec.name
     folder.mkdir(parents=True, exist_ok=True)
-    run_grid(spec, recipe, folder, jobs=jobs, say=lambda text: typer.echo(text))
-    found, rates = results(spec, folder), best_rates(spec, folder)
-    text = table(spec, found, rates) + "\n### The sweep\n\n" + sweep_table(spec, folder)
+    run_grid(spec, recipe, folder, jobs=jobs, say=typer.echo)
+    found = results(spec, folder)
+    text = f"{table(spec, found, best_rates(spec, folder))}\n### The sweep\n\n{sweep_table(spec, folder)}"
     write_atomic(folder / "results.md", text)
     curves(spec, found, folder / "curves.png")
     typer.echo(text)

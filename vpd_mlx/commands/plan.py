@@ -1,4 +1,4 @@
-"""`vpd-mlx plan`: memory before the run, and time if asked."""
+"""`vpd-mlx plan`: a run's memory, and its time on request, before it starts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vpd_mlx.common.settings import parse_set
+from vpd_mlx.commands.options import SetOption, overridden
 from vpd_mlx.common.text import duration
 from vpd_mlx.recipe import load_recipe, resolve_recipe_path
 
@@ -16,20 +16,18 @@ __all__ = ["plan"]
 
 def plan(
     recipe: Annotated[str, typer.Argument(help="A built-in recipe's name or a .yaml file.")] = "quickstart",
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key of the recipe.")
-    ] = None,
-    probe_time: Annotated[bool, typer.Option("--time", help="Load the model and time two steps as well.")] = False,
+    sets: SetOption = None,
+    probe_time: Annotated[bool, typer.Option("--time", help="Also load the model and time two steps.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Predict peak memory per phase from the model's config, without loading its weights; with --time, the run's duration.
 
-    The figures hold for prompts and completions as long as the recipe lets them be. Exit code 2 when it cannot fit.
+    The figures are for prompts and completions as long as the recipe allows. Exit code 2 if the run cannot fit.
     """
     from vpd_mlx.run.plan import check_fits, memory_limit
     from vpd_mlx.run.plan import plan as make
 
-    cfg = load_recipe(resolve_recipe_path(recipe), parse_set(sets or []))
+    cfg = load_recipe(resolve_recipe_path(recipe), overridden(sets))
     planned, limit = make(cfg), memory_limit(cfg)
     out = {
         "weights_bytes": planned.weights,
@@ -62,7 +60,9 @@ def plan(
             typer.echo(f"{phase:8} {_size(size)} at most")
         typer.echo(f"limit    {_size(limit)}")
         if probe_time:
-            typer.echo(f"time     {duration(float(seconds[-1]) * cfg.steps)} for {cfg.steps} steps, evaluations aside")
+            typer.echo(
+                f"time     {duration(float(seconds[-1]) * cfg.steps)} for {cfg.steps} steps, without evaluations"
+            )
     check_fits(cfg, planned, limit)
 
 

@@ -1,4 +1,4 @@
-"""A run's adapter in the forms that other tools read, each loaded back and compared before it is called done."""
+"""Exports of a run's adapter in the formats of other tools, each loaded back and compared with the trained model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import json
 import shlex
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,21 +19,32 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import dequantize_model, quantize_model, save_config, save_model
 
 from vpd_mlx import __version__, losses
-from vpd_mlx.common.files import read_rows
+from vpd_mlx.common.text import figures_in_line, mlx_lm_command
 from vpd_mlx.engine.policy import Policy
-from vpd_mlx.errors import ConfigError, Fault, ModelError, RunError
+from vpd_mlx.errors import ModelError, RunError
 from vpd_mlx.recipe import Recipe, load_recipe
+from vpd_mlx.run.folder import Run, load_run
 from vpd_mlx.run.log import MARK
 from vpd_mlx.run.setup import build_prompter, load_policy
 
-__all__ = ["Export", "export_adapters", "export_fused", "export_peft", "open_run", "reserve", "upload"]
+__all__ = [
+    "Export",
+    "TrainedRun",
+    "export_adapters",
+    "export_fused",
+    "export_peft",
+    "model_card",
+    "open_run",
+    "reserve",
+    "upload",
+]
 
-PROMPTS = 16  # prompts that an export is compared on
+PROMPTS = 16  # prompts on which an export is compared with the trained model
 
 
 @dataclass(frozen=True)
 class Export:
-    """What was written, and how far it is from the trained model: greatest difference of logits, KL in nats per token."""
+    """What was written, and how far it is from the trained model: largest difference of logits, KL in nats per token."""
 
     folder: Path
     difference: float
@@ -43,18 +54,17 @@ class Export:
 
 
 @dataclass(frozen=True)
-class Run:
-    """A finished run, its policy with the trained adapter, prompts of its own rollouts, and their trained logits."""
+class TrainedRun:
+    """A run with its policy, trained adapter loaded; prompts of its own rollouts, and the logits (T, V) on each."""
 
-    folder: Path
+    folder: Run
     recipe: Recipe
     policy: Policy
     prompts: tuple[tuple[int, ...], ...]
     trained: tuple[mx.array, ...]
-    base: tuple[mx.array, ...]
 
 
-def open_run(folder: Path) -> Run:
+def open_run(path: Path) -> TrainedRun:
     """Load a run's model and adapter.
 
     Raises:
@@ -62,22 +72,16 @@ def open_run(folder: Path) -> Run:
         ModelError: it has no adapter yet.
         RunError: it has no rollouts yet.
     """
-    if not (folder / MARK).is_file():
-        fault = Fault("RUN", f"{folder} holds no run ({MARK} is missing)", "give the folder of a run")
-        raise ConfigError([fault], "command line")
-    recipe = load_recipe(folder / MARK)
+    folder = load_run(path)
+    recipe = load_recipe(path / MARK)
     policy = load_policy(recipe)
-    policy.load_adapter(folder / "adapters")
-    rows = read_rows(folder / "rollouts.jsonl")
-    texts = list(dict.fromkeys(r["prompt"] for r in rows))[:PROMPTS]
+    policy.load_adapter(path / "adapters")
+    texts = list(dict.fromkeys(row["prompt"] for row in folder.read(folder.rollouts)))[:PROMPTS]
     if not texts:
-        raise RunError(f"{folder}: has no rollouts to compare an export on; train at least a step")
+        raise RunError(f"{path}: has no rollouts to compare an export on; train at least one step")
     prompter = build_prompter(recipe, policy)
     prompts = tuple(prompter.encode([{"role": "user", "content": t}]) for t in texts)
-    trained = tuple(_logits(policy.model, prompts))
-    with policy.adapter_off():
-        base = tuple(_logits(policy.model, prompts))
-    return Run(folder, recipe, policy, prompts, trained, base)
+    return TrainedRun(folder, recipe, policy, prompts, tuple(_logits(policy.model, prompts)))
 
 
 def _logits(model: Any, prompts: Sequence[tuple[int, ...]]) -> list[mx.array]:
@@ -95,95 +99,92 @@ def _kl(a: Sequence[mx.array], b: Sequence[mx.array]) -> float:
     return float(mx.concatenate(values).mean())
 
 
-def _apart(a: Sequence[mx.array], b: Sequence[mx.array]) -> float:
+def _difference(a: Sequence[mx.array], b: Sequence[mx.array]) -> float:
     return max(float(mx.abs(x - y).max()) for x, y in zip(a, b, strict=True))
 
 
-def _tolerance(run: Run) -> float:
+def _tolerance(run: TrainedRun) -> float:
     half = any(v.dtype in (mx.float16, mx.bfloat16) for _, v in tree_flatten(run.policy.model.parameters()))
     scale = max(float(mx.abs(x).max()) for x in run.trained)
     return (5e-2 if half else 1e-3) * scale
 
 
-def _fresh(out: Path) -> None:
+def _make_folder(out: Path) -> None:
     if out.exists() and any(out.iterdir()):
-        raise RunError(f"{out}: holds something already; give another --out")
+        raise RunError(f"{out}: is not empty; give another --out")
     out.mkdir(parents=True, exist_ok=True)
 
 
-def _hold(run: Run, got: Sequence[mx.array], out: Path) -> tuple[float, float]:
-    difference = _apart(run.trained, got)
+def _compared(run: TrainedRun, loaded: Sequence[mx.array], out: Path) -> tuple[float, float]:
+    """(largest difference, KL) of the logits that were loaded back; too large a difference is an error."""
+    difference = _difference(run.trained, loaded)
     if difference > _tolerance(run):
         raise RunError(
             f"{out}: loaded back, its logits differ by {difference:.2g} from the trained model's (allowed "
-            f"{_tolerance(run):.2g}); it is not a faithful export, keep to the run's own adapters"
+            f"{_tolerance(run):.2g}); it is not a faithful export, use the run's own adapters"
         )
-    return difference, _kl(run.trained, got)
+    return difference, _kl(run.trained, loaded)
 
 
-def export_adapters(run: Run, out: Path) -> Export:
+def export_adapters(run: TrainedRun, out: Path) -> Export:
     """mlx-lm's adapter folder with a model card.
 
     Raises:
-        RunError: `out` is taken, or what was written does not give the trained model's logits.
+        RunError: `out` is not empty, or what was written does not give the trained model's logits.
     """
-    _fresh(out)
+    _make_folder(out)
     for name in ("adapters.safetensors", "adapter_config.json"):
-        shutil.copyfile(run.folder / "adapters" / name, out / name)
-    (out / "README.md").write_text(card(run, "mlx-lm adapter"), encoding="utf-8")
+        shutil.copyfile(run.folder.path / "adapters" / name, out / name)
+    (out / "README.md").write_text(model_card(run, "mlx-lm adapter"), encoding="utf-8")
     model = mlx_lm.load(run.recipe.model, adapter_path=str(out))[0]
-    difference, kl = _hold(run, _logits(model, run.prompts), out)
-    base = f"--model {run.recipe.model} --adapter-path {out}"
-    return Export(out, difference, kl, _commands(base))
+    difference, kl = _compared(run, _logits(model, run.prompts), out)
+    return Export(out, difference, kl, _commands(run.recipe.model, out))
 
 
-def export_fused(run: Run, out: Path, *, bits: int | None = None, group_size: int = 64) -> Export:
-    """The base with the adapter in its weights, dequantised; with `bits` quantised again, which can lose what was learned.
+def export_fused(run: TrainedRun, out: Path, *, bits: int | None = None, group_size: int = 64) -> Export:
+    """The base model with the adapter in its weights, dequantised; with `bits` quantised again, which can lose what was learned.
 
     Raises:
-        RunError: `out` is taken, or the dequantised model does not give the trained model's logits.
+        RunError: `out` is not empty, or the dequantised model does not give the trained model's logits.
     """
-    _fresh(out)
-    loaded: Any = mlx_lm.load(run.recipe.model, adapter_path=str(run.folder / "adapters"), return_config=True)
+    _make_folder(out)
+    adapters = str(run.folder.path / "adapters")
+    loaded: Any = mlx_lm.load(run.recipe.model, adapter_path=adapters, return_config=True)
     model, tokenizer, config = loaded
     fused = [(n, m.fuse(dequantize=True)) for n, m in model.named_modules() if hasattr(m, "fuse")]
     model.update_modules(tree_unflatten(fused))
     model = dequantize_model(model)
     for key in ("quantization", "quantization_config"):
         config.pop(key, None)
-    warning = ""
-    if bits is None:
-        # what is held to the trained model is what was written
-        save_model(out, model)
-    else:
+    if bits is not None:
         model, config = quantize_model(model, config, group_size, bits)
-        save_model(out, model)
+    save_model(out, model)
     save_config(config, config_path=out / "config.json")
     tokenizer.save_pretrained(out)
-    (out / "README.md").write_text(card(run, "fused model"), encoding="utf-8")
-    got = _logits(mlx_lm.load(str(out))[0], run.prompts)
+    (out / "README.md").write_text(model_card(run, "fused model"), encoding="utf-8")
+    back = _logits(mlx_lm.load(str(out))[0], run.prompts)
     if bits is None:
-        difference, kl = _hold(run, got, out)
-    else:
-        difference, kl = _apart(run.trained, got), _kl(run.trained, got)
-        learned = _kl(run.trained, run.base)
-        if kl > 0.1 * learned:
-            warning = (
-                f"quantising to {bits} bits moved the model by {kl:.3g} nats a token, against {learned:.3g} that training "
-                "moved it: part of what was learned is lost; export adapters, or fuse without --bits"
-            )
-    return Export(out, difference, kl, _commands(f"--model {out}"), warning)
+        return Export(out, *_compared(run, back, out), _commands(str(out)))
+    kl, warning = _kl(run.trained, back), ""
+    with run.policy.adapter_off():
+        learned = _kl(run.trained, _logits(run.policy.model, run.prompts))
+    if kl > 0.1 * learned:
+        warning = (
+            f"quantising to {bits} bits moved the model by {kl:.3g} nats a token, against {learned:.3g} that training moved it: "
+            "part of what was learned is lost; export adapters, or fuse without --bits"
+        )
+    return Export(out, _difference(run.trained, back), kl, _commands(str(out)), warning)
 
 
-def export_peft(run: Run, out: Path) -> Export:
+def export_peft(run: TrainedRun, out: Path) -> Export:
     """PEFT's LoRA format, for transformers: `lora_A` (r, in), `lora_B` (out, r), alpha = scale * r.
 
-    Read back, the two matrices must give the very update that mlx-lm's adapter makes.
+    Loaded back, the two matrices must give the same update as mlx-lm's adapter.
 
     Raises:
-        RunError: `out` is taken, or what was written is not the adapter.
+        RunError: `out` is not empty, or what was written is not the adapter.
     """
-    _fresh(out)
+    _make_folder(out)
     lora = run.recipe.lora
     tensors: dict[str, mx.array] = {}
     for name, value in run.policy.adapter.items():
@@ -207,7 +208,7 @@ def export_peft(run: Run, out: Path) -> Export:
         "inference_mode": True,
     }
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (out / "README.md").write_text(card(run, "PEFT adapter"), encoding="utf-8")
+    (out / "README.md").write_text(model_card(run, "PEFT adapter"), encoding="utf-8")
     back: Any = mx.load(str(out / "adapter_model.safetensors"))
     worst = 0.0
     for name, a in run.policy.adapter.items():
@@ -218,27 +219,26 @@ def export_peft(run: Run, out: Path) -> Export:
             update = alpha / lora.rank * (back[f"{key}.lora_B.weight"] @ back[f"{key}.lora_A.weight"])
             worst = max(worst, float(np.abs(np.array(update) - np.array((lora.scale * (a @ b)).T)).max()))
     if worst > 1e-5:
-        raise RunError(f"{out}: the update read back differs by {worst:.2g}; keep to the run's own adapters")
+        raise RunError(f"{out}: the update loaded back differs by {worst:.2g}; use the run's own adapters")
     return Export(out, worst, 0.0, _peft_commands(run, out))
 
 
-def _peft_commands(run: Run, out: Path) -> tuple[str, ...]:
-    """How transformers loads it. It cannot read weights that MLX quantised: those are dequantised first."""
+def _peft_commands(run: TrainedRun, out: Path) -> tuple[str, ...]:
+    """How transformers loads it; weights that MLX quantised, which it cannot read, are dequantised first."""
     base, steps = run.recipe.model, []
     if any(hasattr(m, "bits") for m in run.policy.model.modules()):
-        steps.append(
-            f"python -m mlx_lm convert --hf-path {shlex.quote(base)} --mlx-path {shlex.quote(f'{out}-base')} -d"
-        )
         base = f"{out}-base"
+        convert = ("--hf-path", run.recipe.model, "--mlx-path", base, "-d")
+        steps.append(shlex.join(["python", "-m", "mlx_lm", "convert", *convert]))
     code = f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{out}")'
     return (*steps, code)
 
 
 def reserve(repo: str, *, private: bool, api: HfApi | None = None) -> None:
-    """Make the repository on the hub, if it is not there: what is wrong with it shows before anything is exported.
+    """Create the repository on the hub unless it exists, so that a wrong name or login shows before anything is exported.
 
     Raises:
-        ModelError: the hub refuses, or cannot be had.
+        ModelError: the hub refuses or cannot be reached.
     """
     with _hub_errors(repo):
         (api or HfApi()).create_repo(repo, private=private, exist_ok=True)
@@ -248,7 +248,7 @@ def upload(folder: Path, repo: str, *, api: HfApi | None = None) -> str:
     """Put an exported folder into its repository on the hub; returns its address.
 
     Raises:
-        ModelError: the hub refuses, or cannot be had.
+        ModelError: the hub refuses or cannot be reached.
     """
     with _hub_errors(repo):
         (api or HfApi()).upload_folder(repo_id=repo, folder_path=str(folder))
@@ -259,27 +259,24 @@ def upload(folder: Path, repo: str, *, api: HfApi | None = None) -> str:
 def _hub_errors(repo: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # the hub's client lets through whatever the HTTP library of its day raises
+    except Exception as error:  # the hub's client passes on whatever its HTTP library raises
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"--repo: {repo!r} cannot be written ({first}); log in with `hf auth login`, check name and network"
+            f"--repo: {repo!r} cannot be written ({first}); log in with `hf auth login`, check the name and the network"
         ) from error
 
 
-def _commands(model: str) -> tuple[str, ...]:
+def _commands(model: str, adapters: Path | None = None) -> tuple[str, ...]:
     return (
-        f"python -m mlx_lm generate {model} --prompt '…'",
-        f"python -m mlx_lm chat {model}",
-        f"python -m mlx_lm server {model}",
+        mlx_lm_command("generate", model, adapters, "--prompt", "…"),
+        mlx_lm_command("chat", model, adapters),
+        mlx_lm_command("server", model, adapters),
     )
 
 
-def card(run: Run, what: str) -> str:
+def model_card(run: TrainedRun, what: str) -> str:
     """A model card: what it is, how it was made, what it scored."""
-    path = run.folder / "summary.json"
-    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    evaluations = read_rows(run.folder / "evals.jsonl")
-    recipe = run.recipe
+    recipe, folder = run.recipe, run.folder
     lines = [
         "---",
         "library_name: mlx",
@@ -288,29 +285,21 @@ def card(run: Run, what: str) -> str:
         "---",
         f"# {recipe.name}: {what}",
         "",
-        f"Trained by vpd-mlx {__version__} with `{recipe.algorithm}`, {_trained(summary)}, seed {recipe.seed}, on "
-        f"the base `{recipe.model}`; task `{recipe.task.kind}`, feedback from {', '.join(recipe.feedback.sources)}. The base's "
-        "licence applies.",
+        f"Trained by vpd-mlx {__version__} with `{recipe.algorithm}`, {_trained(folder.summary)}, seed {recipe.seed}, on the "
+        f"base model `{recipe.model}`; task `{recipe.task.kind}`, feedback from {', '.join(recipe.feedback.sources)}. The "
+        "base model's licence applies.",
         "",
         "| held-out problems | before | after |",
         "|---|---|---|",
     ]
-    if evaluations:
-        first = evaluations[0]
-        last = next((e for e in evaluations if e["step"] == summary.get("adapter_of_step")), evaluations[-1])
+    if folder.evals:
+        before, after = folder.evals[0], folder.evaluation
         for key in ("student", "student_greedy", "teacher"):
-            lines.append(f"| {key} | {_with_interval(first, key)} | {_with_interval(last, key)} |")
-    lines += ["", "## Recipe", "", "```yaml", (run.folder / MARK).read_text(encoding="utf-8").rstrip(), "```", ""]
-    return "\n".join(lines)
+            lines.append(f"| {key} | {figures_in_line(before, key)} | {figures_in_line(after, key)} |")
+    text = (folder.path / MARK).read_text(encoding="utf-8").rstrip()
+    return "\n".join([*lines, "", "## Recipe", "", "```yaml", text, "```", ""])
 
 
-def _trained(summary: dict[str, Any]) -> str:
-    done, of = summary.get("steps", "?"), summary.get("adapter_of_step")
-    return f"{done} steps" if of in (None, done) else f"the best of {done} steps, number {of}"
-
-
-def _with_interval(row: dict[str, Any], key: str) -> str:
-    value, interval = row.get(key), row.get(f"{key}_interval")
-    if value is None:
-        return "-"
-    return f"{100 * value:.1f} %" + ("" if not interval else f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})")
+def _trained(summary: Mapping[str, Any]) -> str:
+    steps, best = summary.get("steps", "?"), summary.get("adapter_of_step")
+    return f"{steps} steps" if best in (None, steps) else f"the best of {steps} steps, number {best}"

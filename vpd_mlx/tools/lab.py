@@ -1,8 +1,8 @@
-"""The lab: a grid of settings, methods and seeds, tuned alike, and what it says about each claim.
+"""The lab: a grid of settings, methods and seeds, all tuned alike, and which claims its runs support.
 
-A grid is one YAML file. Every method first gets the same sweep of learning rates on a seed of its own; then it runs on all seeds
-at its best rate. A run is a run folder, made by `vpd-mlx train` in a process of its own: what is finished is not run again, what
-was interrupted goes on.
+A grid is one YAML file. Every method first gets the same sweep of learning rates, on a seed kept for that; then it runs on all
+seeds at its best rate. Each run is a run folder, made by `vpd-mlx train` in a process of its own: finished runs are not repeated,
+and interrupted ones go on from their checkpoint.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,27 +20,28 @@ from typing import Any, Literal
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from vpd_mlx.common.files import read_rows, write_atomic
+from vpd_mlx.common.settings import Section, parse_yaml
 from vpd_mlx.errors import ConfigError, Fault, RunError
 from vpd_mlx.recipe import load_recipe
 
 __all__ = [
     "Cell",
+    "ClaimResult",
     "Grid",
     "Result",
     "best_rates",
     "check_recipe",
+    "claim_results",
     "curves",
-    "interval",
     "load_grid",
+    "mean_interval",
     "results",
     "run_grid",
     "sweep_table",
     "table",
-    "verdicts",
 ]
 
 mpl.use("Agg")
@@ -54,26 +55,22 @@ T95 = (
 Measure = Literal["final", "best", "drop", "margin_change"]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class Tune(_Strict):
+class Tune(Section):
     """The sweep that every method gets."""
 
     rates: list[float] = Field(min_length=1)
     seeds: list[int] = Field(min_length=1)
 
 
-class Part(_Strict):
+class Part(Section):
     """One setting with the methods that run in it."""
 
     setting: str
     methods: list[str] = Field(min_length=1)
 
 
-class Finding(_Strict):
-    """A claim: `better` beats `worse` in `setting` by `measure`."""
+class Claim(Section):
+    """`better` beats `worse` in `setting` by `measure`."""
 
     id: str
     claim: str
@@ -83,20 +80,38 @@ class Finding(_Strict):
     measure: Measure = "final"
 
 
-class Grid(_Strict):
-    """All that decides a grid."""
+class Grid(Section):
+    """Everything that decides a grid."""
 
     name: str
     recipe: str
     seeds: list[int] = Field(min_length=1)
     threshold: float = Field(0.5, gt=0, lt=1)
-    overrides: dict[str, Any] = {}
+    overrides: dict[str, Any] = Field({})
     tune: Tune
     settings: dict[str, dict[str, Any]]
     methods: dict[str, dict[str, Any]]
-    same_rate: dict[str, str] = {}
+    same_rate: dict[str, str] = Field({})
     parts: list[Part]
-    findings: list[Finding] = []
+    findings: list[Claim] = Field([])
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """(setting, method) of everything that runs."""
+        return [(part.setting, method) for part in self.parts for method in part.methods]
+
+    @property
+    def tuned(self) -> list[tuple[str, str]]:
+        """The pairs that have a sweep; the others take the rate of the method that `same_rate` names."""
+        return [(setting, method) for setting, method in self.pairs if method not in self.same_rate]
+
+    def sweep(self, setting: str, method: str, rate: float) -> list[Cell]:
+        """The runs of a sweep at one rate."""
+        return [Cell(setting, method, seed, rate, True) for seed in self.tune.seeds]
+
+    def recipe_overrides(self, setting: str, method: str) -> dict[str, Any]:
+        """What a setting and a method change in the recipe."""
+        return {**self.overrides, **self.settings[setting], **self.methods[method]}
 
 
 @dataclass(frozen=True)
@@ -111,7 +126,7 @@ class Cell:
 
     @property
     def folder(self) -> str:
-        """Where it lies within the grid's folder."""
+        """Where the run lies within the grid's folder."""
         part = f"tune-{self.rate:g}" if self.tuning else "runs"
         return f"{part}/{self.setting}/{self.method}/seed{self.seed}"
 
@@ -137,10 +152,10 @@ class Result:
         return max(v for _, v in self.curve)
 
     def measure(self, name: Measure) -> float:
-        """A figure by its name; larger is better for all but `drop`.
+        """A figure by its name; larger is better except for `drop`.
 
-        `drop` is best less final; `margin_change` is the mean of the last tenth of the margins, r~ of right less r~ of wrong
-        completions over beta, less that of the first tenth.
+        `drop` is best minus final. `margin_change` is the mean margin of the last tenth of the steps minus that of the first
+        tenth; a margin is r~ of right minus r~ of wrong completions, over beta.
         """
         if name == "final":
             return self.final
@@ -161,85 +176,67 @@ def load_grid(path: Path) -> Grid:
         ConfigError: it cannot be read, or names a setting or method that it does not define.
     """
     try:
-        grid = Grid.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        grid = Grid.model_validate(parse_yaml(path.read_text(encoding="utf-8"), str(path)))
     except OSError as error:
-        raise ConfigError(
-            [Fault(str(path), f"cannot be read ({error.strerror})", "give a grid's .yaml file")]
-        ) from None
-    except yaml.YAMLError as error:
-        raise ConfigError([Fault("text", f"not valid YAML ({error})", "mend it")], str(path)) from None
+        fault = Fault(str(path), f"cannot be read ({error.strerror})", "give a grid's .yaml file")
+        raise ConfigError([fault]) from None
     except ValidationError as error:
         faults = [
             Fault(".".join(map(str, e["loc"])) or "grid", e["msg"], "see recipes/lab/README.md") for e in error.errors()
         ]
         raise ConfigError(faults, str(path)) from None
-    faults = []
-    for i, part in enumerate(grid.parts):
-        if part.setting not in grid.settings:
-            faults.append(Fault(f"parts.{i}.setting", f"{part.setting!r} is not defined", "add it to settings"))
-        faults += [
-            Fault(f"parts.{i}.methods", f"{m!r} is not defined", "add it to methods")
-            for m in part.methods
-            if m not in grid.methods
-        ]
-    ran = {(p.setting, m) for p in grid.parts for m in p.methods}
-    for f in grid.findings:
-        faults += [
-            Fault(f"findings.{f.id}", f"{m!r} does not run in {f.setting!r}", "add it to that part")
-            for m in (f.better, f.worse)
-            if (f.setting, m) not in ran
-        ]
+    faults = list(_undefined(grid))
     if faults:
         raise ConfigError(faults, str(path))
     return grid
 
 
-def _pairs(grid: Grid) -> Iterator[tuple[str, str]]:
-    for part in grid.parts:
+def _undefined(grid: Grid) -> Iterator[Fault]:
+    for i, part in enumerate(grid.parts):
+        if part.setting not in grid.settings:
+            yield Fault(f"parts.{i}.setting", f"{part.setting!r} is not defined", "add it to settings")
         for method in part.methods:
-            yield part.setting, method
+            if method not in grid.methods:
+                yield Fault(f"parts.{i}.methods", f"{method!r} is not defined", "add it to methods")
+    for claim in grid.findings:
+        for method in (claim.better, claim.worse):
+            if (claim.setting, method) not in grid.pairs:
+                problem = f"{method!r} does not run in {claim.setting!r}"
+                yield Fault(f"findings.{claim.id}", problem, "add it to that part")
 
 
-def run_grid(grid: Grid, recipe: Path, out: Path, *, jobs: int, say: Any) -> None:
-    """Run all cells that are not finished, `jobs` at a time: the sweep first, then the seeds at each method's best rate.
+def check_recipe(grid: Grid, recipe: Path) -> None:
+    """Load every pair's recipe once, before the first run starts.
+
+    Raises:
+        ConfigError: a setting or a method does not fit the recipe.
+    """
+    for pair in grid.pairs:
+        load_recipe(recipe, list(grid.recipe_overrides(*pair).items()))
+
+
+# --- running
+
+
+def run_grid(grid: Grid, recipe: Path, out: Path, *, jobs: int, say: Callable[[str], None]) -> None:
+    """Run everything that is not finished, `jobs` at a time: first the sweeps, then all seeds at each method's best rate.
 
     Raises:
         RunError: a run failed; the others are finished first, and the next call tries it again.
     """
-    tuning = [
-        Cell(s, m, seed, rate, True)
-        for s, m in _pairs(grid)
-        if m not in grid.same_rate
-        for rate in grid.tune.rates
-        for seed in grid.tune.seeds
-    ]
-    _run_all(grid, recipe, out, tuning, jobs, say, "sweep")
+    sweeps = [cell for pair in grid.tuned for rate in grid.tune.rates for cell in grid.sweep(*pair, rate)]
+    _run_all(grid, recipe, out, sweeps, jobs, say, "sweep")
     rates = best_rates(grid, out)
     write_atomic(out / "rates.json", json.dumps({f"{s}/{m}": r for (s, m), r in rates.items()}, indent=1))
-    cells = [Cell(s, m, seed, rates[s, m], False) for seed in grid.seeds for s, m in _pairs(grid)]
+    cells = [Cell(s, m, seed, rates[s, m], False) for seed in grid.seeds for s, m in grid.pairs]
     _run_all(grid, recipe, out, cells, jobs, say, "seeds")
 
 
-def best_rates(grid: Grid, out: Path) -> dict[tuple[str, str], float]:
-    """Each method's best rate in each setting, by the mean final accuracy of its sweep; ties go to the lower rate."""
-    rates: dict[tuple[str, str], float] = {}
-    for s, m in _pairs(grid):
-        if m in grid.same_rate:
-            continue
-        scores = {
-            rate: float(np.mean([_result(out, Cell(s, m, seed, rate, True), grid).final for seed in grid.tune.seeds]))
-            for rate in grid.tune.rates
-        }
-        rates[s, m] = max(sorted(scores), key=lambda r: scores[r])
-    for s, m in _pairs(grid):
-        if m in grid.same_rate:
-            rates[s, m] = rates[s, grid.same_rate[m]]
-    return rates
-
-
-def _run_all(grid: Grid, recipe: Path, out: Path, cells: Sequence[Cell], jobs: int, say: Any, title: str) -> None:
+def _run_all(
+    grid: Grid, recipe: Path, out: Path, cells: Sequence[Cell], jobs: int, say: Callable[[str], None], title: str
+) -> None:
     waiting = [c for c in cells if not (out / c.folder / "summary.json").exists()]
-    say(f"{title}: {len(cells) - len(waiting)} of {len(cells)} runs are there, {len(waiting)} to go")
+    say(f"{title}: {len(cells) - len(waiting)} of {len(cells)} runs are finished, {len(waiting)} to go")
     failed = []
     with ThreadPoolExecutor(jobs) as pool:
         for i, (cell, error) in enumerate(pool.map(lambda c: (c, _run_one(grid, recipe, out, c)), waiting), 1):
@@ -251,27 +248,46 @@ def _run_all(grid: Grid, recipe: Path, out: Path, cells: Sequence[Cell], jobs: i
 
 
 def _run_one(grid: Grid, recipe: Path, out: Path, cell: Cell) -> str | None:
+    """Train one run in a process of its own; returns the last line of its error."""
     folder = out / cell.folder
-    command = [sys.executable, "-m", "vpd_mlx", "train"]
+    command = [sys.executable, "-m", "vpd_mlx", "train", "--quiet"]
     if (folder / "checkpoints").exists():
         command += ["--resume", str(folder)]
     else:
         command += [str(recipe), "--out", str(folder), "--overwrite", "--seed", str(cell.seed)]
-        overrides = {
-            **grid.overrides,
-            **grid.settings[cell.setting],
-            **grid.methods[cell.method],
-            "optimizer.learning_rate": cell.rate,
-        }
+        overrides = {**grid.recipe_overrides(cell.setting, cell.method), "optimizer.learning_rate": cell.rate}
         for key, value in overrides.items():
-            text = (
-                str((recipe.parent / value).resolve())
-                if key == "model" and value.startswith(".")
-                else json.dumps(value)
-            )
+            is_folder = key == "model" and value.startswith(".")
+            text = str((recipe.parent / value).resolve()) if is_folder else json.dumps(value)
             command += ["--set", f"{key}={text}"]
-    done = subprocess.run([*command, "--quiet"], capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     return None if done.returncode == 0 else (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
+
+
+# --- reading
+
+
+def best_rates(grid: Grid, out: Path) -> dict[tuple[str, str], float]:
+    """Each pair's best rate, by the mean final accuracy of its sweep; ties go to the lower rate."""
+    rates: dict[tuple[str, str], float] = {}
+    for pair in grid.tuned:
+        scores = {rate: _swept(grid, out, *pair, rate) for rate in grid.tune.rates}
+        rates[pair] = max(sorted(scores), key=lambda r: scores[r])
+    for setting, method in grid.pairs:
+        if method in grid.same_rate:
+            rates[setting, method] = rates[setting, grid.same_rate[method]]
+    return rates
+
+
+def _swept(grid: Grid, out: Path, setting: str, method: str, rate: float) -> float:
+    """Mean final accuracy of a sweep's runs at one rate."""
+    return float(np.mean([_result(out, cell, grid).final for cell in grid.sweep(setting, method, rate)]))
+
+
+def results(grid: Grid, out: Path) -> list[Result]:
+    """The figures of every finished run."""
+    rates = best_rates(grid, out)
+    return [_result(out, Cell(*pair, seed, rates[pair], False), grid) for pair in grid.pairs for seed in grid.seeds]
 
 
 def _result(out: Path, cell: Cell, grid: Grid) -> Result:
@@ -279,7 +295,7 @@ def _result(out: Path, cell: Cell, grid: Grid) -> Result:
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     curve = tuple((int(e["step"]), float(e["student"])) for e in read_rows(folder / "evals.jsonl"))
     metrics = read_rows(folder / "metrics.jsonl")
-    tokens = np.cumsum([m["length"] * _rollouts(m) for m in metrics])
+    tokens = np.cumsum([m["length"] * (sum(m["contexts"].values()) + m["contexts_none"]) for m in metrics])
     reached = next((step for step, value in curve if value >= grid.threshold), None)
     return Result(
         cell=cell,
@@ -295,18 +311,8 @@ def _result(out: Path, cell: Cell, grid: Grid) -> Result:
     )
 
 
-def _rollouts(metrics: Mapping[str, Any]) -> int:
-    return int(sum(metrics["contexts"].values()) + metrics["contexts_none"])
-
-
-def results(grid: Grid, out: Path) -> list[Result]:
-    """The figures of every finished run."""
-    rates = best_rates(grid, out)
-    return [_result(out, Cell(s, m, seed, rates[s, m], False), grid) for s, m in _pairs(grid) for seed in grid.seeds]
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half width of its 95 % interval by Student's t; the half width of one value is infinite."""
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half width of its 95 % interval by Student's t; the half width for one value is infinite."""
     data = np.asarray(values, np.float64)
     if len(data) < 2:
         return float(data.mean()), math.inf
@@ -314,73 +320,76 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return float(data.mean()), float(quantile * data.std(ddof=1) / math.sqrt(len(data)))
 
 
-def verdicts(grid: Grid, found: Sequence[Result]) -> list[dict[str, Any]]:
-    """What the runs say of each claim, by the difference paired by seed: reproduced, not reproduced, or within noise."""
+@dataclass(frozen=True)
+class ClaimResult:
+    """A claim with the mean difference that the runs show, paired by seed, and the half width of its 95 % interval."""
+
+    claim: Claim
+    difference: float
+    half: float
+
+    @property
+    def verdict(self) -> str:
+        """`reproduced`, `not reproduced`, or `within noise` if the interval holds 0."""
+        if self.difference - self.half > 0:
+            return "reproduced"
+        return "not reproduced" if self.difference + self.half < 0 else "within noise"
+
+
+def claim_results(grid: Grid, found: Sequence[Result]) -> list[ClaimResult]:
+    """What the runs say about each claim."""
     by = {(r.cell.setting, r.cell.method, r.cell.seed): r for r in found}
-    out = []
-    for f in grid.findings:
-        pairs = [
-            (by[f.setting, f.better, s].measure(f.measure), by[f.setting, f.worse, s].measure(f.measure))
-            for s in grid.seeds
-        ]
-        differences = [a - b for a, b in pairs]
-        mean, half = interval(differences)
-        if mean - half > 0:
-            verdict = "reproduced"
-        elif mean + half < 0:
-            verdict = "not reproduced"
-        else:
-            verdict = "within noise"
-        out.append(
-            {
-                "id": f.id,
-                "claim": f.claim,
-                "difference": mean,
-                "half": half,
-                "seeds": len(pairs),
-                "verdict": verdict,
-                "unit": 1 if f.measure == "margin_change" else 100,
-            }
-        )
-    return out
+    tested = []
+    for c in grid.findings:
+        pairs = [(by[c.setting, c.better, seed], by[c.setting, c.worse, seed]) for seed in grid.seeds]
+        tested.append(ClaimResult(c, *mean_interval([a.measure(c.measure) - b.measure(c.measure) for a, b in pairs])))
+    return tested
+
+
+# --- tables and curves
+
+
+def _markdown(head: str, rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table's lines, an empty one after it."""
+    return [head, "|" + "---|" * (head.count("|") - 1), *(f"| {' | '.join(row)} |" for row in rows), ""]
+
+
+def _per_cent(values: Sequence[float]) -> str:
+    mean, half = mean_interval(values)
+    return f"{100 * mean:.1f} ± {100 * half:.1f}"
+
+
+def _method_row(method: str, rate: float, runs: Sequence[Result]) -> list[str]:
+    reached = [r for r in runs if r.steps_to is not None]
+    steps = f"{np.median([r.steps_to for r in reached]):.0f}" if reached else "-"
+    of = f" ({len(reached)} of {len(runs)})" if len(reached) < len(runs) else ""
+    return [
+        method,
+        f"{rate:g}",
+        f"{100 * np.mean([r.before for r in runs]):.1f}",
+        *(_per_cent([r.final for r in runs]), _per_cent([r.greedy for r in runs])),
+        *(_per_cent([r.best for r in runs]), _per_cent([r.measure("drop") for r in runs])),
+        steps + of,
+        f"{np.median([r.tokens_to for r in reached]):,.0f}" if reached else "-",
+    ]
 
 
 def table(grid: Grid, found: Sequence[Result], rates: Mapping[tuple[str, str], float]) -> str:
-    """Everything in Markdown: methods by setting, the claims, the sweep's choices."""
-
-    def pm(values: Sequence[float], scale: float = 100) -> str:
-        mean, half = interval(values)
-        return f"{scale * mean:.1f} ± {scale * half:.1f}"
-
+    """The methods by setting and the claims, in Markdown."""
     lines = [f"{len(grid.seeds)} seeds; mean ± 95 % interval (Student's t over seeds); accuracies in %.", ""]
+    to = f"steps to {grid.threshold:.0%} | tokens to it"
     for part in grid.parts:
-        lines += [
-            f"### {part.setting}",
-            "",
-            f"| method | rate | before | after | greedy | best | drop from best | steps to {grid.threshold:.0%} | tokens to it |",
-            "|---|---|---|---|---|---|---|---|---|",
-        ]
-        for m in part.methods:
-            runs = [r for r in found if (r.cell.setting, r.cell.method) == (part.setting, m)]
-            reached = [r for r in runs if r.steps_to is not None]
-            steps = f"{np.median([r.steps_to for r in reached]):.0f}" if reached else "-"
-            tokens = f"{np.median([r.tokens_to for r in reached]):,.0f}" if reached else "-"
-            share = f" ({len(reached)} of {len(runs)})" if len(reached) < len(runs) else ""
-            before = 100 * np.mean([r.before for r in runs])
-            lines.append(
-                f"| {m} | {rates[part.setting, m]:g} | {before:.1f} | {pm([r.final for r in runs])} "
-                f"| {pm([r.greedy for r in runs])} | {pm([r.best for r in runs])} | {pm([r.best - r.final for r in runs])} "
-                f"| {steps}{share} | {tokens} |"
-            )
-        lines.append("")
+        of = {m: [r for r in found if (r.cell.setting, r.cell.method) == (part.setting, m)] for m in part.methods}
+        rows = [_method_row(m, rates[part.setting, m], runs) for m, runs in of.items()]
+        head = f"| method | rate | before | after | greedy | best | drop from best | {to} |"
+        lines += [f"### {part.setting}", "", *_markdown(head, rows)]
     if grid.findings:
-        lines += ["### Claims", "", "| | claim | difference, paired by seed | verdict |", "|---|---|---|---|"]
-        for v in verdicts(grid, found):
-            unit = v["unit"]
-            lines.append(
-                f"| {v['id']} | {v['claim']} | {unit * v['difference']:+.2f} ± {unit * v['half']:.2f} | **{v['verdict']}** |"
-            )
-        lines.append("")
+        claims = []
+        for tested in claim_results(grid, found):
+            unit = 1 if tested.claim.measure == "margin_change" else 100
+            difference = f"{unit * tested.difference:+.2f} ± {unit * tested.half:.2f}"
+            claims.append([tested.claim.id, tested.claim.claim, difference, f"**{tested.verdict}**"])
+        lines += ["### Claims", "", *_markdown("| | claim | difference, paired by seed | verdict |", claims)]
     minutes = sum(r.seconds for r in found) / 60
     lines.append(f"{len(found)} runs, {minutes:.0f} minutes of one process each, one after another.")
     return "\n".join(lines) + "\n"
@@ -388,42 +397,25 @@ def table(grid: Grid, found: Sequence[Result], rates: Mapping[tuple[str, str], f
 
 def sweep_table(grid: Grid, out: Path) -> str:
     """The sweep in Markdown: final accuracy at each rate."""
-    head = " | ".join(f"{r:g}" for r in grid.tune.rates)
-    lines = [f"| setting | method | {head} |", "|---|---|" + "---|" * len(grid.tune.rates)]
-    for s, m in _pairs(grid):
-        if m in grid.same_rate:
-            continue
-        row = [
-            f"{100 * np.mean([_result(out, Cell(s, m, seed, rate, True), grid).final for seed in grid.tune.seeds]):.1f}"
-            for rate in grid.tune.rates
-        ]
-        lines.append(f"| {s} | {m} | {' | '.join(row)} |")
-    return "\n".join(lines) + "\n"
-
-
-def check_recipe(grid: Grid, recipe: Path) -> None:
-    """Every cell's recipe is loaded once before the first run starts.
-
-    Raises:
-        ConfigError: a setting or a method does not fit the recipe.
-    """
-    for s, m in _pairs(grid):
-        load_recipe(recipe, list({**grid.overrides, **grid.settings[s], **grid.methods[m]}.items()))
+    rows = [
+        [*pair, *(f"{100 * _swept(grid, out, *pair, rate):.1f}" for rate in grid.tune.rates)] for pair in grid.tuned
+    ]
+    return "\n".join(_markdown(f"| setting | method | {' | '.join(f'{r:g}' for r in grid.tune.rates)} |", rows))
 
 
 def curves(grid: Grid, found: Sequence[Result], path: Path) -> None:
-    """The student's accuracy over steps, mean and 95 % band over seeds, a panel a setting, as a PNG or SVG file."""
+    """Plot the student's accuracy over steps, mean and 95 % band over seeds, one panel per setting, as a PNG or SVG file."""
     figure, axes = plt.subplots(1, len(grid.parts), figsize=(4.6 * len(grid.parts), 3.6), sharey=True, squeeze=False)
     for axis, part in zip(axes[0], grid.parts, strict=True):
         for method in part.methods:
-            number = list(grid.methods).index(method)  # a method's colour is the same in every panel
+            index = list(grid.methods).index(method)  # a method's colour is the same in every panel
             runs = [r.curve for r in found if (r.cell.setting, r.cell.method) == (part.setting, method)]
             steps = [s for s, _ in runs[0]]
-            bands = [interval([dict(curve)[s] for curve in runs]) for s in steps]
+            bands = [mean_interval([dict(curve)[s] for curve in runs]) for s in steps]
             means = np.array([m for m, _ in bands])
             half = np.array([h if math.isfinite(h) else 0.0 for _, h in bands])
-            color = f"C{number % 10}"
-            axis.plot(steps, 100 * means, color=color, label=method, lw=1.6, ls="-" if number < 10 else "--")
+            color = f"C{index % 10}"
+            axis.plot(steps, 100 * means, color=color, label=method, lw=1.6, ls="-" if index < 10 else "--")
             axis.fill_between(steps, 100 * (means - half), 100 * (means + half), color=color, alpha=0.13, lw=0)
         axis.set(title=part.setting, xlabel="step", ylim=(0, 100))
         axis.grid(alpha=0.3)
