@@ -475,6 +475,8 @@ def test_seatbelt_profile_is_balanced_and_shut() -> None:
         "(deny file-read-data)",
         "(deny file-write*)",
         "(deny mach-lookup)",
+        "/sandbox/isolation.py",
+        "/sandbox/child.py",
     ):
         assert rule in profile
 

@@ -162,15 +162,13 @@ class Process:
             return "output", Failure("OutputLimit", f"wrote more than {limits.output_kb} kB")
         if self._forced == "disk":
             return "disk", Failure("DiskLimit", f"wrote more than {limits.file_mb} MB of files")
-        raised = self._failure
+        error = self._failure
         last_line = err.rstrip().rpartition("\n")[2]
-        no_memory = raised.kind == "MemoryError" if raised else code != 0 and last_line.startswith("MemoryError")
+        no_memory = error.kind == "MemoryError" if error else code != 0 and last_line.startswith("MemoryError")
         if self._forced == "memory" or no_memory:
-            return "memory", Failure(
-                "MemoryError", f"took more than {limits.memory_mb} MB", raised.line if raised else 0
-            )
-        if raised is not None:
-            return "error", raised
+            return "memory", Failure("MemoryError", f"took more than {limits.memory_mb} MB", error.line if error else 0)
+        if error is not None:
+            return "error", error
         if code == 0:
             return "ok", None
         if code is not None and code > 128 and code - 128 in signal.valid_signals():

@@ -1,9 +1,9 @@
-"""Programs, judged by tests: public ones give feedback in training, private ones decide in evaluation.
+"""Programs judged by tests: public ones give feedback in training, private ones decide in evaluation.
 
-A completion's program is the last fenced block. It runs in the sandbox and never meets what is expected of it: output
-and returned values are compared here, as text and plain data, and assertions run in a process of their own. Values that
-go to and fro are plain data: a test that hands over a function or an object of a class, or looks at what a call did to its
-arguments, cannot be used, and the proof of the reference answers at start says so.
+A completion's program is its last fenced block. It runs in the sandbox and never sees the expected values: output and returned
+values are compared here, as text and plain data, and assertions run in a process of their own. Only plain data passes between
+tests and program. A test that passes a function or an object of a class, or that checks how a call changed its arguments, does
+not work; the check of the reference answers at start reports it.
 
 The score is 1 when all tests pass, else 0: a program that is half right is wrong.
 """
@@ -53,12 +53,12 @@ class CodeSettings(DatasetSettings):
     )
 
 
-MOST_CASES = 2  # failing cases told at once
+MOST_CASES = 2  # failing cases in one feedback text
 
 
 @dataclass(frozen=True)
-class _Fault:
-    """What went wrong with one test: a failure of the program, or a wrong result (`got`)."""
+class _FailedTest:
+    """One test that failed: the program's failure, or a wrong result (`got`)."""
 
     shown: str  # the input, the call or the assertion
     expected: str | None = None
@@ -68,7 +68,7 @@ class _Fault:
 
 
 class Code:
-    """Raises a SourceError where `strict` is set and this machine cannot isolate programs in full."""
+    """The task. Raises SourceError if `strict` is set and this machine cannot isolate programs in full."""
 
     def __init__(self, cfg: CodeSettings) -> None:
         self._cfg = cfg
@@ -76,7 +76,7 @@ class Code:
         self._sandbox = Sandbox(limits, strict=cfg.strict)
         self.notices = tuple(filter(None, [self._sandbox.abilities.notice()]))
         self.train, self.held_out = read_split(cfg)
-        for problem in (*self.train, *self.held_out):  # a broken row is met now, not in the middle of a run
+        for problem in (*self.train, *self.held_out):  # find a broken row now, not in the middle of a run
             self._tests(problem, private=False)
         for problem in self.held_out:
             self._tests(problem, private=True)
@@ -86,11 +86,11 @@ class Code:
         return self._grade(problem, completion, private=False)
 
     def evaluate(self, problem: Problem, completion: str) -> Verdict:
-        """Grade by the private tests, or the public ones where a row has no others. Stops at the first that fails."""
+        """Grade by the private tests, or by the public ones if a row has no others. Stops at the first failure."""
         return self._grade(problem, completion, private=True)
 
     def reference_completion(self, problem: Problem) -> str | None:
-        """The row's solution, in a fence of its own where it has none."""
+        """The row's solution, fenced if it is not."""
         code = problem.reference
         return code if code is None or in_fence(code) is not None else f"```python\n{code}\n```"
 
@@ -110,71 +110,69 @@ class Code:
             unclosed = "```" in spoken(completion)
             why = "the last code block is not closed" if unclosed else "there is no code block (```python ... ```)"
             return Verdict(0.0, f"Format error: {why}.")
-        faults: list[_Fault] = []
+        failed: list[_FailedTest] = []
         try:
             tests = self._tests(problem, private)
             with closing(self._run(tests, program, 1 if private else len(tests.cases))) as run:
-                for fault in run:
-                    faults.append(fault)
-                    # A program that fails says more than wrong results, and one that hangs would do so on every test.
-                    if fault.failure is not None or private:
+                for test in run:
+                    failed.append(test)
+                    # An exception explains more than wrong results, and a program that hangs would hang on every test.
+                    if test.failure is not None or private:
                         break
         except SourceError as error:
             return Verdict(0.0, error=str(error))
-        return Verdict(0.0, self._words(faults, program)) if faults else Verdict(1.0)
+        return Verdict(0.0, self._feedback(failed, program)) if failed else Verdict(1.0)
 
-    def _run(self, tests: Suite, program: str, most: int) -> Generator[_Fault, None, None]:
+    def _run(self, tests: Suite, program: str, most: int) -> Generator[_FailedTest, None, None]:
+        """The tests that fail; assertions stop after `most` failures."""
         prelude = imports_for(program)
         if tests.kind == "stdin":
             for given, expected in tests.cases:
                 result = self._sandbox.run(program, given, prelude)
                 if result.failure is not None:
-                    yield _Fault(given, failure=result.failure, ended=result.ended)
+                    yield _FailedTest(given, failure=result.failure, ended=result.ended)
                 elif not _same_output(expected, result.stdout):
-                    yield _Fault(given, expected.strip(), result.stdout.strip())
+                    yield _FailedTest(given, expected.strip(), result.stdout.strip())
             return
-        with self._sandbox.open(program, prelude) as session:
+        with self._sandbox.open(program, prelude) as loaded:
             if tests.kind == "assert":
                 statements = [statement for statement, _ in tests.cases]
                 names = {"candidate": tests.function, tests.function: tests.function}
-                for outcome in self._sandbox.judge(session, statements, names, tests.setup, most):
+                for outcome in self._sandbox.judge(loaded, statements, names, tests.setup, most):
                     name, arguments, got = outcome.call or (tests.function, "", "")
                     call = f"{name}({arguments})"
                     if outcome.raised:
-                        yield _Fault(call, failure=outcome.failure, ended=session.ended)
+                        yield _FailedTest(call, failure=outcome.failure, ended=loaded.ended)
                     elif not outcome.passed:
-                        yield _Fault(
-                            outcome.source, None, f"{call} gave {got}" if outcome.call else str(outcome.failure)
-                        )
+                        there = f"{call} gave {got}" if outcome.call else str(outcome.failure)
+                        yield _FailedTest(outcome.source, None, there)
                 return
             for arguments, expected in tests.cases:
-                value = session.call(tests.function, arguments)
+                value = loaded.call(tests.function, arguments)
                 shown = f"{tests.function}({', '.join(map(repr, arguments))})"
                 if isinstance(value, Failure):
-                    yield _Fault(shown, failure=value, ended=session.ended)
+                    yield _FailedTest(shown, failure=value, ended=loaded.ended)
                 elif not value.equals(expected, tuples_as_lists=True):
-                    yield _Fault(shown, repr(expected), str(value))
+                    yield _FailedTest(shown, repr(expected), str(value))
 
-    def _words(self, faults: list[_Fault], program: str) -> str:
+    def _feedback(self, failed: list[_FailedTest], program: str) -> str:
         """The program's failure with its line, else a few wrong results."""
-        fault = faults[-1]
-        failure = fault.failure
+        last = failed[-1]
+        failure = last.failure
         if failure is not None:
             lines = program.split("\n")
-            text = (
-                f"Time limit: the program {failure.message}." if fault.ended == "timeout" else self._cut(str(failure))
-            )
+            timeout = last.ended == "timeout"
+            text = f"Time limit: the program {failure.message}." if timeout else self._cut(str(failure))
             if 0 < failure.line <= len(lines):
                 text += f"\nLine {failure.line}: {self._cut(lines[failure.line - 1].strip())}"
-            return f"{text}\nInput: {self._cut(fault.shown)}" if fault.shown else text
+            return f"{text}\nInput: {self._cut(last.shown)}" if last.shown else text
         cases = []
-        parts: tuple[tuple[str, str], ...]
-        for fault in faults[:MOST_CASES]:
-            if fault.expected is not None:
-                parts = ("Input", fault.shown), ("Expected", fault.expected), ("Got", fault.got)
+        for test in failed[:MOST_CASES]:
+            if test.expected is not None:
+                parts = {"Input": test.shown, "Expected": test.expected, "Got": test.got}
             else:
-                parts = ("Failed", fault.shown), ("There", fault.got)
-            cases.append("\n".join(f"{name}: {self._cut(text)}" for name, text in parts))
+                parts = {"Failed": test.shown, "There": test.got}
+            cases.append("\n".join(f"{name}: {self._cut(text)}" for name, text in parts.items()))
         return "\n\n".join(cases)
 
     def _cut(self, text: str) -> str:
@@ -183,7 +181,7 @@ class Code:
 
 
 def _function(cell: Any) -> str | None:
-    """A function's name: as it is, or in an object (LiveCodeBench's metadata)."""
+    """A function's name: the cell itself, or `func_name` in an object (LiveCodeBench's metadata)."""
     if isinstance(cell, str) and cell.lstrip().startswith("{"):
         try:
             cell = json.loads(cell)

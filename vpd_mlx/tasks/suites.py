@@ -1,8 +1,8 @@
-"""Test suites of programs, read from the forms in which data sets carry them.
+"""Test suites of programs, read from the forms that data sets use.
 
 - input and output: `[{"input": ..., "output": ...}, ...]` or `{"inputs": [...], "outputs": [...]}`, as LiveCodeBench and APPS;
-- function calls: the same with a function's name (LiveCodeBench's `testtype: functional`: one JSON value a line per argument);
-- assertions: a list of statements as in MBPP, or code, with HumanEval's `check(candidate)` in it or without.
+- function calls: the same with a function's name (LiveCodeBench's `testtype: functional`: one line of JSON for each argument);
+- assertions: a list of statements as in MBPP, or code, with or without HumanEval's `check(candidate)`.
 
 All but the last may be JSON text; LiveCodeBench's packed private tests are read without unpickling.
 """
@@ -38,10 +38,10 @@ class Suite:
 
 
 def read_suite(raw: Any, function: str | None, setup: str, place: str) -> Suite:
-    """The tests in one cell.
+    """The tests in one cell of a row.
 
     Raises:
-        DataError: they are none of the forms above, or assert on several functions and none is named.
+        DataError: they have none of the forms above, or assert on several functions and none is named.
     """
 
     def fault(problem: str, remedy: str) -> DataError:
@@ -70,11 +70,11 @@ def read_suite(raw: Any, function: str | None, setup: str, place: str) -> Suite:
     try:
         return Suite("call", tuple((_arguments(v["input"]), _json(v["output"])) for v in value), function)
     except ValueError as error:
-        raise fault(f"a call whose values are not JSON ({error})", "mend the test") from None
+        raise fault(f"a call whose values are not JSON ({error})", "fix the test") from None
 
 
 def imports_for(source: str) -> str:
-    """Imports of the usual names that a program uses and does not bind, as LiveCodeBench's own harness offers them."""
+    """Imports for the common names that a program uses and does not bind, as in LiveCodeBench's own harness."""
     try:
         missing = _unbound(ast.parse(source))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -86,7 +86,7 @@ def _assertions(statements: list[str], setup: str, function: str | None, place: 
     try:
         tree = ast.parse("\n".join([setup, *statements]))
         if not statements:
-            # Code with assertions of its own: each is a test, all else is set up before.
+            # Code with assertions of its own: each is a test, and the rest is setup.
             if any(isinstance(node, ast.FunctionDef) and node.name == "check" for node in tree.body):
                 statements = ["check(candidate)"]
             else:
@@ -96,7 +96,7 @@ def _assertions(statements: list[str], setup: str, function: str | None, place: 
         for statement in statements:
             ast.parse(statement)
     except (SyntaxError, ValueError) as error:
-        raise DataError(f"{place}: tests that are not Python ({error}); mend them") from None
+        raise DataError(f"{place}: tests that are not Python ({error}); fix them") from None
     if not statements:
         raise DataError(f"{place}: code without an assertion or a function `check`; give tests")
     unbound = _unbound(tree) - {"candidate"}
@@ -113,7 +113,7 @@ def _assertions(statements: list[str], setup: str, function: str | None, place: 
 
 
 def _unbound(tree: ast.AST) -> set[str]:
-    """Names that are used and bound nowhere; scopes are not told apart."""
+    """Names that are used and bound nowhere, without regard to scopes."""
     used, bound = set(), set(dir(builtins))
     for node in ast.walk(tree):
         match node:
