@@ -18,12 +18,14 @@ from mlx_lm.sample_utils import make_sampler
 from vpd_mlx import losses
 from vpd_mlx.algos import ALGORITHMS
 from vpd_mlx.algos.base import Step
+from vpd_mlx.algos.grpo import policy_gradient_update
 from vpd_mlx.algos.m_step import Distillation
-from vpd_mlx.algos.policy_gradient import policy_gradient_update
+from vpd_mlx.algos.samples import gather, teacher_row
 from vpd_mlx.algos.settings import GrpoSettings, MStepSettings, TeacherSettings
 from vpd_mlx.algos.teacher import Teacher
 from vpd_mlx.common.stats import Clock
-from vpd_mlx.engine.gradients import Learner, accumulate, gather, teacher_row, unit_weights
+from vpd_mlx.engine.gradients import accumulate, unit_weights
+from vpd_mlx.engine.optimizer import Learner
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.sampling import Sampling, default_streams, generate
 from vpd_mlx.recipe import Recipe, load_recipe

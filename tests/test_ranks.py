@@ -93,7 +93,7 @@ from vpd_mlx.algos.base import Step
 from vpd_mlx.common.stats import Clock
 from vpd_mlx.engine.ranks import Ranks
 from vpd_mlx.run.step import Trainer
-from vpd_mlx.engine import gradients as learner
+from vpd_mlx.engine import optimizer as learner
 
 ranks, found = Ranks.of_environment(), {}
 applied = learner.Learner.apply

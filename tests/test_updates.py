@@ -16,15 +16,16 @@ from mlx.utils import tree_flatten
 from vpd_mlx import losses
 from vpd_mlx.algos import ALGORITHMS
 from vpd_mlx.algos.base import Step
-from vpd_mlx.algos.crossed import crossed
-from vpd_mlx.algos.e_step import bco_update
+from vpd_mlx.algos.e_step import bco_update, crossed
+from vpd_mlx.algos.grpo import advantages_of, policy_gradient_update
 from vpd_mlx.algos.m_step import Distillation, divergence_update
-from vpd_mlx.algos.policy_gradient import advantages_of, policy_gradient_update
+from vpd_mlx.algos.samples import Sample, gather, minibatches
 from vpd_mlx.algos.settings import GrpoSettings, MStepSettings
 from vpd_mlx.algos.teacher import Teacher
 from vpd_mlx.common.stats import Clock
 from vpd_mlx.engine.batching import micro_batches, pad
-from vpd_mlx.engine.gradients import Learner, Sample, accumulate, gather, minibatches
+from vpd_mlx.engine.gradients import accumulate
+from vpd_mlx.engine.optimizer import Learner
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.feedback import add_context
 from vpd_mlx.feedback.sibling import sibling

@@ -22,6 +22,7 @@ __all__ = [
     "divergence",
     "divergence_from_logps",
     "entropy",
+    "entropy_from_logps",
     "group_advantages",
     "implicit_rewards",
     "importance_weights",
@@ -60,7 +61,11 @@ def token_logps(logits: mx.array, token_ids: mx.array) -> mx.array:
 
 def entropy(logits: mx.array) -> mx.array:
     """Entropy in nats: (..., V) -> (...), float32."""
-    logps = log_softmax(logits)
+    return entropy_from_logps(log_softmax(logits))
+
+
+def entropy_from_logps(logps: mx.array) -> mx.array:
+    """`entropy` of log-probabilities that are normalised already: (..., V) -> (...)."""
     return -(mx.exp(logps) * logps).sum(axis=-1)
 
 

@@ -1,7 +1,11 @@
-"""Algorithms by name, one file each. The loop knows none of them.
+"""How rollouts become updates of the student: one file for each algorithm, and the steps that they are made of.
 
-`ALGORITHMS` names, for each, the sections of the recipe that it reads and the class that does the work. The class is imported
-when a run begins: a recipe is read without mlx.
+A step hands an algorithm its groups of rollouts. `samples` lays them out in rows; `e_step` trains the teacher's prompt, `m_step`
+pulls the student onto the `teacher`. `sdpo` is the M-step alone, `vpd` puts an E-step before it, `grpo` follows the group's
+advantages, and `hybrids` wrap GRPO's token loss with the teacher. `base` says what the loop and the checkpoint ask of them all.
+
+`ALGORITHMS` is the only list: for each algorithm, the sections of the recipe that it reads (`settings`) and the class that does
+the work, which is imported when a run begins, so that a recipe is read without mlx.
 """
 
 from __future__ import annotations
@@ -47,7 +51,7 @@ ALGORITHMS: dict[str, Entry] = {
     "sdpo": Entry("vpd_mlx.algos.sdpo:Sdpo", _M),
     "opsd": Entry("vpd_mlx.algos.sdpo:Sdpo", _M, source="reference"),
     "grpo": Entry("vpd_mlx.algos.grpo:Grpo", {"grpo": GrpoSettings}, contexts=False),
-    "joint": Entry("vpd_mlx.algos.joint:Joint", _HYBRID),
-    "reshape": Entry("vpd_mlx.algos.reshape:Reshape", _HYBRID),
-    "reweight": Entry("vpd_mlx.algos.reweight:Reweight", _HYBRID),
+    "joint": Entry("vpd_mlx.algos.hybrids:Joint", _HYBRID),
+    "reshape": Entry("vpd_mlx.algos.hybrids:Reshape", _HYBRID),
+    "reweight": Entry("vpd_mlx.algos.hybrids:Reweight", _HYBRID),
 }

@@ -1,4 +1,4 @@
-"""What an algorithm is, and how its state is kept."""
+"""What an algorithm is: a callable over groups of rollouts, and the parts of it that outlive a step."""
 
 from __future__ import annotations
 
@@ -8,21 +8,20 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from vpd_mlx.algos.teacher import Teacher
 from vpd_mlx.common.stats import Clock
-from vpd_mlx.engine.gradients import Floats, Learner
+from vpd_mlx.engine.gradients import Floats
+from vpd_mlx.engine.optimizer import Metrics
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.types import Group
 
-__all__ = ["Algorithm", "Metrics", "State", "Step", "load_state", "prefixed", "save_state"]
-
-Metrics = dict[str, Any]
+__all__ = ["Algorithm", "Metrics", "Stateful", "Step", "prefixed", "restore_parts", "save_parts"]
 
 
 @dataclass(frozen=True)
 class Step:
-    """Where the run stands: the step's number from 1, the run's seed, the clock that phases are counted on.
+    """Where the run stands: the step's number, the run's seed, the clock that phases are counted on.
 
+    Steps count from 1. `plan` measures a step 0: whatever comes every n-th step comes in it.
     An algorithm with a teacher leaves in `tokens`, by rollout in order, each token's `teacher_logp` and `student_logp`.
     """
 
@@ -32,25 +31,30 @@ class Step:
     tokens: dict[int, Mapping[str, Floats]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class State:
-    """All that an algorithm carries from step to step, the policy's adapter aside."""
+class Stateful(Protocol):
+    """A part of an algorithm that a checkpoint must keep."""
 
-    arrays: dict[str, mx.array]
-    scalars: dict[str, Any]
+    def arrays(self) -> dict[str, mx.array]:
+        """Its tensors by name; their bytes also count as memory held between updates."""
+
+    def scalars(self) -> Any:
+        """The rest of its state, as JSON."""
+
+    def restore(self, arrays: Mapping[str, mx.array], scalars: Any) -> None:
+        """Take up what `arrays` and `scalars` returned."""
 
 
 class Algorithm(Protocol):
-    """Turns a batch of rollouts with contexts into updates of the policy."""
+    """Turns a batch of rollouts with contexts into updates of the policy.
+
+    Attributes:
+        parts: name -> part, of all that it carries from step to step besides the policy's adapter. Checkpoints use the names.
+    """
+
+    parts: Mapping[str, Stateful]
 
     def __call__(self, policy: Policy, groups: Sequence[Group], step: Step) -> Metrics:
         """One step; returns what to log."""
-
-    def state(self) -> State:
-        """For a checkpoint."""
-
-    def restore(self, state: State) -> None:
-        """Take up a checkpoint."""
 
 
 def prefixed(prefix: str, metrics: Mapping[str, Any]) -> Metrics:
@@ -58,24 +62,15 @@ def prefixed(prefix: str, metrics: Mapping[str, Any]) -> Metrics:
     return {f"{prefix}/{k}": v for k, v in metrics.items()}
 
 
-def save_state(learners: Mapping[str, Learner], teacher: Teacher | None, delta: float | None = None) -> State:
-    """The state of optimizers, teacher and reward shift."""
-    arrays = {f"{name}.{k}": v for name, learner in learners.items() for k, v in learner.arrays().items()}
-    if teacher is not None:
-        arrays |= {f"teacher.{k}": v for k, v in teacher.arrays().items()}
-    scalars: dict[str, Any] = {name: learner.scalars() for name, learner in learners.items()}
-    return State(arrays, {**scalars, "delta": delta})
+def save_parts(parts: Mapping[str, Stateful]) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    """All arrays as `<part>.<name>`, and each part's scalars."""
+    arrays = {f"{name}.{k}": v for name, part in parts.items() for k, v in part.arrays().items()}
+    # The first versions read `delta` whatever the algorithm.
+    return arrays, {"delta": None, **{name: part.scalars() for name, part in parts.items()}}
 
 
-def load_state(state: State, learners: Mapping[str, Learner], teacher: Teacher | None) -> float | None:
-    """Put a saved state back; returns the reward shift."""
-
-    def part(name: str) -> dict[str, mx.array]:
-        return {k.removeprefix(f"{name}."): v for k, v in state.arrays.items() if k.startswith(f"{name}.")}
-
-    for name, learner in learners.items():
-        learner.restore(part(name), state.scalars[name])
-    if teacher is not None:
-        teacher.restore(part("teacher"))
-    delta: float | None = state.scalars["delta"]
-    return delta
+def restore_parts(parts: Mapping[str, Stateful], arrays: Mapping[str, mx.array], scalars: Mapping[str, Any]) -> None:
+    """Hand every part what `save_parts` found in it."""
+    for name, part in parts.items():
+        own = {k.removeprefix(f"{name}."): v for k, v in arrays.items() if k.startswith(f"{name}.")}
+        part.restore(own, scalars.get(name))

@@ -1,36 +1,35 @@
-"""The E-step: Binary Classifier Optimization of the teacher (arXiv 2605.15113, Eq. 7 to 9)."""
+"""The E-step: Binary Classifier Optimization of the teacher (arXiv 2605.15113, Eq. 7 to 9; BCO is arXiv 2404.04656).
+
+Ours are the crossed contexts. In the paper each completion is scored under its own context, so a failure's feedback is only
+ever seen with a wrong answer behind it, and the kind of context gives the label away: the teacher learns "after a checker's
+words, make what follows less likely", right answers included. Crossed, a failure's context is also paired with a correct
+sibling's completion, as a success. Both classes then occur under the same contexts, and what tells them apart is what the words
+say of the answer. Ours is the anchor too, which holds up the likelihood of successes.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
 from vpd_mlx import losses
-from vpd_mlx.algos.crossed import crossed
+from vpd_mlx.algos.samples import Sample, minibatches, teacher_row
 from vpd_mlx.algos.settings import EStepSettings
 from vpd_mlx.algos.teacher import Teacher
 from vpd_mlx.common.seeds import phase_seed
 from vpd_mlx.common.stats import auc, correlation, mean
-from vpd_mlx.engine.gradients import (
-    Floats,
-    Learner,
-    Metrics,
-    Sample,
-    accumulate,
-    accumulate_weighed,
-    minibatches,
-    scored,
-    teacher_row,
-    update_metrics,
-)
+from vpd_mlx.engine.gradients import Floats, accumulate, accumulate_weighed, scored
 from vpd_mlx.engine.heads import Head
+from vpd_mlx.engine.optimizer import Learner, Metrics, update_metrics
 from vpd_mlx.engine.policy import Policy
+from vpd_mlx.types import TokenRow
 
-__all__ = ["EStepResult", "bco_update"]
+__all__ = ["EStepResult", "RewardShift", "bco_update", "crossed"]
 
 SATURATED = 5.0  # |r~ - delta| beyond which the BCO gradient is all but gone
 
@@ -43,6 +42,47 @@ class EStepResult:
     metrics: Metrics
     delta: float | None
     anchor: dict[int, Floats] = field(default_factory=dict)
+
+
+@dataclass
+class RewardShift:
+    """The newest E-step's delta, which `e_step.delta: ema` goes on from; None before the first."""
+
+    delta: float | None = None
+
+    def arrays(self) -> dict[str, mx.array]:
+        """It has none."""
+        return {}
+
+    def scalars(self) -> float | None:
+        """For a checkpoint."""
+        return self.delta
+
+    def restore(self, _arrays: Mapping[str, mx.array], scalars: float | None) -> None:
+        """Take up a checkpoint's delta."""
+        self.delta = scalars
+
+
+def crossed(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples, and for each failure with a context of its own the group's first success behind that context.
+
+    A context that is itself a sibling's solution is left out: behind it that very answer would be a copy.
+    """
+    first: dict[int, Sample] = {}
+    for s in samples:
+        if s.rollout.success:
+            first.setdefault(s.group, s)
+    extra = []
+    for s in samples:
+        right, context = first.get(s.group), s.rollout.context
+        if right is None or s.rollout.success or s.teacher is None or context is None:
+            continue
+        if context.kind in ("sibling", "both"):
+            continue
+        teacher = TokenRow(s.teacher.prompt, right.student.completion)
+        rollout = replace(right.rollout, context=context, teacher_prompt=s.teacher.prompt)
+        extra.append(replace(right, teacher=teacher, rollout=rollout))
+    return [*samples, *extra]
 
 
 class _Bco:
@@ -86,6 +126,14 @@ class _Bco:
         if self.cfg.delta == "ema" and self.previous_delta is not None:
             self.delta = (1 - self.cfg.delta_rate) * self.previous_delta + self.cfg.delta_rate * midpoint
 
+    @property
+    def loss(self) -> float:
+        """The BCO loss before the first update."""
+        rewards, labels = mx.array(self.first / self.cfg.beta), mx.array(self.labels)
+        return float(
+            losses.bco_loss(rewards, mx.zeros(len(self.first)), labels, beta=self.cfg.beta, delta=self.delta)[0]
+        )
+
     def weights(self, indices: Sequence[int], rewards: Floats) -> list[Floats]:
         """dL/dlog q of every token of a minibatch, (T_i,) each."""
         right, lengths = self.labels[indices], self.lengths[indices]
@@ -118,61 +166,60 @@ def bco_update(
 ) -> EStepResult:
     """E-step: BCO on the teacher's prompt, anchored to the student as it stands (arXiv 2605.15113, Eq. 7 to 9).
 
-    Implicit rewards and delta of the whole batch first, then a backward pass weighted by the analytic gradient, exact in
-    any split. A batch that lacks a class is left alone.
+    A batch that lacks a class is left alone.
     """
     if cfg.contexts == "crossed":
         samples = crossed(samples)
     chosen = [i for i, s in enumerate(samples) if s.teacher is not None]
-    labels = np.array([samples[i].rollout.success for i in chosen], bool)
+    contexted = [samples[i] for i in chosen]
+    labels = np.array([s.rollout.success for s in contexted], bool)
     counts: Metrics = {"n_right": int(labels.sum()), "n_wrong": int((~labels).sum())}
     if not labels.any() or labels.all():
         return EStepResult({**counts, "skipped": 1}, previous_delta)
-    student_rows = [samples[i].student for i in chosen]
-    teacher_rows = [teacher_row(samples[i]) for i in chosen]
-    if cfg.prior == "fixed":
-        with policy.adapter_off():
-            anchor = scored(policy, student_rows)
-    else:
+    student_rows = [s.student for s in contexted]
+    with policy.adapter_off() if cfg.prior == "fixed" else contextlib.nullcontext():
         anchor = scored(policy, student_rows)
     lengths = np.array([len(r.completion) for r in student_rows], np.float32)
     bco = _Bco(cfg, labels, lengths, np.array([a.sum() for a in anchor], np.float32), previous_delta)
-    everyone = list(range(len(chosen)))
-    batches = minibatches([samples[i] for i in chosen], cfg.minibatch_prompts)
-    updates = []
     with teacher.e_step_weights(policy):
-        if len(batches) > 1:
-            bco.survey(scored(policy, teacher_rows))
-        for number, indices in enumerate(batches):
-            rows = [teacher_rows[i] for i in indices]
-            of_step = phase_seed(seed, number, "e_step")
-
-            def weigh(teacher: list[Floats], indices: list[int] = indices) -> list[Floats]:
-                if indices == everyone:
-                    bco.survey(teacher)
-                return bco.weights(indices, bco.rewards(indices, teacher))
-
-            if number == 0 and len(batches) > 1:
-                # Until the first update the rewards of the whole batch still hold.
-                weights = bco.weights(indices, bco.first[indices])
-                done = accumulate(policy, rows, weights, lambda own: [{} for _ in own], _signed_logps, of_step)
-            else:
-                done = accumulate_weighed(policy, rows, weigh, _signed_logps, of_step)
-            updates.append(learner.apply(policy, done.gradients))
-    first, delta = bco.first, bco.delta
-    loss = losses.bco_loss(
-        mx.array(first / cfg.beta), mx.zeros(len(first)), mx.array(labels), beta=cfg.beta, delta=delta
-    )[0]
-    kinds = [c.kind if (c := samples[i].rollout.context) else "" for i in chosen]
+        updates = _updates(policy, contexted, learner, bco, seed)
+    kinds = [c.kind if (c := s.rollout.context) else "" for s in contexted]
     metrics = {
         **counts,
         "skipped": 0,
-        "loss": float(loss),
-        "delta": delta,
-        **_reward_metrics(first, labels, delta, lengths, kinds),
+        "loss": bco.loss,
+        "delta": bco.delta,
+        **_reward_metrics(bco.first, labels, bco.delta, lengths, kinds),
         **update_metrics(updates),
     }
-    return EStepResult(metrics, delta, dict(zip(chosen, anchor, strict=True)))
+    return EStepResult(metrics, bco.delta, dict(zip(chosen, anchor, strict=True)))
+
+
+def _updates(policy: Policy, samples: Sequence[Sample], learner: Learner, bco: _Bco, seed: int) -> list[Metrics]:
+    """Rewards and delta of the whole batch first, then backward passes weighted by the analytic gradient, exact in any split."""
+    teacher_rows = [teacher_row(s) for s in samples]
+    everyone = list(range(len(samples)))
+    batches = minibatches(samples, bco.cfg.minibatch_prompts)
+    if len(batches) > 1:
+        bco.survey(scored(policy, teacher_rows))
+    updates = []
+    for number, indices in enumerate(batches):
+        rows = [teacher_rows[i] for i in indices]
+        of_step = phase_seed(seed, number, "e_step")
+
+        def weigh(teacher: list[Floats], indices: list[int] = indices) -> list[Floats]:
+            if indices == everyone:
+                bco.survey(teacher)
+            return bco.weights(indices, bco.rewards(indices, teacher))
+
+        if number == 0 and len(batches) > 1:
+            # Until the first update the rewards of the whole batch still hold.
+            weights = bco.weights(indices, bco.first[indices])
+            done = accumulate(policy, rows, weights, lambda own: [{} for _ in own], _signed_logps, of_step)
+        else:
+            done = accumulate_weighed(policy, rows, weigh, _signed_logps, of_step)
+        updates.append(learner.apply(policy, done.gradients))
+    return updates
 
 
 def _signed_logps(logits: mx.array, fixed: Mapping[str, mx.array], _head: Head) -> tuple[mx.array, dict[str, mx.array]]:

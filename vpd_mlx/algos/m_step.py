@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
 from vpd_mlx import losses
+from vpd_mlx.algos.samples import Sample, epochs, minibatches, teacher_row, token_mean
 from vpd_mlx.algos.settings import MStepSettings
 from vpd_mlx.algos.teacher import Teacher
 from vpd_mlx.common.seeds import phase_seed
 from vpd_mlx.common.stats import auc, mean
 from vpd_mlx.engine.batching import token_weights
-from vpd_mlx.engine.gradients import (
-    Floats,
-    Learner,
-    Metrics,
-    Sample,
-    accumulate,
-    epochs,
-    minibatches,
-    teacher_row,
-    update_metrics,
-)
+from vpd_mlx.engine.gradients import Floats, accumulate
 from vpd_mlx.engine.heads import Head
+from vpd_mlx.engine.optimizer import Learner, Metrics, update_metrics
 from vpd_mlx.engine.policy import Policy
 
 __all__ = ["Distillation", "divergence_metrics", "divergence_update"]
@@ -54,14 +46,13 @@ class Distillation:
         if self.cfg.importance_clip is not None:
             loss = loss * losses.importance_weights(student_logp, fixed["old"], clip=self.cfg.importance_clip)
         frozen = mx.stop_gradient(student)
-        p, q = mx.exp(frozen), mx.exp(teacher)
         k = min(self.cfg.top_k or MASS_K, student.shape[-1])
         return loss, {
             "student_logp": mx.stop_gradient(student_logp),
             "teacher_logp": mx.take_along_axis(teacher, ids, axis=-1)[:, 0],
-            "student_entropy": -(p * frozen).sum(-1),
-            "teacher_entropy": -(q * teacher).sum(-1),
-            "mass": mx.topk(p, k, axis=-1).sum(-1),
+            "student_entropy": losses.entropy_from_logps(frozen),
+            "teacher_entropy": losses.entropy_from_logps(teacher),
+            "mass": mx.topk(mx.exp(frozen), k, axis=-1).sum(-1),
         }
 
     def constants(self, policy: Policy, samples: Sequence[Sample]) -> list[dict[str, mx.array]]:
@@ -111,29 +102,23 @@ def divergence_update(
 def divergence_metrics(samples: Sequence[Sample], seen: Mapping[int, Mapping[str, Floats]]) -> Metrics:
     """Means over tokens of what `Distillation` hands out, by sample."""
 
-    def token_mean(name: str, keep: Callable[[Sample], bool] = lambda _s: True) -> float | None:
-        parts = [seen[i][name] for i in seen if keep(samples[i])]
-        return float(np.concatenate(parts).mean()) if parts else None
-
+    right = [c for i, c in seen.items() if samples[i].rollout.success]
+    wrong = [c for i, c in seen.items() if not samples[i].rollout.success]
     return {
-        "divergence": token_mean("loss"),
-        "divergence_right": token_mean("loss", lambda s: s.rollout.success),
-        "divergence_wrong": token_mean("loss", lambda s: not s.rollout.success),
-        "student_entropy": token_mean("student_entropy"),
-        "teacher_entropy": token_mean("teacher_entropy"),
-        "mass": token_mean("mass"),
-        **_margin(samples, seen),
+        "divergence": token_mean(seen.values(), "loss"),
+        "divergence_right": token_mean(right, "loss"),
+        "divergence_wrong": token_mean(wrong, "loss"),
+        **{name: token_mean(seen.values(), name) for name in ("student_entropy", "teacher_entropy", "mass")},
+        **_margin(right, wrong),
     }
 
 
-def _margin(samples: Sequence[Sample], seen: Mapping[int, Mapping[str, Floats]]) -> Metrics:
+def _margin(right: Sequence[Mapping[str, Floats]], wrong: Sequence[Mapping[str, Floats]]) -> Metrics:
     """How far the teacher prefers right completions to wrong ones: sums of log q - log pi, so r~ / beta, by class."""
-    sums = {i: float((c["teacher_logp"] - c["student_logp"]).sum()) for i, c in seen.items()}
-    right = [v for i, v in sums.items() if samples[i].rollout.success]
-    wrong = [v for i, v in sums.items() if not samples[i].rollout.success]
+    a, b = ([float((c["teacher_logp"] - c["student_logp"]).sum()) for c in part] for part in (right, wrong))
     return {
-        "log_ratio_right": mean(right),
-        "log_ratio_wrong": mean(wrong),
-        "margin": float(np.mean(right) - np.mean(wrong)) if right and wrong else None,
-        "auc": auc(right, wrong),
+        "log_ratio_right": mean(a),
+        "log_ratio_wrong": mean(b),
+        "margin": float(np.mean(a) - np.mean(b)) if a and b else None,
+        "auc": auc(a, b),
     }

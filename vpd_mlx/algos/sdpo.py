@@ -1,7 +1,8 @@
-"""SDPO: distil the network under feedback into the network without, and OPSD, the same from reference solutions.
+"""SDPO and OPSD: distil the network under feedback into the network without.
 
-The M-step of VPD alone, with a teacher that follows as an EMA unless the recipe says otherwise. With a live teacher it is VPD
-whose E-step never comes.
+Both are the M-step of VPD on every batch, with a teacher that follows as an EMA; OPSD's feedback is the reference solution.
+With a live teacher, SDPO is VPD whose E-step never comes. `alpha`, top-k and its tail follow SDPO's reference code; the other
+kinds of teacher, minibatches and epochs are ours.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vpd_mlx.algos.base import Metrics, State, Step, load_state, prefixed, save_state
+from vpd_mlx.algos.base import Metrics, Stateful, Step, prefixed
 from vpd_mlx.algos.m_step import divergence_update
+from vpd_mlx.algos.samples import gather
 from vpd_mlx.algos.settings import MStepSettings, TeacherSettings
-from vpd_mlx.algos.teacher import Teacher
+from vpd_mlx.algos.teacher import Kind, Teacher
 from vpd_mlx.common.seeds import phase_seed
-from vpd_mlx.engine.gradients import Learner, gather
+from vpd_mlx.engine.optimizer import Learner
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.types import Group
 
@@ -27,31 +29,22 @@ __all__ = ["Sdpo"]
 class Sdpo:
     """An M-step on every batch."""
 
+    default_teacher: Kind = "ema"
+
     def __init__(self, recipe: Recipe, policy: Policy) -> None:
-        self.recipe = recipe
-        self.teacher = Teacher(recipe.section(TeacherSettings), "ema", policy)
-        self.learners = {"m": Learner(recipe.optimizer)}
+        self.m_step = recipe.section(MStepSettings)
+        self.teacher = Teacher(recipe.section(TeacherSettings), self.default_teacher, policy)
+        self.learner = Learner(recipe.optimizer)
+        self.parts: dict[str, Stateful] = {"m": self.learner, "teacher": self.teacher}
 
     def __call__(self, policy: Policy, groups: Sequence[Group], step: Step) -> Metrics:
         """One M-step."""
+        seed = phase_seed(step.seed, step.number, "update")
         with step.clock("m_step"):
             self.teacher.begin_batch(policy)
             metrics, tokens = divergence_update(
-                policy,
-                gather(groups),
-                self.learners["m"],
-                self.recipe.section(MStepSettings),
-                self.teacher,
-                seed=phase_seed(step.seed, step.number, "update"),
+                policy, gather(groups), self.learner, self.m_step, self.teacher, seed=seed
             )
             self.teacher.end_batch(policy)
         step.tokens.update(tokens)
         return prefixed("m_step", metrics)
-
-    def state(self) -> State:
-        """For a checkpoint."""
-        return save_state(self.learners, self.teacher)
-
-    def restore(self, state: State) -> None:
-        """Take up a checkpoint."""
-        load_state(state, self.learners, self.teacher)

@@ -18,7 +18,7 @@ from vpd_mlx.engine.heads import Head
 from vpd_mlx.engine.policy import Adapter, Policy
 from vpd_mlx.types import TokenRow
 
-__all__ = ["Teacher"]
+__all__ = ["Kind", "Teacher"]
 
 Kind = Literal["live", "frozen", "ema", "trust_region", "adapter"]
 
@@ -29,8 +29,8 @@ class Teacher:
     def __init__(self, cfg: TeacherSettings, default: Kind, policy: Policy) -> None:
         self.kind: Kind = cfg.weights or default
         self.cfg = cfg
-        # The EMA and the teacher's own adapter start as the student's.
-        self.weights: Adapter | None = policy.adapter if self.kind in ("ema", "adapter", "frozen") else None
+        # The EMA and the teacher's own adapter start as the student's; a frozen teacher is there for one batch.
+        self.weights: Adapter | None = policy.adapter if self.kind in ("ema", "adapter") else None
 
     def begin_batch(self, policy: Policy) -> None:
         """Before the first update of a batch of rollouts."""
@@ -39,6 +39,8 @@ class Teacher:
 
     def end_batch(self, policy: Policy) -> None:
         """After the last update of a batch: the EMA takes in the student."""
+        if self.kind == "frozen":
+            self.weights = None
         if self.kind == "ema" and self.weights is not None:
             rate = self.cfg.ema_rate
             self.weights = {k: (1 - rate) * self.weights[k] + rate * v for k, v in policy.adapter.items()}
@@ -79,10 +81,13 @@ class Teacher:
         return logits
 
     def arrays(self) -> dict[str, mx.array]:
-        """What a checkpoint must keep; a frozen teacher is made anew with every batch."""
-        return dict(self.weights or {}) if self.kind != "frozen" else {}
+        """Its own weights, if it has any."""
+        return dict(self.weights or {})
 
-    def restore(self, arrays: Mapping[str, mx.array]) -> None:
+    def scalars(self) -> None:
+        """It has none."""
+
+    def restore(self, arrays: Mapping[str, mx.array], _scalars: None) -> None:
         """Take up a checkpoint's weights."""
         if arrays:
             self.weights = dict(arrays)

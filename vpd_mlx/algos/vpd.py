@@ -1,6 +1,8 @@
 """Variational Policy Distillation (arXiv 2605.15113, Algorithm 1).
 
-Every batch gets its M-step; every F-th gets an E-step first, on the same rollouts.
+Every batch gets its M-step; every F-th gets an E-step first, on the same rollouts. From the paper: the two losses (Eq. 7 to 10),
+delta as the class midpoint, the dynamic prior, F. Ours: LoRA in place of full weights, Adam moments and a learning rate of the
+E-step's own, teachers other than `live`, and `e_step.contexts: crossed` and `e_step.anchor`, which are off by default.
 """
 
 from __future__ import annotations
@@ -10,13 +12,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vpd_mlx.algos.base import Metrics, State, Step, load_state, prefixed, save_state
-from vpd_mlx.algos.e_step import EStepResult, bco_update
-from vpd_mlx.algos.m_step import divergence_update
-from vpd_mlx.algos.settings import EStepSettings, MStepSettings, TeacherSettings
-from vpd_mlx.algos.teacher import Teacher
+from vpd_mlx.algos.base import Metrics, Step, prefixed
+from vpd_mlx.algos.e_step import EStepResult, RewardShift, bco_update
+from vpd_mlx.algos.samples import Sample, gather
+from vpd_mlx.algos.sdpo import Sdpo
+from vpd_mlx.algos.settings import EStepSettings
+from vpd_mlx.algos.teacher import Kind
 from vpd_mlx.common.seeds import phase_seed
-from vpd_mlx.engine.gradients import Learner, Sample, gather
+from vpd_mlx.engine.optimizer import Learner
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.types import Group
 
@@ -26,71 +29,54 @@ if TYPE_CHECKING:
 __all__ = ["Vpd"]
 
 
-class Vpd:
-    """EM on one network: the E-step trains the teacher's prompt, the M-step the student's."""
+class Vpd(Sdpo):
+    """EM on one network: the E-step trains the teacher's prompt, the M-step, which is SDPO's, the student's."""
+
+    default_teacher: Kind = "live"
 
     def __init__(self, recipe: Recipe, policy: Policy) -> None:
-        self.recipe = recipe
-        self.teacher = Teacher(recipe.section(TeacherSettings), "live", policy)
-        ratio = recipe.section(EStepSettings).learning_rate_ratio
-        self.learners = {"m": Learner(recipe.optimizer), "e": Learner(recipe.optimizer, ratio)}
-        self.delta: float | None = None
+        super().__init__(recipe, policy)
+        self.e_step = recipe.section(EStepSettings)
+        self.e_learner = Learner(recipe.optimizer, self.e_step.learning_rate_ratio)
+        self.shift = RewardShift()
+        self.parts |= {"e": self.e_learner, "delta": self.shift}
 
     def __call__(self, policy: Policy, groups: Sequence[Group], step: Step) -> Metrics:
         """An E-step when due, then an M-step."""
+        if step.number % self.e_step.every:
+            return super().__call__(policy, groups, step)
         samples = gather(groups)
-        seed = phase_seed(step.seed, step.number, "update")
-        metrics: Metrics = {}
-        e_step: EStepResult | None = None
-        if step.number % self.recipe.section(EStepSettings).every == 0:
-            with step.clock("e_step"):
-                e_step = bco_update(
-                    policy,
-                    samples,
-                    self.learners["e"],
-                    self.recipe.section(EStepSettings),
-                    previous_delta=self.delta,
-                    seed=seed,
-                    teacher=self.teacher,
-                )
-            self.delta = e_step.delta
-            metrics |= prefixed("e_step", e_step.metrics)
-        with step.clock("m_step"):
-            self.teacher.begin_batch(policy)
-            m_step, tokens = divergence_update(
-                policy, samples, self.learners["m"], self.recipe.section(MStepSettings), self.teacher, seed=seed
+        with step.clock("e_step"):
+            done = bco_update(
+                policy,
+                samples,
+                self.e_learner,
+                self.e_step,
+                previous_delta=self.shift.delta,
+                seed=phase_seed(step.seed, step.number, "update"),
+                teacher=self.teacher,
             )
-            self.teacher.end_batch(policy)
-        step.tokens.update(tokens)
-        if e_step is not None and e_step.anchor and self.teacher.kind in ("live", "frozen", "adapter"):
-            metrics |= prefixed("e_step", self._after(samples, e_step, tokens))
-        return {**metrics, **prefixed("m_step", m_step)}
+        self.shift.delta = done.delta
+        m_step = super().__call__(policy, groups, step)
+        return {**prefixed("e_step", {**done.metrics, **self._after(samples, done, step)}), **m_step}
 
-    def _after(
-        self, samples: Sequence[Sample], e_step: EStepResult, tokens: dict[int, dict[str, np.ndarray]]
-    ) -> Metrics:
+    def _after(self, samples: Sequence[Sample], done: EStepResult, step: Step) -> Metrics:
         """What the E-step did, read off the M-step's own passes: the margin afterwards, the student's shift."""
-        cfg = self.recipe.section(EStepSettings)
+        if self.teacher.kind not in ("live", "frozen", "adapter"):
+            return {}  # the M-step looked at another teacher than the E-step trained
         rewards: dict[bool, list[float]] = {True: [], False: []}
-        moved = []
-        for i, anchor in e_step.anchor.items():
-            if i not in tokens:
+        shifts = []
+        for i, anchor in done.anchor.items():
+            if i not in step.tokens:
                 continue
-            reward = cfg.beta * float(tokens[i]["teacher_logp"].sum() - anchor.sum())
-            rewards[samples[i].rollout.success].append(reward / len(anchor) if cfg.length_normalise else reward)
-            moved.append(tokens[i]["student_logp"] - anchor)
+            tokens = step.tokens[i]
+            reward = self.e_step.beta * float(tokens["teacher_logp"].sum() - anchor.sum())
+            rewards[samples[i].rollout.success].append(reward / len(anchor) if self.e_step.length_normalise else reward)
+            shifts.append(tokens["student_logp"] - anchor)
         out: Metrics = {}
         if rewards[True] and rewards[False]:
             out["margin_after"] = float(np.mean(rewards[True]) - np.mean(rewards[False]))
-        if moved and cfg.prior == "dynamic":
-            shift = np.concatenate(moved)
+        if shifts and self.e_step.prior == "dynamic":
+            shift = np.concatenate(shifts)
             out |= {"student_shift": float(shift.mean()), "student_shift_abs": float(np.abs(shift).mean())}
         return out
-
-    def state(self) -> State:
-        """For a checkpoint."""
-        return save_state(self.learners, self.teacher, self.delta)
-
-    def restore(self, state: State) -> None:
-        """Take up a checkpoint."""
-        self.delta = load_state(state, self.learners, self.teacher)

@@ -1,12 +1,12 @@
-"""What every update shares: samples, minibatches and summed gradients.
+"""Token losses and gradients summed over the rows of an update, micro-batch by micro-batch.
 
-A batch of rollouts is a list of samples; an update walks it in micro-batches. Every token's weight is fixed beforehand from
-totals over the whole minibatch, so that any split into micro-batches gives the same gradient.
+Every token's weight is fixed beforehand from totals over the whole minibatch, so that any split into micro-batches gives the same
+gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,81 +17,19 @@ import numpy.typing as npt
 from mlx.utils import tree_map
 
 from vpd_mlx.engine.heads import TokenLoss, weighted_token_loss
-from vpd_mlx.engine.optimizer import Learner, Metrics, adam_step, update_metrics
 from vpd_mlx.engine.policy import Policy
-from vpd_mlx.types import Group, Rollout, TokenRow
+from vpd_mlx.types import TokenRow
 
 __all__ = [
     "Floats",
-    "Learner",
-    "Metrics",
     "Pass",
-    "Sample",
     "accumulate",
     "accumulate_weighed",
-    "adam_step",
-    "epochs",
-    "gather",
-    "minibatches",
     "scored",
-    "teacher_row",
     "unit_weights",
-    "update_metrics",
 ]
 
 Floats = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One rollout as the updates see it: the completion behind the student's and, with a context, the teacher's prompt."""
-
-    group: int
-    student: TokenRow
-    teacher: TokenRow | None
-    rollout: Rollout
-
-
-def gather(groups: Sequence[Group]) -> list[Sample]:
-    """All rollouts of a batch, in order."""
-    return [
-        Sample(
-            group=g,
-            student=TokenRow(group.prompt, r.tokens),
-            teacher=None if r.teacher_prompt is None else TokenRow(r.teacher_prompt, r.tokens),
-            rollout=r,
-        )
-        for g, group in enumerate(groups)
-        for r in group.rollouts
-    ]
-
-
-def minibatches(samples: Sequence[Sample], prompts: int | None) -> list[list[int]]:
-    """Indices of samples, `prompts` whole groups at a time; None takes all."""
-    present = sorted({s.group for s in samples})
-    size = prompts or max(1, len(present))
-    chosen = [set(present[i : i + size]) for i in range(0, len(present), size)]
-    return [[i for i, s in enumerate(samples) if s.group in part] for part in chosen]
-
-
-def teacher_row(sample: Sample) -> TokenRow:
-    """The completion behind the teacher's prompt.
-
-    Raises:
-        ValueError: the sample has no context.
-    """
-    if sample.teacher is None:
-        raise ValueError("a sample without a context has no teacher prompt")
-    return sample.teacher
-
-
-def epochs(batches: Sequence[list[int]], passes: int) -> Iterator[tuple[int, list[int]]]:
-    """(number of the update within this batch, indices), `passes` times over the minibatches."""
-    number = 0
-    for _ in range(passes):
-        for indices in batches:
-            yield number, indices
-            number += 1
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from vpd_mlx import __version__
-from vpd_mlx.algos.base import State
+from vpd_mlx.algos.base import restore_parts, save_parts
 from vpd_mlx.common.files import write_atomic
 from vpd_mlx.engine.heartbeat import Heartbeat
 from vpd_mlx.engine.ranks import ALONE, Ranks
@@ -247,17 +247,17 @@ class _Run:
 
     def _state(self, sources: list[dict[str, Any]]) -> Checkpoint:
         """All of the run as it stands after a whole step. Arrays are immutable, so this copies nothing."""
-        state = self.trainer.algorithm.state()
+        arrays, scalars = save_parts(self.trainer.algorithm.parts)
         return Checkpoint(
             self.done,
             {
                 **{f"adapter.{k}": v for k, v in self.trainer.policy.adapter.items()},
-                **{f"algorithm.{k}": v for k, v in state.arrays.items()},
+                **{f"algorithm.{k}": v for k, v in arrays.items()},
                 **({} if self._best is None else {f"best.{k}": v for k, v in self._best[1].items()}),
             },
             {
                 "best": None if self._best is None else self._best[0],
-                "algorithm": state.scalars,
+                "algorithm": scalars,
                 "offsets": self.log.offsets(),
                 "evaluations": list(self.evaluations),
                 "seconds": dict(self.seconds),
@@ -290,7 +290,7 @@ class _Run:
             return {k.removeprefix(f"{name}."): v for k, v in found.arrays.items() if k.startswith(f"{name}.")}
 
         self.trainer.policy.set_adapter(part("adapter"))
-        self.trainer.algorithm.restore(State(part("algorithm"), found.state["algorithm"]))
+        restore_parts(self.trainer.algorithm.parts, part("algorithm"), found.state["algorithm"])
         self.trainer.nonfinite_in_a_row = found.state["nonfinite_in_a_row"]
         of_ranks = found.state.get("sources_of_ranks", [found.state.get("sources", {})])
         self.trainer.sources.restore(dict(enumerate(of_ranks)).get(self.trainer.ranks.index, {}))

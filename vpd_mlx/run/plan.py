@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,16 +22,12 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes
 
-from vpd_mlx.algos.e_step import bco_update
-from vpd_mlx.algos.m_step import divergence_update
-from vpd_mlx.algos.policy_gradient import policy_gradient_update
-from vpd_mlx.algos.settings import EStepSettings, GrpoSettings, MStepSettings, TeacherSettings
-from vpd_mlx.algos.teacher import Teacher
-from vpd_mlx.engine.gradients import Learner, Sample
+from vpd_mlx.algos.base import Algorithm, Step, save_parts
+from vpd_mlx.common.stats import Clock
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.errors import ConfigError, Fault, ModelError
 from vpd_mlx.recipe import Recipe
-from vpd_mlx.types import Context, Rollout, TokenRow, Verdict
+from vpd_mlx.types import Context, Group, Problem, Rollout, TokenRow, Verdict
 
 __all__ = ["Plan", "check_fits", "memory_limit", "plan", "read_model_config"]
 
@@ -116,68 +111,46 @@ def _bytes(tree: Any) -> int:
     return sum(int(v.nbytes) for _, v in tree_flatten(tree))
 
 
-def _samples(recipe: Recipe, prompt: int, teacher_prompt: int, completion: int, vocabulary: int) -> list[Sample]:
-    """A batch at its longest, or enough of it to fill micro-batches.
-
-    Groups share the student's prompt; every rollout has a context of its own.
-    """
+def _groups(
+    recipe: Recipe, count: int, prompt: int, teacher_prompt: int, completion: int, vocabulary: int
+) -> list[Group]:
+    """Groups of made-up rollouts: every other one is right, each has a context of its own."""
     rng = np.random.default_rng(0)
 
     def ids(n: int) -> tuple[int, ...]:
         return tuple(int(i) for i in rng.integers(1, min(vocabulary, 32000), n))
 
-    # Peak memory is that of the fullest micro-batch: two micro-batches' worth of groups find it.
-    size = recipe.rollout.group_size * (teacher_prompt + completion)
-    groups = min(recipe.rollout.prompts, 2 + 2 * recipe.memory.micro_batch_tokens // size)
-    out = []
-    for group in range(groups):
-        student = ids(prompt)
-        for n in range(recipe.rollout.group_size):
-            tokens, behind = ids(completion), ids(teacher_prompt)
-            right = n % 2 == 0
-            rollout = Rollout(
-                tokens=tokens,
-                logps=(-1.0,) * completion,
-                text="",
-                finish="length",
-                verdict=Verdict(float(right)),
-                success=right,
-                context=Context("verifier", ""),
-                teacher_prompt=behind,
-            )
-            out.append(Sample(group, TokenRow(student, tokens), TokenRow(behind, tokens), rollout))
-    return out
+    size = recipe.rollout.group_size
+
+    def rollout(n: int) -> Rollout:
+        right = n % 2 == 0
+        return Rollout(
+            tokens=ids(completion),
+            logps=(-1.0,) * completion,
+            text="",
+            finish="length",
+            verdict=Verdict(float(right)),
+            success=right,
+            context=Context("verifier", ""),
+            teacher_prompt=ids(teacher_prompt),
+        )
+
+    return [
+        Group(Problem(str(g), ()), ids(prompt), tuple(rollout(g * size + n) for n in range(size))) for g in range(count)
+    ]
 
 
 def _grown(positions: int) -> int:
     return -(-positions // CACHE_STEP) * CACHE_STEP
 
 
-def _measured(run: Callable[[], object]) -> int:
+def _update_peak(algorithm: Algorithm, policy: Policy, groups: list[Group], first: list[Group]) -> int:
+    """Peak bytes of a step on `groups`, after one on `first`, which makes the optimizers' moments and the teacher's weights."""
+    algorithm(policy, first, Step(0, 0, Clock()))
     mx.clear_cache()
     mx.reset_peak_memory()
-    run()
+    algorithm(policy, groups, Step(0, 0, Clock()))
     return int(mx.get_peak_memory())
-
-
-def _update_peak(recipe: Recipe, policy: Policy, samples: Sequence[Sample]) -> int:
-    """Peak bytes of the recipe's updates on these samples: the real code, with the optimizers' moments there from the start."""
-    teacher = Teacher(recipe.section(TeacherSettings), "live" if recipe.algorithm != "sdpo" else "ema", policy)
-    if recipe.algorithm == "grpo":
-        learner = Learner(recipe.optimizer)
-        learner.prepare(policy)
-        return _measured(lambda: policy_gradient_update(policy, samples, learner, recipe.section(GrpoSettings), seed=0))
-    e, m = Learner(recipe.optimizer), Learner(recipe.optimizer)
-    m.prepare(policy)
-    if recipe.algorithm == "vpd":
-        e.prepare(policy)
-
-    def both() -> None:
-        if recipe.algorithm == "vpd":
-            bco_update(policy, samples, e, recipe.section(EStepSettings), previous_delta=None, seed=0, teacher=teacher)
-        divergence_update(policy, samples, m, recipe.section(MStepSettings), teacher, seed=0)
-
-    return _measured(both)
 
 
 def plan(recipe: Recipe, *, prompt: int | None = None, context: int | None = None) -> Plan:
@@ -221,12 +194,11 @@ def plan(recipe: Recipe, *, prompt: int | None = None, context: int | None = Non
     # while one block's cache grows, its old and its new copy stand side by side
     growth = (found[1]["cache_per_token"] - found[0]["cache_per_token"]) * length * decoded
     logits = 3 * 4 * vocabulary * decoded
-    optimizers = (2 if recipe.algorithm != "vpd" else 4) * adapter
     return Plan(
         weights=weights,
         adapter=adapter,
         phases={
-            "rollout": weights + adapter + optimizers + cache + prompts + growth + logits,
+            "rollout": weights + adapter + whole("held") + cache + prompts + growth + logits,
             "update": whole("update"),
         },
         blocks=blocks,
@@ -255,19 +227,24 @@ def _probe(
         int(np.prod(c.keys.shape[:2])) * (c.keys.shape[-1] + c.values.shape[-1]) * c.keys.dtype.size for c in cache
     )
     del cache
-    samples = _samples(recipe, prompt, teacher_prompt, recipe.rollout.max_completion_tokens, vocabulary)
+    completion = recipe.rollout.max_completion_tokens
+    # Peak memory is that of the fullest micro-batch: two micro-batches' worth of groups find it.
+    size = recipe.rollout.group_size * (teacher_prompt + completion)
+    count = min(recipe.rollout.prompts, 2 + 2 * memory.micro_batch_tokens // size)
+    groups = _groups(recipe, count, prompt, teacher_prompt, completion, vocabulary)
     trained = _bytes(model.trainable_parameters())
     # Active memory that is not this network's: what else the process holds.
     foreign = max(0, before - _bytes(model.parameters()) + trained)
-    peak = _update_peak(recipe, policy, samples) - foreign
-    # The teacher's hidden states of the whole batch stay until the M-step is through.
-    states, _ = policy.hidden([samples[0].student])
-    rows = recipe.rollout.prompts * recipe.rollout.group_size
-    if recipe.algorithm != "grpo":
-        peak += (rows - len(samples)) * int(states.nbytes)
+    algorithm: Algorithm = recipe.entry.load()(recipe, policy)
+    peak = _update_peak(algorithm, policy, groups, _groups(recipe, count, 2, 3, 2, vocabulary)) - foreign
+    if recipe.entry.contexts:
+        # The teacher's hidden states of the whole batch stay until the update is through.
+        states, _ = policy.hidden([TokenRow(groups[0].prompt, groups[0].rollouts[0].tokens)])
+        peak += (recipe.rollout.prompts - count) * recipe.rollout.group_size * int(states.nbytes)
     return {
         "weights": _bytes(model.parameters()) - trained,
         "adapter": trained,
+        "held": _bytes(save_parts(algorithm.parts)[0]),
         "update": peak,
         "cache_per_token": per_token,
     }

@@ -20,8 +20,8 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.lora import LoRALinear
 
 from vpd_mlx import losses
-from vpd_mlx.engine.gradients import adam_step
 from vpd_mlx.engine.heads import weighted_token_loss
+from vpd_mlx.engine.optimizer import adam_step
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.sampling import Sampling, generate
 from vpd_mlx.types import TokenRow
