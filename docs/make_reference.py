@@ -1,20 +1,21 @@
-"""Write docs/recipe.md from the config model, so that the reference says what the program does.
+"""Write docs/recipe.md from the config model and docs/run-folder.md from the rows' declarations.
 
-python docs/make_reference.py            # writes it
-python docs/make_reference.py --check    # fails where it is not up to date
+python docs/make_reference.py            # writes them
+python docs/make_reference.py --check    # fails if one is not up to date
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from vpd_mlx import recipe
+from vpd_mlx.run import records
 from vpd_mlx.tasks import TASKS
 
 HERE = Path(__file__).parent
@@ -76,14 +77,66 @@ def reference() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+FOLDER = f"""# What a run folder holds
+
+`report`, `show`, `compare`, `eval`, `lab` and the logging services know a run by its folder alone, and your own programs can
+read it, too. The `.jsonl` files only grow, line by line; a last line without its newline is still being written. This page is
+generated from `vpd_mlx/run/records.py` by `docs/make_reference.py`; a test keeps it in step.
+
+| file | what it is |
+|---|---|
+| `config.yaml` | the recipe with all its defaults; `vpd-mlx train --resume` reads it |
+| `metrics.jsonl` | a row for each step |
+| `rollouts.jsonl` | a row for each completion |
+| `evals.jsonl` | a row for each evaluation |
+| `summary.json` | written once, when the run has ended |
+| `adapters/` | the trained adapter, as mlx-lm loads it |
+| `checkpoints/` | what a resume needs |
+| `nonfinite/` | the completions of steps whose update was left out as not finite |
+| `logging/` | what the logging services printed, and how far each one is |
+
+A figure is `null` if a step had no data for it. JSON has no NaN or infinity: they are written as the text `nan` or `inf`.
+
+In the names below, KIND stands for a kind of feedback and K for a number of samples. A step has those of the `student/` and
+`e_step/` figures that its algorithm logs.
+
+This is format {records.FORMAT}, as `summary.json` says. In format 1 the figures `student/…` were called `m_step/…` or
+`policy_gradient/…`, and `student/entropy` ended in `student_entropy`. A run resumed across the change has rows of both formats;
+all commands read both.
+"""
+
+
+def in_words(kind: Any) -> str:
+    """A field's type as JSON knows it."""
+    options = [a for a in get_args(kind) if a is not type(None)] if type(None) in get_args(kind) else [kind]
+    names = {bool: "true or false", int: "integer", float: "number", str: "text", list: "list", tuple: "pair"}
+    word = names.get(options[0], names.get(getattr(options[0], "__origin__", None), "object"))
+    return f"{word} or null" if options[0] is not kind else word
+
+
+def rows() -> str:
+    """The page on the run folder."""
+    lines = [FOLDER]
+    tables = (records.MetricsRow, records.RolloutRow, records.EvaluationRow, records.Summary)
+    for title, table in zip(("metrics.jsonl", "rollouts.jsonl", "evals.jsonl", "summary.json"), tables, strict=True):
+        what = (table.__doc__ or "").partition(": ")[2]
+        lines += [f"## {title}", "", what[0].upper() + what[1:], ""]
+        lines += ["| field | type | unit | what it is |", "|---|---|---|---|"]
+        hints = get_type_hints(table, include_extras=True)
+        for name in sorted(hints, key=lambda name: "/" in name or "@" in name):  # inherited ones last
+            kind, unit, meaning = get_args(hints[name])
+            lines.append(f"| `{name}` | {in_words(kind)} | {unit} | {meaning} |")
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
 def main() -> None:
     """Write or check."""
-    path, text = HERE / "recipe.md", reference()
-    if "--check" in sys.argv:
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
-            raise SystemExit("docs/recipe.md is not up to date: run python docs/make_reference.py")
-        return
-    path.write_text(text, encoding="utf-8")
+    for path, text in ((HERE / "recipe.md", reference()), (HERE / "run-folder.md", rows())):
+        if "--check" not in sys.argv:
+            path.write_text(text, encoding="utf-8")
+        elif not path.exists() or path.read_text(encoding="utf-8") != text:
+            raise SystemExit(f"docs/{path.name} is not up to date: run python docs/make_reference.py")
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ from vpd_mlx.errors import ConfigError, DataError, VpdError
 from vpd_mlx.recipe import load_recipe
 from vpd_mlx.report.page import choose, comparison_page, run_page
 from vpd_mlx.report.plots import run_plots
-from vpd_mlx.report.warnings import findings
 from vpd_mlx.run.folder import Entry, labels, load_run
 from vpd_mlx.run.loop import train
+from vpd_mlx.run.warnings import findings
 
 ALWAYS = {"accuracy", "gap", "reward", "groups", "length", "entropy", "seconds", "memory"}
 HOSTILE = '</script><img src=x onerror="hacked()">&amp;\u2028\x1b[31m\u202eabc'
@@ -264,7 +264,7 @@ def changed(run: Path, **values: Any) -> list[str]:
     rows = read_rows(run / "metrics.jsonl")
     write(
         run / "metrics.jsonl",
-        [{**rows[0], **{k.replace("__", "/"): v for k, v in values.items()}, "step": s} for s in (1, 2)],
+        [{**rows[0], **{k.replace("__", "/"): v for k, v in values.items()}, "step": s} for s in range(1, 21)],
     )
     return findings(load_run(run))
 
@@ -273,13 +273,13 @@ def changed(run: Path, **values: Any) -> list[str]:
     ("values", "words"),
     [
         ({"groups_all_wrong": 1.0}, "All completions are wrong in 100.0 %"),
-        ({"groups_all_right": 0.95}, "All completions are right in 95.0 %"),
-        ({"e_step__margin": -0.4}, "The margin is negative (-0.40"),
-        ({"truncated": 0.5}, "50.0 % of the last completions were cut off"),
-        ({"m_step__nonfinite": 2}, "4 update(s) were left out"),
-        ({"verifier_failures": 3}, "The verifier failed on 6"),
-        ({"e_step__skipped": 1}, "2 of 2 E-steps were left out"),
-        ({"contexts_cut": 1000}, "was cut to feedback.max_tokens"),
+        ({"groups_all_right": 0.96}, "All completions are right in 96.0 %"),
+        ({"e_step__margin": -0.4}, "margin has been negative three times (last -0.40)"),
+        ({"truncated": 0.5}, "50% of completions are cut off"),
+        ({"student__nonfinite": 2}, "40 update(s) were left out"),
+        ({"verifier_failures": 3}, "The verifier failed on 60"),
+        ({"e_step__skipped": 1}, "20 of 20 E-steps were skipped"),
+        ({"contexts_cut": 1000}, "of the feedback was cut"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )
@@ -292,21 +292,27 @@ def test_warnings(run, values, words):
 def test_collapse_is_told_from_success(run):
     rows = read_rows(run / "metrics.jsonl")
     falling = [
-        {**rows[0], "step": i + 1, "m_step/student_entropy": e, "length": n, "success": 0.1}
-        for i, (e, n) in enumerate([(0.6, 40), (0.5, 38), (0.2, 20), (0.05, 10), (0.01, 4)])
+        {
+            **rows[0],
+            "step": i + 1,
+            "student/entropy": 0.6 if i < 10 else 0.01,
+            "length": 40 if i < 10 else 4,
+            "reward": 0.1,
+        }
+        for i in range(20)
     ]
     write(run / "metrics.jsonl", falling)
     found = " ".join(findings(load_run(run)))
-    assert "entropy fell from 0.600 to 0.010" in found
-    assert "went from 40 to 4 tokens" in found
-    write(run / "metrics.jsonl", [{**r, "success": 0.95} for r in falling])
-    assert "entropy fell" not in " ".join(findings(load_run(run)))
+    assert "Entropy collapse: 0.600 -> 0.010 nats" in found
+    assert "Length collapse: 40.0 -> 4.0 tokens" in found
+    write(run / "metrics.jsonl", [{**r, "reward": 0.95} for r in falling])
+    assert "Entropy collapse" not in " ".join(findings(load_run(run)))
 
 
 def test_a_gap_that_is_gone_and_a_student_that_got_worse(run):
     rows = read_rows(run / "evals.jsonl")
     problems = [f"p{i}" for i in range(40)]
-    first = {**rows[0], "greedy_by_problem": dict.fromkeys(problems, 1.0), "student_greedy": 1.0}
+    first = {**rows[0], "greedy_by_problem": dict.fromkeys(problems, 1.0), "student_greedy": 1.0, "gap": 0.5}
     last = {
         **rows[-1],
         "greedy_by_problem": dict.fromkeys(problems, 0.0),

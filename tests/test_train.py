@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import platform
+import re
 import shutil
 import signal
 from pathlib import Path
+from typing import get_type_hints
 
 import mlx.core as mx
 import mlx_lm
@@ -18,8 +22,10 @@ from vpd_mlx.common.files import read_rows
 from vpd_mlx.errors import DataError, RunError, SourceError
 from vpd_mlx.recipe import load_recipe
 from vpd_mlx.run.checkpoint import find_checkpoint
+from vpd_mlx.run.folder import load_run
 from vpd_mlx.run.loop import train
 from vpd_mlx.run.progress import Silent, Stop
+from vpd_mlx.run.records import EvaluationRow, MetricsRow, RolloutRow, Summary
 from vpd_mlx.run.step import Trainer, problems_of_step
 from vpd_mlx.types import Problem
 
@@ -51,7 +57,8 @@ def test_a_run_writes_what_it_promises(small, tmp_path: Path):
     recipe = small(e_step__every=1, evaluation__every=1)
     summary = train(recipe, tmp_path / "run")
     run = tmp_path / "run"
-    metrics, rollouts, evals = (read_rows(run / f"{n}.jsonl") for n in ("metrics", "rollouts", "evals"))
+    metrics = load_run(run).metrics
+    rollouts, evals = (read_rows(run / f"{n}.jsonl") for n in ("rollouts", "evals"))
     assert [m["step"] for m in metrics] == [1, 2]
     assert len(rollouts) == 2 * 4 * 4
     assert [e["step"] for e in evals] == [0, 1, 2]
@@ -62,7 +69,7 @@ def test_a_run_writes_what_it_promises(small, tmp_path: Path):
     for row in metrics:
         phases = sum(v for k, v in row["seconds"].items() if k != "total")
         assert phases >= 0.95 * row["seconds"]["total"], row["seconds"]
-        for key in ("reward", "truncated", "groups_mixed", "contexts", "overlap", "m_step/divergence", "m_step/mass"):
+        for key in ("reward", "truncated", "groups_mixed", "contexts", "overlap", "student/divergence", "student/mass"):
             assert key in row
     for r in rollouts:
         assert set(r) >= {"prompt", "completion", "score", "success", "context", "tokens", "finish", "verdict"}
@@ -172,6 +179,53 @@ def test_a_resume_cuts_off_what_came_after_the_checkpoint(undisturbed, tmp_path:
     train(recipe, run, resume=True)
     assert adapter(run) == adapter(whole)
     same_logs(run, whole)
+
+
+def declared(key: str, table: type) -> bool:
+    names = (re.escape(name).replace("KIND", "[a-z_]+").replace("@K", r"@\d+") for name in get_type_hints(table))
+    return any(re.fullmatch(name, key) for name in names)
+
+
+@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "opsd"])
+def test_every_field_that_is_written_is_declared(undisturbed, algorithm):
+    whole, _ = undisturbed(algorithm, {})
+    run = load_run(whole)
+    rollouts, evaluations = (read_rows(whole / name) for name in ("rollouts.jsonl", "evals.jsonl"))
+    summary = json.loads((whole / "summary.json").read_text())
+    tables = ((MetricsRow, run.metrics), (RolloutRow, rollouts), (EvaluationRow, evaluations), (Summary, [summary]))
+    for table, rows in tables:
+        assert not [key for row in rows for key in row if not declared(key, table)], table
+        always = {k for k in get_type_hints(table) if "/" not in k and "@" not in k}
+        always -= {"shift", "source_errors", "interrupted"}
+        assert not [key for row in rows for key in always if key not in row], table
+    assert summary["format"] == 2
+
+
+OLD_RUN = Path(__file__).parent / "data" / "old-run"
+
+
+def test_a_run_of_format_1_is_read_and_resumed(tmp_path: Path):
+    """A checkpoint after step 2 of 3, written before metrics had one name whatever the algorithm."""
+    from conftest import QUICKSTART
+
+    run = tmp_path / "run"
+    shutil.copytree(OLD_RUN, run)
+    config = (run / "config.yaml").read_text().replace("MODEL", str(QUICKSTART.parent / "model"))
+    (run / "config.yaml").write_text(config)
+    old = load_run(run)
+    assert "m_step/divergence" in read_rows(run / "metrics.jsonl")[0]
+    summary = train(load_recipe(run / "config.yaml"), run, resume=True)
+    found = load_run(run)
+    assert found.metrics[:2] == old.metrics[:2]
+    for row in found.metrics:
+        assert {"student/divergence", "student/entropy"} <= set(row)
+        assert "student" in row["seconds"]
+        assert not any("m_step" in key for key in (*row, *row["seconds"]))
+    assert "student" in summary["seconds"]
+    assert "m_step" not in summary["seconds"]
+    made = json.loads((OLD_RUN / "adapter.json").read_text())
+    if (mx.__version__, platform.machine(), str(mx.default_device())) == (made["mlx"], made["machine"], made["device"]):
+        assert hashlib.sha256(adapter(run)).hexdigest() == made["sha256"]
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "delete", "manifest"])
@@ -380,8 +434,8 @@ def test_the_best_survives_a_resume(small, tmp_path: Path, monkeypatch):
 @pytest.mark.parametrize("algorithm", ["grpo", "joint", "reshape", "reweight"])
 def test_every_policy_gradient_logs_its_entropy(undisturbed, algorithm):
     whole, _ = undisturbed(algorithm, {})
-    for row in read_rows(whole / "metrics.jsonl"):
-        assert row["policy_gradient/student_entropy"] > 0
+    for row in load_run(whole).metrics:
+        assert row["student/entropy"] > 0
 
 
 def test_logits_that_are_not_numbers_cost_one_update(small, tmp_path: Path, monkeypatch):

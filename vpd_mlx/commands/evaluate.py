@@ -21,7 +21,7 @@ from vpd_mlx.common.text import figures, points, points_range
 from vpd_mlx.errors import ConfigError, DataError, Fault
 from vpd_mlx.recipe import Recipe, builtin_recipes, load_recipe, resolve_recipe_path
 from vpd_mlx.report.live import make_view
-from vpd_mlx.run.log import MARK
+from vpd_mlx.run.log import RECIPE_FILE
 from vpd_mlx.run.progress import Progress
 from vpd_mlx.tasks.data import DatasetSettings
 from vpd_mlx.types import Problem
@@ -163,8 +163,8 @@ def _target(
 ) -> tuple[Recipe, Path | None]:
     """The recipe to evaluate by, and the adapter's folder where there is one."""
     folder = Path(target).expanduser()
-    if (folder / MARK).is_file():
-        own = load_recipe(folder / MARK, overrides)
+    if (folder / RECIPE_FILE).is_file():
+        own = load_recipe(folder / RECIPE_FILE, overrides)
         if recipe is not None:
             other = load_recipe(resolve_recipe_path(recipe), overrides)
             # another task, by the model as it was trained

@@ -22,7 +22,8 @@ from vpd_mlx.common.text import duration, mlx_lm_command, percent
 from vpd_mlx.errors import ConfigError, Fault
 from vpd_mlx.recipe import Recipe, load_recipe, resolve_recipe_path
 from vpd_mlx.report.live import make_view
-from vpd_mlx.run.log import MARK, free_run_folder
+from vpd_mlx.run.log import RECIPE_FILE, free_run_folder
+from vpd_mlx.run.records import Summary
 
 __all__ = ["MAY_CHANGE", "MOMENT", "train"]
 
@@ -107,13 +108,13 @@ def _resumed(
             ],
             "command line",
         )
-    if not (folder / MARK).is_file():
+    if not (folder / RECIPE_FILE).is_file():
         raise ConfigError(
-            [Fault("--resume", f"{folder} holds no run ({MARK} is missing)", "give the folder of a run")],
+            [Fault("--resume", f"{folder} holds no run ({RECIPE_FILE} is missing)", "give the folder of a run")],
             "command line",
         )
-    before = load_recipe(folder / MARK)
-    after = load_recipe(folder / MARK, overrides)
+    before = load_recipe(folder / RECIPE_FILE)
+    after = load_recipe(folder / RECIPE_FILE, overrides)
     if after.steps < before.steps and after.steps < _logged(folder):
         short = f"{after.steps}, and {_logged(folder)} are done"
         raise ConfigError([Fault("steps", short, "ask for more, or take an earlier checkpoint's adapter")], "--resume")
@@ -168,7 +169,7 @@ def _handle_signals(stop: Any) -> None:
         signal.signal(number, handler)
 
 
-def _report(cfg: Recipe, folder: Path, summary: dict[str, Any]) -> None:
+def _report(cfg: Recipe, folder: Path, summary: Summary) -> None:
     console = Console(highlight=False)
     table = Table(title=f"held-out problems ({summary['problems']})", title_justify="left")
     table.add_column("")

@@ -42,8 +42,8 @@ def _number(value: Any, digits: int = 3) -> str:
 
 
 def _figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What one step has to say, whichever algorithm made it."""
-    divergence = metrics.get("m_step/divergence", metrics.get("policy_gradient/divergence"))
+    """The figures of one step that are worth a line."""
+    divergence = metrics.get("student/divergence")
     figures = [("reward", _number(metrics.get("reward"))), ("length", _number(metrics.get("length"), 1))]
     if divergence is not None:
         figures.append(("divergence", _number(divergence)))
@@ -168,7 +168,7 @@ class LiveView:
         self._step = (step, steps, metrics, seconds_left)
         curves = {
             "reward": metrics.get("reward"),
-            "divergence": metrics.get("m_step/divergence", metrics.get("policy_gradient/divergence")),
+            "divergence": metrics.get("student/divergence"),
             "margin": metrics.get("e_step/margin"),
             "length": metrics.get("length"),
         }

@@ -23,8 +23,8 @@ from vpd_mlx.common.stats import paired
 from vpd_mlx.common.text import clean, duration, figures, number, percent, points, points_range, steps
 from vpd_mlx.errors import ConfigError, Fault
 from vpd_mlx.report.plots import comparison_plots, legend_colors, run_plots
-from vpd_mlx.report.warnings import findings
 from vpd_mlx.run.folder import NO_CONTEXT, Entry, Run, flat
+from vpd_mlx.run.warnings import findings
 
 __all__ = ["choose", "comparison_page", "run_page", "save"]
 

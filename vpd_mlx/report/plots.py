@@ -54,12 +54,11 @@ STYLE: Any = {
 }
 MOST_POINTS = 300  # of a line; longer ones are averaged in bins, which keeps the page small
 FEW_POINTS = 30  # up to here every point gets a mark, so that a run of one step shows
-UPDATES = ("m_step", "policy_gradient")
+UPDATES = ("student",)
 PHASES = {
     "rollout": "rollout (sampling)",
     "e_step": "E-step",
-    "m_step": "M-step",
-    "policy_gradient": "policy gradient",
+    "student": "student's update",
     "log": "logging",
 }
 
@@ -285,7 +284,7 @@ def run_plots(run: Run) -> list[Plot]:
 
     def entropy(figure: Figure) -> bool:
         axis = figure.subplots()
-        student = _line(axis, run.series(*_either("student_entropy")), BLUE, "student")
+        student = _line(axis, run.series(*_either("entropy")), BLUE, "student")
         teacher = _line(axis, run.series(*_either("teacher_entropy")), ORANGE, "teacher", "--")
         _finish(axis, y="nats a token")
         axis.set_ylim(bottom=0)
@@ -471,7 +470,7 @@ def comparison_plots(runs: Mapping[str, Run]) -> list[Plot]:
             "entropy",
             "Student's entropy",
             "How undecided the student is about the next token; near 0 it repeats itself.",
-            metric(*_either("student_entropy"), y="nats a token"),
+            metric(*_either("entropy"), y="nats a token"),
         ),
         _plot(
             "length", "Length of completions", "Mean tokens per completion in training.", metric("length", y="tokens")

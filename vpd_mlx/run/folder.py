@@ -1,4 +1,4 @@
-"""What a run folder says, whatever stage it is in: a missing file, key or figure is None, never a fault and never a zero."""
+"""Reads a run folder, of a run at any stage: a missing file, field or figure is None, never an error and never a zero."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
 from vpd_mlx.common.stats import Paired, paired
 from vpd_mlx.common.text import interval, number
 from vpd_mlx.errors import ConfigError, DataError, Fault
-from vpd_mlx.run.log import MARK
+from vpd_mlx.run.log import RECIPE_FILE
+from vpd_mlx.run.records import FORMAT, MetricsRow, Summary, upgraded
 
 __all__ = ["NO_CONTEXT", "Entry", "Evaluation", "Run", "flat", "labels", "load_run"]
 
@@ -57,9 +58,9 @@ class Run:
 
     path: Path
     config: dict[str, Any]
-    metrics: list[dict[str, Any]]
+    metrics: list[MetricsRow]
     evals: list[Evaluation]
-    summary: dict[str, Any]
+    summary: Summary
     rollouts: list[Entry] = field(repr=False)
 
     @property
@@ -167,24 +168,35 @@ def load_run(path: Path) -> Run:
 
     Raises:
         ConfigError: there is no run.
-        DataError: a file of it is broken.
+        DataError: a file of it is broken, or was written by a newer version.
     """
-    if not (path / MARK).is_file():
+    if not (path / RECIPE_FILE).is_file():
         there = "holds no run" if path.is_dir() else "does not exist, so holds no run"
         raise ConfigError(
-            [Fault("RUN", f"{path} {there} ({MARK} is missing)", "give the folder of a run, e.g. runs/quickstart")],
+            [
+                Fault(
+                    "RUN",
+                    f"{path} {there} ({RECIPE_FILE} is missing)",
+                    "give the folder of a run, e.g. runs/quickstart",
+                )
+            ],
             "command line",
         )
     try:
-        config = yaml.safe_load(_text(path / MARK))
+        config = yaml.safe_load(_text(path / RECIPE_FILE))
     except yaml.YAMLError as error:
-        raise DataError(f"{path / MARK}: not valid YAML ({' '.join(str(error).split())}); mend the file") from None
+        raise DataError(
+            f"{path / RECIPE_FILE}: not valid YAML ({' '.join(str(error).split())}); fix the file"
+        ) from None
     summary: Any = {}
     if (path / "summary.json").is_file():
         try:
             summary = json.loads(_text(path / "summary.json"))
         except json.JSONDecodeError as error:
-            raise DataError(f"{path / 'summary.json'}: broken JSON ({error}); take the file away") from None
+            raise DataError(f"{path / 'summary.json'}: broken JSON ({error}); remove the file") from None
+    summary = upgraded(summary) if isinstance(summary, dict) else {}
+    if (number(summary.get("format")) or 1) > FORMAT:
+        raise DataError(f"{path}: written by a newer vpd-mlx (folder format {summary['format']}); update vpd-mlx")
     entries: list[Entry] = []
     for offset, row in _rows(path / "rollouts.jsonl"):
         context = row.get("context")
@@ -194,9 +206,9 @@ def load_run(path: Path) -> Run:
     return Run(
         path=path,
         config=config if isinstance(config, dict) else {},
-        metrics=[row for _, row in _rows(path / "metrics.jsonl")],
+        metrics=[cast(MetricsRow, upgraded(row)) for _, row in _rows(path / "metrics.jsonl")],
         evals=[Evaluation(row) for _, row in _rows(path / "evals.jsonl")],
-        summary=summary if isinstance(summary, dict) else {},
+        summary=cast(Summary, summary),
         rollouts=entries,
     )
 
@@ -205,7 +217,7 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); mend the file or its permissions") from None
+        raise DataError(f"{path}: cannot be read ({error}); check the file and its permissions") from None
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -223,12 +235,12 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     yield offset, row
                 offset += len(line)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); mend its permissions") from None
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
     except ValueError as error:  # broken JSON, or bytes that are no UTF-8
         raise DataError(f"{path}:{count}: broken JSON ({error}); remove the line") from None
 
 
-def _series(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> tuple[list[int], list[float]]:
+def _series(rows: Sequence[Mapping[str, object]], keys: Sequence[str]) -> tuple[list[int], list[float]]:
     steps, values = [], []
     for row in rows:
         value = next((v for k in keys if (v := number(row.get(k))) is not None), None)
@@ -265,6 +277,3 @@ def labels(paths: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [f"{'/'.join(p[-1:])} ({i})" for i, p in enumerate(parts, 1)]
-
-
-# --- figures as text

@@ -16,7 +16,7 @@ from vpd_mlx.errors import RunError
 __all__ = ["LOGS", "NoLog", "RunLog", "free_run_folder"]
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl", "evals.jsonl")
-MARK = "config.yaml"  # a folder that holds it is a run
+RECIPE_FILE = "config.yaml"  # a folder that holds it is a run
 LEAST_FREE = 64 << 20  # bytes: below it a run stops while its last checkpoint can still be written
 
 
@@ -47,10 +47,10 @@ class RunLog:
         with file_errors(path):
             taken = path.exists() and any(path.iterdir())
             if taken and not overwrite:
-                if not (path / MARK).exists():
+                if not (path / RECIPE_FILE).exists():
                     raise RunError(f"{path}: holds other files already; give another --out")
                 raise RunError(f"{path}: holds a run already; give another --out, or --overwrite to replace it")
-            if taken and not (path / MARK).exists():
+            if taken and not (path / RECIPE_FILE).exists():
                 raise RunError(f"{path}: is not a run folder, so --overwrite leaves it alone; give another --out")
             path.mkdir(parents=True, exist_ok=True)
             log = cls(path, _hold(path))
@@ -58,7 +58,7 @@ class RunLog:
                 for item in path.iterdir():
                     if item.name != "run.lock":
                         shutil.rmtree(item) if item.is_dir() else item.unlink()
-            write_atomic(path / MARK, config)
+            write_atomic(path / RECIPE_FILE, config)
             for name in LOGS:
                 log._open(name)
             return log
@@ -70,8 +70,8 @@ class RunLog:
         Raises:
             RunError: there is no run, or another process holds it.
         """
-        if not (path / MARK).exists():
-            raise RunError(f"{path}: no run to resume here ({MARK} is missing)")
+        if not (path / RECIPE_FILE).exists():
+            raise RunError(f"{path}: no run to resume here ({RECIPE_FILE} is missing)")
         with file_errors(path):
             log = cls(path, _hold(path))
             for name in LOGS:

@@ -21,6 +21,7 @@ from vpd_mlx.recipe import Recipe, dump
 from vpd_mlx.run.checkpoint import Checkpoint, find_checkpoint, write_checkpoint
 from vpd_mlx.run.log import NoLog, RunLog
 from vpd_mlx.run.progress import Interrupted, Progress, Silent, Stop
+from vpd_mlx.run.records import FORMAT, Summary, upgraded
 from vpd_mlx.run.setup import refuse_what_cannot_fit, task_fingerprint
 from vpd_mlx.run.step import Trainer
 from vpd_mlx.run.warnings import Warnings
@@ -38,7 +39,7 @@ def train(
     progress: Progress | None = None,
     stop: Stop | None = None,
     ranks: Ranks = ALONE,
-) -> dict[str, Any]:
+) -> Summary:
     """Train as the recipe says, into the folder `out`; returns the summary. Of several ranks only the first writes there.
 
     Returns early, with `"interrupted": signal` in it, when `stop` is set: the run can then be resumed.
@@ -77,7 +78,7 @@ def train(
         log.close()
 
 
-def _run(trainer: Trainer, log: RunLog | NoLog, resume: bool, started: float) -> dict[str, Any]:
+def _run(trainer: Trainer, log: RunLog | NoLog, resume: bool, started: float) -> Summary:
     recipe, progress = trainer.recipe, trainer.progress
     run = _Run(trainer, log)
     try:
@@ -98,12 +99,13 @@ def _run(trainer: Trainer, log: RunLog | NoLog, resume: bool, started: float) ->
         run.checkpoint()
         run.save_adapter()
         progress.note(f"stopped after step {run.done} of {recipe.steps}; the run can go on with --resume")
-        return {"interrupted": trainer.stop.signal, "steps": run.done}
+        return {"interrupted": trainer.stop.signal or 0, "steps": run.done}
     except (SourceError, RunError):
         run.checkpoint()
         raise
     run.save_adapter()
-    summary = {
+    summary: Summary = {
+        "format": FORMAT,
         "name": recipe.name,
         "algorithm": recipe.algorithm,
         "seed": recipe.seed,
@@ -145,7 +147,7 @@ class _Run:
         self.nonfinite = 0
         self.result: dict[str, Any] = {}
         self._warnings = Warnings()
-        self._rows = log.read("metrics.jsonl")
+        self._rows = [upgraded(row) for row in log.read("metrics.jsonl")]
         self._best: tuple[int, dict[str, mx.array]] | None = None
         self._snapshot: Checkpoint | None = None
         self._saved: Checkpoint | None = None
@@ -176,6 +178,7 @@ class _Run:
         """One more step, logged and, when due, evaluated and kept."""
         recipe, trainer = self.trainer.recipe, self.trainer
         row, rollouts = trainer.step(self.done + 1)
+        row = upgraded(row)
         self.done += 1
         sources = self._settle()
         self.log.append("metrics.jsonl", [row])
@@ -188,7 +191,7 @@ class _Run:
         per_step = sum(self.seconds.get(k, 0.0) for k in self.seconds if k != "evaluation") / self.done
         left = per_step * (recipe.steps - self.done) + float(self.evaluations[-1]["seconds"])
         trainer.progress.step(self.done, recipe.steps, row, left)
-        self._rows = [*self._rows, row]
+        self._rows.append(row)
         for text in self._warnings.new(self._rows, self.evaluations):
             trainer.progress.note(f"step {self.done}: {text}")
         if any(v for k, v in row.items() if k.endswith("/nonfinite")):
@@ -303,12 +306,12 @@ class _Run:
         self.done = found.step
         self._snapshot = self._saved = found
         self.evaluations = found.state["evaluations"]
-        self.seconds = found.state["seconds"]
+        self.seconds = upgraded(found.state)["seconds"]
         self.wall = found.state["wall"]
         self.tokens = found.state["tokens"]
         self.nonfinite = found.state["nonfinite"]
         self.log.cut_back(found.state["offsets"])
-        self._rows = self.log.read("metrics.jsonl")
+        self._rows = [upgraded(row) for row in self.log.read("metrics.jsonl")]
 
 
 def _three(result: dict[str, Any]) -> dict[str, float | None]:

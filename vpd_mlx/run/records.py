@@ -1,20 +1,235 @@
-"""What is logged of a step's rollouts: figures of the batch, and a line for each completion."""
+"""The rows of a run folder's files: every field with its unit and its meaning. `docs/run-folder.md` is made from this.
+
+`metrics.jsonl` has a row a step, `rollouts.jsonl` a row a completion, `evals.jsonl` a row an evaluation; `summary.json` is
+written once, when the run ends. What follows a run, from the terminal's view to the logging services, reads these files.
+
+A field is `Annotated[type, unit, meaning]`. In a name, KIND stands for a kind of feedback and K for a number of samples.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import numpy as np
 
 from vpd_mlx.common.stats import overlap
-from vpd_mlx.run.collect import Batch
 from vpd_mlx.types import Group, Rollout
 
-__all__ = ["rollout_metrics", "rollout_row"]
+if TYPE_CHECKING:
+    from vpd_mlx.run.collect import Batch
+
+__all__ = [
+    "FORMAT",
+    "EvaluationRow",
+    "MetricsRow",
+    "RolloutRow",
+    "Summary",
+    "rollout_metrics",
+    "rollout_row",
+    "upgraded",
+]
+
+FORMAT = 2
+"""Of the folder. Format 1 named the student's figures after the algorithm; `upgraded` reads it."""
+
+Fraction = float | None
+Number = float | None
+
+_Learning = TypedDict(
+    "_Learning",
+    {
+        "student/loss": Annotated[Number, "", "The loss of the student's updates, a mean over updates."],
+        "student/sequences": Annotated[int, "completions", "How many of them the student learned from."],
+        "student/divergence": Annotated[Number, "nats", "Divergence from the teacher, a mean over tokens."],
+        "student/divergence_right": Annotated[Number, "nats", "The same over right completions."],
+        "student/divergence_wrong": Annotated[Number, "nats", "The same over wrong completions."],
+        "student/entropy": Annotated[Number, "nats", "The student's entropy, a mean over tokens."],
+        "student/teacher_entropy": Annotated[Number, "nats", "The teacher's entropy, a mean over tokens."],
+        "student/mass": Annotated[Fraction, "0..1", "The student's probability of its k likeliest tokens."],
+        "student/log_ratio_right": Annotated[Number, "nats", "Log-probability, teacher less student, of a right one."],
+        "student/log_ratio_wrong": Annotated[Number, "nats", "The same of a wrong completion."],
+        "student/margin": Annotated[Number, "nats", "`log_ratio_right` less `log_ratio_wrong`."],
+        "student/auc": Annotated[Fraction, "0..1", "How well the log-ratio tells right from wrong completions."],
+        "student/advantage_std": Annotated[Number, "", "Standard deviation of the completions' advantages."],
+        "student/ratio_min": Annotated[float, "", "Smallest probability ratio of a token, new to old policy."],
+        "student/ratio_max": Annotated[float, "", "Largest probability ratio of a token."],
+        "student/clipped": Annotated[Fraction, "0..1", "Tokens whose ratio was clipped."],
+        "student/dual_clipped": Annotated[Fraction, "0..1", "Tokens clipped by the dual clip."],
+        "student/kl": Annotated[Number, "nats", "Divergence from the untrained model, a mean over tokens."],
+        "student/grad_norm": Annotated[Number, "", "Gradient norm before clipping, a mean over updates."],
+        "student/rate": Annotated[float, "", "Learning rate of the last update."],
+        "student/updates": Annotated[int, "updates", "Updates made."],
+        "student/nonfinite": Annotated[int, "updates", "Updates left out: loss or gradient was not finite."],
+        "e_step/n_right": Annotated[int, "completions", "Right completions with a context."],
+        "e_step/n_wrong": Annotated[int, "completions", "Wrong completions with a context."],
+        "e_step/skipped": Annotated[int, "0 or 1", "1 if the E-step was left out: all were right, or all wrong."],
+        "e_step/loss": Annotated[float, "nats", "The E-step's loss before its first update."],
+        "e_step/delta": Annotated[float, "reward", "The reward shift between the classes."],
+        "e_step/reward_right": Annotated[float, "reward", "Mean implicit reward of right completions."],
+        "e_step/reward_right_std": Annotated[float, "reward", "Its standard deviation."],
+        "e_step/reward_right/KIND": Annotated[Number, "reward", "The same under one kind of feedback."],
+        "e_step/reward_wrong": Annotated[float, "reward", "Mean implicit reward of wrong completions."],
+        "e_step/reward_wrong_std": Annotated[float, "reward", "Its standard deviation."],
+        "e_step/reward_wrong/KIND": Annotated[Number, "reward", "The same under one kind of feedback."],
+        "e_step/margin": Annotated[float, "reward", "`reward_right` less `reward_wrong`, before the updates."],
+        "e_step/margin/KIND": Annotated[Number, "reward", "The same under one kind of feedback."],
+        "e_step/margin_after": Annotated[float, "reward", "The margin after the updates."],
+        "e_step/auc": Annotated[Fraction, "0..1", "How well the reward tells right from wrong completions."],
+        "e_step/saturated": Annotated[float, "0..1", "Completions whose reward is too far from delta to teach much."],
+        "e_step/reward_length_correlation": Annotated[Number, "-1..1", "Correlation of reward and length."],
+        "e_step/student_shift": Annotated[
+            float, "nats", "What the E-step did to the student's log-probability of a token."
+        ],
+        "e_step/student_shift_abs": Annotated[float, "nats", "The same, a mean of absolute values."],
+        "e_step/grad_norm": Annotated[Number, "", "Gradient norm before clipping, a mean over updates."],
+        "e_step/rate": Annotated[float, "", "Learning rate of the last update."],
+        "e_step/updates": Annotated[int, "updates", "Updates made."],
+        "e_step/nonfinite": Annotated[int, "updates", "Updates left out: loss or gradient was not finite."],
+    },
+    total=False,
+)
 
 
-def rollout_metrics(batch: Batch, groups: Sequence[Group]) -> dict[str, Any]:
+class MetricsRow(_Learning, total=False):
+    """A row of `metrics.jsonl`: one step."""
+
+    step: Annotated[int, "", "Number of the step, from 1."]
+    reward: Annotated[Fraction, "0..1", "Mean score of the step's completions."]
+    success: Annotated[Fraction, "0..1", "Completions that are right: score at or above `rollout.success_threshold`."]
+    length: Annotated[float, "tokens", "Mean length of a completion."]
+    length_max: Annotated[int, "tokens", "Length of the longest."]
+    truncated: Annotated[Fraction, "0..1", "Completions cut off at `rollout.max_completion_tokens`."]
+    groups_mixed: Annotated[float, "0..1", "Groups with right and wrong completions."]
+    groups_all_right: Annotated[float, "0..1", "Groups with right completions only."]
+    groups_all_wrong: Annotated[float, "0..1", "Groups with wrong completions only."]
+    contexts: Annotated[dict[str, int], "completions", "Completions that got feedback, by its kind."]
+    contexts_none: Annotated[int, "completions", "Completions that got none."]
+    contexts_cut: Annotated[int, "completions", "Completions whose feedback was cut to `feedback.max_tokens`."]
+    contexts_failed: Annotated[int, "completions", "Completions on which a feedback source failed."]
+    overlap: Annotated[Fraction, "0..1", "Four-word runs of the completions that stand in their feedback already."]
+    verifier_failures: Annotated[int, "completions", "Completions left out because the verifier failed on them."]
+    tokens_per_s: Annotated[float, "tokens/s", "Completion tokens by the seconds of the phase `rollout`."]
+    peak_memory_mb: Annotated[float, "MiB", "Largest memory in use during the step."]
+    seconds: Annotated[
+        dict[str, float],
+        "seconds",
+        "By phase: `rollout`, `feedback`, `ranks`, `e_step`, `student`, `log`; and `total`.",
+    ]
+
+
+class FeedbackText(TypedDict):
+    """The feedback that a completion got."""
+
+    kind: str
+    text: str
+    cut: bool
+
+
+class RolloutRow(TypedDict, total=False):
+    """A row of `rollouts.jsonl`: one graded completion."""
+
+    step: Annotated[int, "", "Number of the step, from 1."]
+    problem: Annotated[str, "", "The problem's id."]
+    sample: Annotated[int, "", "Number of the completion in its group, from 0."]
+    prompt: Annotated[str, "", "The problem's last user message."]
+    completion: Annotated[str, "", "What the student wrote."]
+    score: Annotated[Fraction, "0..1", "The verifier's score."]
+    success: Annotated[bool, "", "Whether it is right: the score reaches `rollout.success_threshold`."]
+    verdict: Annotated[str, "", "The verifier's words, empty if it has none."]
+    context: Annotated[FeedbackText | None, "", "The feedback: its `kind`, its `text`, and whether it was `cut`."]
+    tokens: Annotated[int, "tokens", "Length of the completion, its stop token included."]
+    prompt_tokens: Annotated[int, "tokens", "Length of the student's prompt."]
+    teacher_prompt_tokens: Annotated[int | None, "tokens", "Length of the teacher's prompt."]
+    finish: Annotated[str, "", "`stop`, or `length` if the completion was cut off."]
+    teacher_prompt: Annotated[str | None, "", "The teacher's prompt, decoded: the student's with the feedback in it."]
+    pieces: Annotated[list[str], "", "The completion's tokens as text."]
+    shift: Annotated[
+        list[float], "nats", "Log-probability of each token, teacher less student; absent without a teacher."
+    ]
+    source_errors: Annotated[dict[str, str], "", "Why feedback sources failed on it, by source; absent if none did."]
+
+
+Interval = tuple[float, float] | None
+
+_Figures = TypedDict(
+    "_Figures",
+    {
+        "pass@K": Annotated[Fraction, "0..1", "Problems that one of K sampled completions solves."],
+        "pass@K_interval": Annotated[Interval, "0..1", "95 % interval over problems, as for all figures."],
+        "maj@K": Annotated[Fraction, "0..1", "Mean score of the commonest answer among K completions."],
+        "maj@K_interval": Annotated[Interval, "0..1", "Its interval."],
+    },
+    total=False,
+)
+
+
+class EvaluationRow(_Figures, total=False):
+    """A row of `evals.jsonl`: one evaluation on the held-out problems."""
+
+    step: Annotated[int, "", "Steps done before it; 0 is the untrained student."]
+    problems: Annotated[int, "problems", "Held-out problems evaluated."]
+    samples: Annotated[int, "completions", "Sampled completions of each problem."]
+    student: Annotated[Fraction, "0..1", "Mean score of the student's sampled completions."]
+    student_interval: Annotated[Interval, "0..1", "Its interval."]
+    student_greedy: Annotated[Fraction, "0..1", "Mean score of the student's likeliest completion."]
+    student_greedy_interval: Annotated[Interval, "0..1", "Its interval."]
+    teacher: Annotated[
+        Fraction, "0..1", "Mean score of the teacher, who has read feedback on the student's completion."
+    ]
+    teacher_interval: Annotated[Interval, "0..1", "Its interval."]
+    teacher_problems: Annotated[int, "problems", "Problems on which the teacher had feedback."]
+    student_there: Annotated[Fraction, "0..1", "The student's score on these problems."]
+    gap: Annotated[Number, "-1..1", "`teacher` less `student_there`: what there is to learn from the teacher."]
+    gap_interval: Annotated[Interval, "-1..1", "Its interval."]
+    contexts_failed: Annotated[int, "completions", "Completions on which a feedback source failed."]
+    length: Annotated[Number, "tokens", "Mean length of a sampled completion."]
+    truncated: Annotated[Fraction, "0..1", "Sampled completions cut off at `rollout.max_completion_tokens`."]
+    verifier_failures: Annotated[int, "completions", "Completions left out because the verifier failed on them."]
+    greedy_by_problem: Annotated[dict[str, float], "0..1", "Score of the likeliest completion by problem."]
+    seconds: Annotated[float, "seconds", "Time that the evaluation took."]
+
+
+class Summary(TypedDict, total=False):
+    """`summary.json`: the run, once it has ended."""
+
+    format: Annotated[int, "", f"Format of the folder; absent in format 1, now {FORMAT}."]
+    name: Annotated[str, "", "The recipe's name."]
+    algorithm: Annotated[str, "", "The recipe's algorithm."]
+    seed: Annotated[int, "", "The recipe's seed."]
+    steps: Annotated[int, "steps", "Steps done."]
+    adapter_of_step: Annotated[int, "", "The step after which the adapter stood as it is handed over."]
+    before: Annotated[
+        dict[str, float | None], "0..1", "`student`, `student_greedy` and `teacher` before the first step."
+    ]
+    after: Annotated[dict[str, float | None], "0..1", "The same of the adapter that is handed over."]
+    problems: Annotated[int, "problems", "Held-out problems of that evaluation."]
+    tokens: Annotated[int, "tokens", "Completion tokens sampled for training."]
+    seconds: Annotated[
+        dict[str, float], "seconds", "By phase, as in `metrics.jsonl`; `evaluation`; `wall`, all in all."
+    ]
+    nonfinite_updates: Annotated[int, "updates", "Updates left out: loss or gradient was not finite."]
+    ranks: Annotated[int, "processes", "Processes that trained together."]
+    versions: Annotated[dict[str, str], "", "Of vpd-mlx, mlx, mlx-lm and Python; the platform and the device."]
+    interrupted: Annotated[int, "", "Only returned, never written: the signal that stopped the run before its end."]
+
+
+def upgraded(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of `metrics.jsonl`, or a summary, of any format under today's names."""
+    new = {_renamed(key): value for key, value in row.items()}
+    if isinstance(seconds := new.get("seconds"), Mapping):
+        new["seconds"] = {_renamed(phase): value for phase, value in seconds.items()}
+    return new
+
+
+def _renamed(name: str) -> str:
+    part, slash, figure = name.partition("/")
+    if part not in ("m_step", "policy_gradient"):
+        return name
+    return f"student{slash}{'entropy' if figure == 'student_entropy' else figure}"
+
+
+def rollout_metrics(batch: Batch, groups: Sequence[Group]) -> MetricsRow:
     """What a row of `metrics.jsonl` says of a step's rollouts: scores, lengths, groups by outcome, contexts by kind."""
     rollouts = [r for g in groups for r in g.rollouts]
     lengths = np.array([len(r.tokens) for r in rollouts] or [0])
@@ -48,11 +263,10 @@ def rollout_metrics(batch: Batch, groups: Sequence[Group]) -> dict[str, Any]:
 
 def rollout_row(
     step: int, group: Group, index: int, rollout: Rollout, decode: Callable[[list[int]], str]
-) -> dict[str, Any]:
-    """One line of `rollouts.jsonl`. `pieces` are the completion's tokens as text; `shift`, added where there was a teacher,
-    is its log-probability of each token less the student's."""
+) -> RolloutRow:
+    """One line of `rollouts.jsonl`, without the `shift` that the algorithm finds."""
     verdict, context = rollout.verdict, rollout.context
-    return {
+    row: RolloutRow = {
         "step": step,
         "problem": group.problem.id,
         "sample": index,
@@ -68,5 +282,7 @@ def rollout_row(
         "finish": rollout.finish,
         "teacher_prompt": None if rollout.teacher_prompt is None else decode(list(rollout.teacher_prompt)),
         "pieces": [decode([t]) for t in rollout.tokens],
-        **({"source_errors": dict(rollout.source_errors)} if rollout.source_errors else {}),
     }
+    if rollout.source_errors:
+        row["source_errors"] = dict(rollout.source_errors)
+    return row

@@ -20,7 +20,7 @@ from vpd_mlx.feedback import add_context
 from vpd_mlx.run.collect import Batch, collect
 from vpd_mlx.run.evaluate import Measured, evaluate, measure
 from vpd_mlx.run.progress import Interrupted
-from vpd_mlx.run.records import rollout_metrics, rollout_row
+from vpd_mlx.run.records import RolloutRow, rollout_metrics, rollout_row
 from vpd_mlx.run.setup import Parts
 from vpd_mlx.types import Group, Problem
 
@@ -70,7 +70,7 @@ class Trainer(Parts):
         """This process's place among those that train together."""
         return self.policy.ranks
 
-    def step(self, number: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def step(self, number: int) -> tuple[dict[str, Any], list[RolloutRow]]:
         """Step `number`, from prompts to an updated adapter: (metrics, a row for each rollout)."""
         clock, start = Clock(), time.perf_counter()
         mx.reset_peak_memory()
@@ -150,7 +150,7 @@ class Trainer(Parts):
 
     def learn(
         self, number: int, batch: Batch, groups: Sequence[Group], clock: Clock
-    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    ) -> tuple[dict[str, Any], list[RolloutRow]]:
         """Let the algorithm learn from the groups of step `number`: (metrics, a row for each rollout)."""
         self.progress.phase("update")
         step = Step(number, self.recipe.seed, clock)

@@ -24,7 +24,7 @@ from vpd_mlx.engine.policy import Policy
 from vpd_mlx.errors import ModelError, RunError
 from vpd_mlx.recipe import Recipe, load_recipe
 from vpd_mlx.run.folder import Run, load_run
-from vpd_mlx.run.log import MARK
+from vpd_mlx.run.log import RECIPE_FILE
 from vpd_mlx.run.setup import build_prompter, load_policy
 
 __all__ = [
@@ -73,7 +73,7 @@ def open_run(path: Path) -> TrainedRun:
         RunError: it has no rollouts yet.
     """
     folder = load_run(path)
-    recipe = load_recipe(path / MARK)
+    recipe = load_recipe(path / RECIPE_FILE)
     policy = load_policy(recipe)
     policy.load_adapter(path / "adapters")
     texts = list(dict.fromkeys(row["prompt"] for row in folder.read(folder.rollouts)))[:PROMPTS]
@@ -296,7 +296,7 @@ def model_card(run: TrainedRun, what: str) -> str:
         before, after = folder.evals[0], folder.evaluation
         for key in ("student", "student_greedy", "teacher"):
             lines.append(f"| {key} | {figures_in_line(before, key)} | {figures_in_line(after, key)} |")
-    text = (folder.path / MARK).read_text(encoding="utf-8").rstrip()
+    text = (folder.path / RECIPE_FILE).read_text(encoding="utf-8").rstrip()
     return "\n".join([*lines, "", "## Recipe", "", "```yaml", text, "```", ""])
 
 

@@ -26,6 +26,7 @@ from vpd_mlx.common.files import read_rows, write_atomic
 from vpd_mlx.common.settings import Section, parse_yaml
 from vpd_mlx.errors import ConfigError, Fault, RunError
 from vpd_mlx.recipe import load_recipe
+from vpd_mlx.run.records import upgraded
 
 __all__ = [
     "Cell",
@@ -294,7 +295,7 @@ def _result(out: Path, cell: Cell, grid: Grid) -> Result:
     folder = out / cell.folder
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     curve = tuple((int(e["step"]), float(e["student"])) for e in read_rows(folder / "evals.jsonl"))
-    metrics = read_rows(folder / "metrics.jsonl")
+    metrics = [upgraded(row) for row in read_rows(folder / "metrics.jsonl")]
     tokens = np.cumsum([m["length"] * (sum(m["contexts"].values()) + m["contexts_none"]) for m in metrics])
     reached = next((step for step, value in curve if value >= grid.threshold), None)
     return Result(
@@ -304,7 +305,7 @@ def _result(out: Path, cell: Cell, grid: Grid) -> Result:
         greedy=summary["after"]["student_greedy"],
         teacher=summary["after"]["teacher"],
         curve=curve,
-        margins=tuple(m["m_step/margin"] for m in metrics if m.get("m_step/margin") is not None),
+        margins=tuple(m["student/margin"] for m in metrics if m.get("student/margin") is not None),
         steps_to=reached,
         tokens_to=None if reached is None else int(tokens[reached - 1]) if reached else 0,
         seconds=summary["seconds"]["wall"],

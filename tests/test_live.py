@@ -14,7 +14,7 @@ from vpd_mlx.types import Context, Rollout, Verdict
 
 METRICS = {
     "reward": 0.25,
-    "m_step/divergence": 0.2,
+    "student/divergence": 0.2,
     "length": 41.0,
     "tokens_per_s": 1234.0,
     "peak_memory_mb": 27.0,
