@@ -15,7 +15,7 @@ import pytest
 from vpd_mlx.recipe import Recipe, builtin_recipes, load_recipe
 
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
-    # Workers side by side: each has a temporary folder of its own, so that none finds what another leaves there.
+    # Each worker has a temporary folder of its own, so that none finds another's files.
     own = tempfile.mkdtemp(prefix=f"vpd-tests-{worker}-")
     os.chmod(own, 0o711)  # sandboxed programs run under other user ids, and pass through it
     os.environ["TMPDIR"] = tempfile.tempdir = own
@@ -35,7 +35,7 @@ SMALL = {
 
 @pytest.fixture
 def small() -> Callable[..., Recipe]:
-    """A quickstart of two small steps; overrides by dotted key with `__` for the dot."""
+    """A quickstart of two small steps. Overrides are dotted keys, with `__` for the dot."""
 
     def build(**overrides: Any) -> Recipe:
         changed = {**SMALL, **{k.replace("__", "."): v for k, v in overrides.items()}}
@@ -46,7 +46,7 @@ def small() -> Callable[..., Recipe]:
 
 @pytest.fixture
 def own_task(tmp_path: Path) -> Callable[..., Path]:
-    """A recipe file of one's own beside a data file; returns the recipe's path."""
+    """Write a recipe and its data file; returns the recipe's path."""
 
     def build(rows: str | None = None, extra: str = "", task: str | None = None) -> Path:
         if rows is None:

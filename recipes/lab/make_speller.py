@@ -84,9 +84,9 @@ def main() -> None:
     task = build_task(recipe)
     system = task.train[0].messages[0]["content"]
     wording = recipe.templates
-    told = [t.replace("{prompt}", "").split("{context}")[0] for t in (wording.sibling, wording.verifier) if t]
+    phrases = [t.replace("{prompt}", "").split("{context}")[0] for t in (wording.sibling, wording.verifier) if t]
     verdict = task.verify(task.train[0], "<answer>?</answer>").text.partition("'?'")[2]
-    hf_tokenizer = make_tokenizer([system, QUESTION, "<answer>", "</answer>", *told, verdict])
+    hf_tokenizer = make_tokenizer([system, QUESTION, "<answer>", "</answer>", *phrases, verdict])
     end = hf_tokenizer.convert_tokens_to_ids(END)
     prompter = Prompter(TokenizerWrapper(hf_tokenizer, eos_token_ids={end}), wording, False, 64, 64)
     model, config = new_model(len(hf_tokenizer))

@@ -1,3 +1,3 @@
-"""What every other room stands on: settings, files, text, statistics, seeds. Imports nothing of the package but `errors`."""
+"""What all other packages use: settings, files, text, statistics, seeds. Of this package it imports only `errors`."""
 
 __all__: list[str] = []

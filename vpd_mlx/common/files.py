@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and JSON lines."""
+"""Atomic writes, and logs of JSON lines."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["file_errors", "plain", "read_rows", "write_atomic"]
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a file so that a reader or a crash sees the old one or the new one, never half of it.
+    """Write a file so that readers see the old one or the new one, even after a crash.
 
     Raises:
-        RunError: it cannot be written; the old one is untouched then.
+        RunError: it cannot be written; the old file is unchanged.
     """
     partial = path.with_name(f".{path.name}.partial")
     with file_errors(path):
@@ -30,13 +30,13 @@ def write_atomic(path: Path, text: str) -> None:
                 os.fsync(f.fileno())
             os.replace(partial, path)
         except OSError:
-            with contextlib.suppress(OSError):  # the disk is what is at fault: the first error is the one to tell
+            with contextlib.suppress(OSError):  # report the first error, not one of the clean-up
                 partial.unlink(missing_ok=True)
             raise
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log. A last line without its newline is an unfinished write, and left out."""
+    """The rows of a log. Skips a last line without a newline: it was not written completely."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
@@ -45,18 +45,18 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def file_errors(path: Path) -> Iterator[None]:
-    """Within the block a failed read or write of a run's files is a `RunError` that names the file and the remedy."""
+    """Turn a failed read or write in the block into a `RunError` that names the file and the remedy."""
     try:
         yield
     except OSError as error:
         raise RunError(
-            f"{error.filename or path}: {error.strerror or error}; free space or mend the permissions, then go on with "
-            "--resume where a run had begun"
+            f"{error.filename or path}: {error.strerror or error}; free space or fix the permissions, then "
+            "continue the run, if it had begun, with --resume"
         ) from error
 
 
 def plain(value: Any) -> Any:
-    """JSON has no NaN or infinity: they become their names, so that a reader sees that something went wrong."""
+    """The value with NaN and infinity as text: JSON has neither, and readers should see that something went wrong."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):

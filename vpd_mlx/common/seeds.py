@@ -1,4 +1,4 @@
-"""Seeds by name, so that nothing hidden has to be restored on resume."""
+"""Seeds by name, so that a resumed run restores no generator."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ __all__ = ["phase_seed"]
 
 
 def phase_seed(seed: int, step: int, phase: str) -> int:
-    """A seed for one phase of one step; reseeding from it leaves nothing hidden to restore on resume."""
+    """The seed of one phase of one step, the same in a resumed run."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{phase}".encode()).digest()[:7], "big")

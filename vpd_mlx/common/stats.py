@@ -1,4 +1,4 @@
-"""Numbers about numbers: rates with intervals, rank statistics, seconds per phase. Pure Python and numpy."""
+"""Statistics: rates with intervals, rank statistics, seconds per phase. Only numpy is needed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Z95 = 1.959964  # the normal distribution's 97.5 % quantile
 
 
 class Clock:
-    """Seconds spent in each phase. What runs on the device must be evaluated within its phase to count there."""
+    """Seconds spent in each phase. Work on the device counts for the phase in which it is evaluated."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._now = now
@@ -40,7 +40,7 @@ class Clock:
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Count the block's seconds under `phase`; a phase within a phase counts for the inner one alone."""
+        """Count the block's seconds under `phase`. A phase within a phase counts only for the inner one."""
         outer, self.phase = self.phase, phase
         start = self._now()
         inner = sum(self.seconds.values())
@@ -53,12 +53,12 @@ class Clock:
 
 
 def mean(values: Floats) -> float | None:
-    """The mean, or None of nothing: a missing figure is not a zero."""
+    """The mean, or None if there are no values: a missing figure is not zero."""
     return float(np.mean(np.asarray(values, np.float64))) if len(values) else None
 
 
 def auc(positive: Floats, negative: Floats) -> float | None:
-    """Probability that a success outranks a failure, ties counting half; None where a class is empty."""
+    """Probability that a success outranks a failure, ties counting half; None if a class is empty."""
     if not len(positive) or not len(negative):
         return None
     difference = np.asarray(positive, np.float64)[:, None] - np.asarray(negative, np.float64)[None, :]
@@ -66,7 +66,7 @@ def auc(positive: Floats, negative: Floats) -> float | None:
 
 
 def correlation(x: Floats, y: Floats) -> float | None:
-    """Pearson's correlation; None where a side does not vary."""
+    """Pearson's correlation; None if one side is constant."""
     a, b = np.asarray(x, np.float64), np.asarray(y, np.float64)
     if len(a) < 2 or a.std() == 0 or b.std() == 0:
         return None
@@ -74,10 +74,10 @@ def correlation(x: Floats, y: Floats) -> float | None:
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """Probability that k of `samples` completions hold a right one, unbiased (arXiv 2107.03374).
+    """Probability that at least one of k completions is right, estimated without bias from `samples` (arXiv 2107.03374).
 
     Raises:
-        ValueError: k is more than `samples`.
+        ValueError: k exceeds `samples`.
     """
     if k > samples:
         raise ValueError(f"k is {k}, more than the {samples} samples")
@@ -85,9 +85,9 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 
 
 def majority(answers: Sequence[str | None], scores: Sequence[float]) -> float:
-    """maj@k: the score of the commonest answer; of equally common ones, their mean.
+    """maj@k: the score of the most common answer, or the mean score of several that are equally common.
 
-    None does not vote; where nobody votes, the mean of all scores is taken. An answer's score is the mean of those who gave it.
+    None is no vote, and without votes the result is the mean of all scores. An answer's score is the mean over its completions.
     """
     votes = Counter(a for a in answers if a is not None)
     if not votes:
@@ -98,17 +98,17 @@ def majority(answers: Sequence[str | None], scores: Sequence[float]) -> float:
 
 
 def powers(most: int) -> list[int]:
-    """1, 2, 4 … and `most` itself: the k at which pass@k is worth telling of `most` samples."""
+    """1, 2, 4 … and `most` itself: the k for which pass@k of `most` samples is reported."""
     return sorted({most, *(2**i for i in range(most.bit_length()))})
 
 
 def bootstrap_interval(
     values: Floats, *, bounds: tuple[float, float] = (0.0, 1.0), draws: int = 2000, seed: int = 0
 ) -> tuple[float, float] | None:
-    """95 % percentile interval of the mean, resampling problems: (low, high), or None of nothing.
+    """95 % percentile interval of the mean, resampling problems: (low, high), or None if there are no values.
 
-    Where all n values agree, resampling them would claim a width of zero. Wilson's interval is taken instead: with 95 %
-    confidence at most a share w = z² / (n + z²) of all problems has another value, which lies within `bounds` at worst.
+    If all n values are equal, resampling gives a width of zero. Then Wilson's interval is used: with 95 % confidence, at most a
+    share w = z² / (n + z²) of all problems has another value, which lies within `bounds`.
     """
     if not len(values):
         return None
@@ -124,7 +124,7 @@ def bootstrap_interval(
 
 @dataclass(frozen=True)
 class Paired:
-    """Mean difference over problems that both sides answered, with its 95 % bootstrap interval. Scores in 0..1."""
+    """Mean difference over the problems of both sides, with its 95 % bootstrap interval. Scores in 0..1."""
 
     difference: float
     low: float
@@ -135,17 +135,16 @@ class Paired:
 
     @property
     def verdict(self) -> str:
-        """`better`, `worse`, or `within noise` where the interval holds 0."""
+        """`better`, `worse`, or `within noise` if the interval contains 0."""
         if self.low > 0:
             return "better"
         return "worse" if self.high < 0 else "within noise"
 
 
 def paired(base: Mapping[str, float], other: Mapping[str, float]) -> Paired | None:
-    """`other` less `base`, problem by problem; None where they have no problem in common.
+    """`other` minus `base`, problem by problem; None if they have no problem in common.
 
-    What is resampled are the differences: that some problems are harder than others widens the interval of each side, and
-    not this one.
+    It resamples differences, so that the spread of difficulty between problems does not widen the interval.
     """
     differences = [other[p] - base[p] for p in base if p in other]
     between = bootstrap_interval(differences, bounds=(-1.0, 1.0))
@@ -156,7 +155,7 @@ def paired(base: Mapping[str, float], other: Mapping[str, float]) -> Paired | No
 
 
 def overlap(text: str, source: str, n: int = 4) -> float:
-    """Share of the n-word runs of `text` that stand verbatim in `source`: 0..1. A shorter text counts as one run."""
+    """Share of the n-word runs of `text` that occur verbatim in `source`: 0..1. A shorter text counts as one run."""
     words, other = text.split(), source.split()
     n = min(n, len(words))
     if n == 0:

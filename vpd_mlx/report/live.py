@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vpd_mlx.common.text import duration, percent
+from vpd_mlx.run.progress import Progress
 from vpd_mlx.types import Rollout
 
 __all__ = ["LiveView", "PlainView", "QuietView", "make_view", "step_line"]
@@ -68,7 +69,7 @@ def evaluation_line(step: int, result: Mapping[str, Any]) -> str:
     )
 
 
-class QuietView:
+class QuietView(Progress):
     """Warnings only, on standard error."""
 
     def __enter__(self) -> QuietView:
@@ -80,22 +81,6 @@ class QuietView:
     def note(self, text: str) -> None:
         """A line on standard error."""
         print(text, file=sys.stderr, flush=True)
-
-    def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
-        """Nothing."""
-
-    def step(self, step: int, steps: int, metrics: Mapping[str, Any], seconds_left: float) -> None:
-        """Nothing."""
-
-    def sample(self, prompt: str, rollout: Rollout) -> None:
-        """Nothing."""
-
-    def evaluation(self, step: int, result: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-    def paused(self) -> AbstractContextManager[None]:
-        """Nothing to pause: lines stay where they are."""
-        return nullcontext()
 
 
 class PlainView(QuietView):
@@ -123,7 +108,7 @@ class PlainView(QuietView):
         print(evaluation_line(step, result), flush=True)
 
 
-class LiveView:
+class LiveView(Progress):
     """A few lines at the foot of the terminal, redrawn in place; notes and evaluations scroll above them."""
 
     def __init__(self, console: Console, title: str) -> None:

@@ -54,7 +54,7 @@ def numbers(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, flo
 # --- in the run's process
 
 
-class Told:
+class Told(Progress):
     """Passes a run's events on to who watches it, and its figures to the services that the recipe names."""
 
     def __init__(self, progress: Progress, cfg: LoggingSettings) -> None:

@@ -1,11 +1,11 @@
-"""What a run tells whoever watches it. The loop calls these; it knows no terminal."""
+"""Events of a run for those who watch it. The loop calls these methods and knows no terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from vpd_mlx.types import Rollout
 
@@ -28,46 +28,28 @@ class Interrupted(Exception):
     """The run ends here; its last snapshot stands."""
 
 
-class Progress(Protocol):
-    """Receives a run's events as they happen."""
+class Progress:
+    """Receives a run's events as they happen. The methods here do nothing: override those that you need."""
 
     def note(self, text: str) -> None:
         """A line worth reading: a warning, a fallback, where files are."""
 
     def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
-        """A phase has begun or moved on: `done` of `total` sequences, where that is known."""
+        """A phase began or advanced: `done` of `total` sequences, if that is known."""
 
     def step(self, step: int, steps: int, metrics: Mapping[str, Any], seconds_left: float) -> None:
         """A step is complete."""
 
     def sample(self, prompt: str, rollout: Rollout) -> None:
-        """A completion of the step in progress, graded and with its context, and the user's words that it answers."""
+        """A completion of the current step, graded and with its context, and the user message that it answers."""
 
     def evaluation(self, step: int, result: Mapping[str, Any]) -> None:
         """An evaluation is complete."""
 
     def paused(self) -> AbstractContextManager[None]:
-        """Within it the terminal is left to a dialogue with a person."""
-
-
-class Silent:
-    """Says nothing."""
-
-    def note(self, text: str) -> None:
-        """Nothing."""
-
-    def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
-        """Nothing."""
-
-    def step(self, step: int, steps: int, metrics: Mapping[str, Any], seconds_left: float) -> None:
-        """Nothing."""
-
-    def sample(self, prompt: str, rollout: Rollout) -> None:
-        """Nothing."""
-
-    def evaluation(self, step: int, result: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-    def paused(self) -> AbstractContextManager[None]:
-        """Nothing to pause."""
+        """A block in which the terminal belongs to a dialogue with a person."""
         return nullcontext()
+
+
+class Silent(Progress):
+    """Shows nothing."""

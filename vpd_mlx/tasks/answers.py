@@ -1,4 +1,4 @@
-"""Where in a completion the answer stands. Of several, the last one counts: it is what the model settled on."""
+"""Finding the answer in a completion. If there are several, the last one counts: the model settled on it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ _FENCE = re.compile(r"^[ \t]*(```+|~~~+)[^\n`]*$", re.M)
 
 
 def spoken(completion: str) -> str:
-    """The completion without what was thought: all after the last `</think>`."""
+    """The completion without its thinking: all after the last `</think>`."""
     return completion.rpartition("</think>")[2]
 
 
 def in_tag(completion: str, tag: str) -> str | None:
-    """What stands between the last `<tag>` and its end, without white space around it."""
+    """The text between the last `<tag>` and `</tag>`, stripped."""
     start, end = f"<{tag}>", f"</{tag}>"
     head, found, _ = spoken(completion).rpartition(end)
     _, opened, inner = head.rpartition(start)
@@ -23,7 +23,7 @@ def in_tag(completion: str, tag: str) -> str | None:
 
 
 def boxed(text: str) -> str | None:
-    r"""What stands in the last `\boxed{}` that is closed; braces within it balance."""
+    r"""The content of the last complete `\boxed{}`, with balanced braces."""
     at = len(text)
     while (at := text.rfind("\\boxed{", 0, at)) >= 0:
         depth, start = 0, at + len("\\boxed{")
