@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from vpd_mlx import recipe
+from vpd_mlx.common.settings import Section, kind_of
 from vpd_mlx.run import records
 from vpd_mlx.tasks import TASKS
 
@@ -33,29 +33,24 @@ def default_of(info: FieldInfo) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def section(model: type[BaseModel], prefix: str, title: str) -> list[str]:
+def section(model: type[Section], prefix: str, title: str) -> list[str]:
     """One table."""
     head = ["| key | default | what it does |", "|---|---|---|"]
     lines = [f"## {title}", "", (model.__doc__ or "").strip(), "", *head]
     nested = []
     for name, info in model.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
             if prefix:
                 nested += section(info.annotation, f"{prefix}{name}.", f"{prefix}{name}")
             continue
         text = (info.description or "").replace("|", "\\|")
         if prefix.startswith("task") and name == "kind":
             text = "Names the task."
-            default = str(info.annotation.__args__[0])  # type: ignore[union-attr]
+            default = kind_of(model)
         else:
             default = default_of(info)
         lines.append(f"| `{prefix}{name}` | {default} | {text} |")
     return [*lines, "", *nested]
-
-
-def kind_of(model: type[BaseModel]) -> str:
-    """The task's name."""
-    return str(model.model_fields["kind"].annotation.__args__[0])  # type: ignore[union-attr]
 
 
 def reference() -> str:
@@ -72,7 +67,7 @@ def reference() -> str:
     for model, _ in sorted(TASKS, key=lambda task: kind_of(task[0])):
         lines += section(model, "task.", f"task: {kind_of(model)}")
     for name, info in recipe.Recipe.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
             lines += section(info.annotation, f"{name}.", name)
     return "\n".join(lines).rstrip() + "\n"
 

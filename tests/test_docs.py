@@ -43,8 +43,8 @@ def test_every_command_and_key_that_is_named_exists(page: Path):
     commands |= {g.name for g in app.registered_groups}
     for name in re.findall(r"vpd-mlx ([a-z]+)\b", "\n".join(re.findall(r"```.*?```|`[^`]+`", text, re.DOTALL))):
         assert name in commands, f"{page.name}: vpd-mlx {name}"
-    sections = {path.split(".")[0] for path, _, _ in model_fields(Recipe) if "." in path}
-    known = {path for path, _, _ in model_fields(Recipe)}
+    sections = {path.split(".")[0] for path, _ in model_fields(Recipe) if "." in path}
+    known = {path for path, _ in model_fields(Recipe)}
     for key in re.findall(r"`([a-z_]+\.[a-z_]+)(?::[^`]*)?`", text):
         if key.split(".")[0] in sections and key.split(".")[0] != "task" and not key.endswith((".py", ".yaml")):
             assert key in known, f"{page.name}: {key}"

@@ -7,9 +7,11 @@ import json
 import os
 import pty
 import re
+import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
 import time
 import urllib.error
@@ -18,19 +20,20 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from vpd_mlx.common.files import read_rows
 from vpd_mlx.common.stats import Clock
 from vpd_mlx.errors import ConfigError, DataError, SourceError
+from vpd_mlx.feedback import Failed, FeedbackSettings, Host
 from vpd_mlx.feedback import server as server_module
 from vpd_mlx.feedback.command import Command
-from vpd_mlx.feedback.human import MARK, Human, Terminal
-from vpd_mlx.feedback.outside import Asking, Failed, Host
+from vpd_mlx.feedback.human import BELOW, Human, Terminal
+from vpd_mlx.feedback.outside import Asking
 from vpd_mlx.feedback.replay import Replay
-from vpd_mlx.feedback.server import Reply, Server
+from vpd_mlx.feedback.server import Server
 from vpd_mlx.feedback.server import ServerSettings as Settings
-from vpd_mlx.feedback.settings import FeedbackSettings
 from vpd_mlx.recipe import Recipe
 from vpd_mlx.run.checkpoint import find_checkpoint
 from vpd_mlx.run.loop import train
@@ -146,7 +149,7 @@ def test_an_answer_too_many_is_found_out(program: list[str]):
 
 
 def test_no_such_program():
-    with pytest.raises(ConfigError, match=r"feedback\.command: 'no-such-critic' is no program"):
+    with pytest.raises(ConfigError, match=r"feedback\.command: 'no-such-critic' is not a program"):
         Command(["no-such-critic"], 1, 1)
 
 
@@ -245,30 +248,35 @@ def test_failures_are_counted_and_named_and_no_score_is_lost(small: Callable[...
     rows = read_rows(tmp_path / "run" / "rollouts.jsonl")
     assert len(rows) == 16  # none has left the batch
     assert metrics["contexts_failed"] > 0
-    assert metrics["contexts"]["verifier"] > 0  # the next source is heard in its place
+    assert metrics["contexts"]["verifier"] > 0  # the next source is asked instead
     assert any(n.startswith("command failed on") and "the dog ate it" in n for n in heard.notes)
 
 
 # --- server
 
 
-class Answers:
-    """A transport: what it answers, in order; the last for ever. Keeps what it was asked."""
+class Answers(httpx.MockTransport):
+    """Answers with these replies in order; the last for ever. Keeps what it was asked."""
 
-    def __init__(self, *replies: Reply | Exception) -> None:
+    def __init__(self, *replies: httpx.Response | Exception) -> None:
+        super().__init__(self._answer)
         self.replies = list(replies)
-        self.asked: list[tuple[str, Mapping[str, str], dict[str, Any]]] = []
+        self.asked: list[tuple[str, httpx.Headers, dict[str, Any]]] = []
 
-    def __call__(self, url: str, headers: Mapping[str, str], body: bytes, seconds: float) -> Reply:
-        self.asked.append((url, headers, json.loads(body)))
+    def _answer(self, request: httpx.Request) -> httpx.Response:
+        self.asked.append((str(request.url), request.headers, json.loads(request.content)))
         reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
         if isinstance(reply, Exception):
             raise reply
-        return reply
+        return httpx.Response(reply.status_code, headers=reply.headers, content=reply.content)
 
 
-def said(text: str) -> Reply:
-    return Reply(200, json.dumps({"choices": [{"message": {"content": text}}]}).encode())
+def said(text: str) -> httpx.Response:
+    return httpx.Response(200, json={"choices": [{"message": {"content": text}}]})
+
+
+def reply(status: int, body: bytes, wait: int | None = None) -> httpx.Response:
+    return httpx.Response(status, content=body, headers={} if wait is None else {"Retry-After": str(wait)})
 
 
 @pytest.fixture
@@ -276,8 +284,8 @@ def ask_server(small: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(server_module, "PAUSES", (0.01, 0.02))
     prompter = Trainer.build(small()).prompter
 
-    def build(transport: Answers, note: Callable[[str], None] = print, **settings: Any) -> Server:
-        return Server(Settings(url="http://127.0.0.1:9/v1", **settings), prompter, note, transport)
+    def build(transport: httpx.BaseTransport | None, note: Callable[[str], None] = print, **settings: Any) -> Server:
+        return Server(Settings(**{"url": "http://127.0.0.1:9/v1", **settings}), prompter, note, transport)
 
     return build
 
@@ -302,7 +310,7 @@ def test_a_key_that_is_not_there(ask_server):
 
 
 @pytest.mark.parametrize(
-    "trouble", [Reply(500, b"oops"), Reply(429, b"", 0.0), TimeoutError(), ConnectionRefusedError(111, "refused")]
+    "trouble", [reply(500, b"oops"), reply(429, b"", 0), httpx.ReadTimeout(""), httpx.ConnectError("refused")]
 )
 def test_trouble_that_passes_is_waited_out(ask_server, trouble):
     answers = Answers(trouble, trouble, said("Carry."))
@@ -314,20 +322,21 @@ def test_trouble_that_passes_is_waited_out(ask_server, trouble):
 
 def test_pauses_grow_and_the_servers_wish_is_heard(ask_server, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(server_module, "PAUSES", (0.5, 3.0))
-    server = ask_server(Answers(*[Reply(503, b"")] * 4, Reply(429, b"", 2.5), said("x")), retries=5)
+    server = ask_server(Answers(*[reply(503, b"")] * 4, reply(429, b"", 2), said("x")), retries=5)
     waits: list[float] = []
     monkeypatch.setattr(server._closed, "wait", lambda seconds: waits.append(seconds))
     assert server.ask(PROBLEM, rollout("3")) == "x"
-    assert waits == [0.5, 1.0, 2.0, 3.0, 2.5]
+    assert waits == [0.5, 1.0, 2.0, 3.0, 2.0]
 
 
 def test_what_will_not_pass_is_not_tried_again(ask_server):
-    for reply, words in (
-        (Reply(401, b"bad key"), r"status 401 \(bad key\)"),
-        (Reply(200, b"<html>"), "no chat completion"),
-        (Reply(200, b'{"choices": [{"message": {"content": 3}}]}'), "content is no text"),
+    for answer, words in (
+        (reply(401, b"bad key"), r"status 401 \(bad key\)"),
+        (httpx.Response(302, headers={"Location": "http://127.0.0.1:9/elsewhere"}), "status 302"),
+        (reply(200, b"<html>"), "not a chat completion"),
+        (reply(200, b'{"choices": [{"message": {"content": 3}}]}'), "content of the answer is not text"),
     ):
-        answers = Answers(reply)
+        answers = Answers(answer)
         with pytest.raises(SourceError, match=words):
             ask_server(answers, retries=5).ask(PROBLEM, rollout("3"))
         assert len(answers.asked) == 1
@@ -364,10 +373,39 @@ def test_the_budget_counts_attempts_and_goes_into_the_checkpoint(ask_server):
     assert later.ask(PROBLEM, rollout("e")) is None
 
 
+class Trickle(httpx.SyncByteStream):
+    """An answer that never ends."""
+
+    def __init__(self, pause: float, size: int) -> None:
+        self._pause, self._size = pause, size
+
+    def __iter__(self) -> Iterator[bytes]:
+        while True:
+            time.sleep(self._pause)
+            yield b" " * self._size
+
+
+@pytest.mark.parametrize(
+    ("pause", "size", "words"),
+    [(0.05, 1, r"no answer within 0.2 s \(feedback.server.timeout\)"), (0.0, 1 << 20, "an answer of more than 4 MB")],
+)
+def test_an_answer_that_does_not_end_is_given_up(ask_server, pause: float, size: int, words: str):
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, stream=Trickle(pause, size)))
+    with pytest.raises(SourceError, match=words):
+        ask_server(transport, timeout=0.2 if pause else 20, retries=0).ask(PROBLEM, rollout("3"))
+
+
+def test_no_proxy_stands_between_us_and_this_machine(ask_server, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ALL_PROXY", "socks9://nowhere")
+    ask_server(None)
+    with pytest.raises(ConfigError, match=r"feedback\.server\.url: a proxy of the environment cannot be used"):
+        ask_server(None, url="http://critic.example/v1")
+
+
 def test_no_more_than_the_concurrency_at_once(ask_server):
     now, most, lock = [0], [0], threading.Lock()
 
-    def slow(*_: object) -> Reply:
+    def slow(_: httpx.Request) -> httpx.Response:
         with lock:
             now[0] += 1
             most[0] = max(most[0], now[0])
@@ -376,7 +414,7 @@ def test_no_more_than_the_concurrency_at_once(ask_server):
             now[0] -= 1
         return said("x")
 
-    asking = Asking("server", ask_server(slow), FeedbackSettings(), 3, Host())
+    asking = Asking("server", ask_server(httpx.MockTransport(slow)), FeedbackSettings(), 3, Host())
     asking([group(*"abcdefghi")], [[True] * 9])
     asking.close()
     assert most == [3]
@@ -503,7 +541,7 @@ class Script:
 def test_a_persons_keys(tmp_path: Path):
     stops: list[bool] = []
     person = Script("t", "carry the one", "?", "s", "r", "e", "several\nlines", "t", "  ", "q")
-    human = Human(FeedbackSettings(), Host(stop=lambda: stops.append(True)), person)
+    human = Human(False, Host(stop=lambda: stops.append(True)), person)
     human.open(tmp_path)
     (answers,) = human([group("a", "b", "c", "d", "e")], [[True] * 5])
     assert answers == ["carry the one", None, "carry the one", "several\nlines", None]
@@ -513,7 +551,7 @@ def test_a_persons_keys(tmp_path: Path):
     assert [r["how"] for r in read_rows(tmp_path / "human.jsonl")] == ["line", "skip", "repeat", "editor"]
 
     person = Script("n")
-    human = Human(FeedbackSettings(), Host(), person)
+    human = Human(False, Host(), person)
     human.open(tmp_path)
     (answers,) = human([group("a", "b", "c", "d", "e", "f")], [[True] * 6])
     assert answers == ["carry the one", None, "carry the one", "several\nlines", None, None]
@@ -528,9 +566,10 @@ def test_a_persons_keys(tmp_path: Path):
         Replay(tmp_path, ["other"])
 
 
-def test_a_real_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("last", [b"q", b"\x03", b"\x04", b""], ids=["q", "ctrl-c", "ctrl-d", "signal"])
+def test_a_real_terminal(last: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     editor = tmp_path / "editor.sh"
-    editor.write_text(f'#!/bin/sh\ngrep -qe "{MARK}" "$1" && printf "from the editor\\n%s\\n" "{MARK}" > "$1"\n')
+    editor.write_text(f'#!/bin/sh\ngrep -qe "{BELOW}" "$1" && printf "from the editor\\n%s\\n" "{BELOW}" > "$1"\n')
     editor.chmod(0o755)
     monkeypatch.delenv("VISUAL", raising=False)
     monkeypatch.setenv("EDITOR", str(editor))
@@ -550,28 +589,43 @@ def test_a_real_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             assert time.monotonic() < until, screen.decode(errors="replace")
             time.sleep(0.01)
 
+    def press(key: bytes, question: str) -> None:
+        wait_for(question)
+        until = time.monotonic() + 10
+        while termios.tcgetattr(theirs)[3] & termios.ICANON:  # what is typed before a key is awaited is lost
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        if key:
+            os.write(ours, key)
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
+
     def type_it() -> None:
         try:
-            wait_for("1 of 3")
-            os.write(ours, b"t")
+            press(b"t", "1 of 4")
             wait_for("> ")
             os.write(ours, b"carry tge\x7f\x7fhe one\n")  # the terminal's own editing
-            wait_for("2 of 3")
-            os.write(ours, b"e")
-            wait_for("3 of 3")
-            os.write(ours, b"s")
+            press(b"e", "2 of 4")
+            press(b"s", "3 of 4")
+            press(last, "4 of 4")
         except AssertionError as error:
             wrong.append(str(error))
             os.write(ours, b"q")
 
+    stops: list[bool] = []
     with os.fdopen(theirs, "r", closefd=False) as reads, os.fdopen(theirs, "w", closefd=False) as writes:
+        monkeypatch.setattr(sys, "stdin", reads)
+        monkeypatch.setattr(sys, "stdout", writes)
         typist = threading.Thread(target=type_it)
         typist.start()
-        human = Human(FeedbackSettings(), Host(), Terminal(Host(), reads, writes))
-        (answers,) = human([group("a\x1b[2J", "b", "c")], [[True] * 3])
+        host = Host(stop=lambda: stops.append(True))
+        human = Human(False, host, Terminal(host))
+        (answers,) = human([group("a\x1b[2J", "b", "c", "d")], [[True] * 4])
         typist.join()
+        monkeypatch.undo()
     assert not wrong
-    assert answers == ["carry the one", "from the editor", None]
+    assert answers == ["carry the one", "from the editor", None, None]
+    assert stops == [True]
     assert b"\x1b[2J" not in screen  # a completion moves no cursor
     os.close(ours)
     os.close(theirs)
@@ -587,7 +641,7 @@ def test_no_terminal_no_person(small: Callable[..., Recipe], tmp_path: Path, mon
 def test_what_was_typed_in_a_run_can_be_replayed_in_another(small: Callable[..., Recipe], tmp_path: Path):
     recipe = small(feedback__sources=["human"], steps=1)
     trainer = Trainer.build(recipe)
-    trainer.sources["human"] = Human(recipe.feedback, Host(), Script(*["t", "tens too low"] * 16))
+    trainer.sources["human"] = Human(False, Host(), Script(*["t", "tens too low"] * 16))
     trainer.sources.open(tmp_path)
     _, groups = trainer.roll_out(1, Clock())
     trainer.sources.close()

@@ -1,4 +1,4 @@
-"""The messages of student, teacher and critic, and the token ids they become.
+"""The messages of student, teacher and critic, and their token ids.
 
 Only this module and `tasks/` hold prompt text. The student sees the plain prompt; the teacher sees the same
 conversation with its last user message replaced by one that carries the feedback C. The completion's ids are appended
@@ -58,46 +58,40 @@ DEFAULT_TEMPLATES: Mapping[str, str] = {
     ),
 }
 
-# Sources outside this process share one wording, which does not give away whether the attempt was right.
-_REVIEWS = ("command", "server", "human", "replay")
-
 
 class Templates(Section):
-    """Wording of the prompts. null keeps the built-in text; `{prompt}` and `{context}` are filled in."""
+    """Wording of the prompts. null keeps the built-in text; `{prompt}` and `{context}` are replaced by the texts themselves."""
 
-    student: str | None = Field(None, description="The student's user message, from `{prompt}`.")
-    sibling: str | None = Field(None, description="The teacher's user message with another solution of the group.")
-    verifier: str | None = Field(None, description="The teacher's user message with the verifier's words.")
+    student: str | None = Field(None, description="The student's user message, with `{prompt}`.")
+    sibling: str | None = Field(None, description="The teacher's user message with a sibling's solution.")
+    verifier: str | None = Field(None, description="The teacher's user message with the verifier's text.")
     critique: str | None = Field(None, description="The teacher's user message with a critique.")
     reference: str | None = Field(None, description="The teacher's user message with the reference solution.")
     both: str | None = Field(None, description="The teacher's user message with `{solution}` and `{context}`.")
-    review: str | None = Field(
-        None, description="The teacher's user message with feedback from command, server, human or replay."
-    )
+    review: str | None = Field(None, description="The teacher's user message with feedback from any other source.")
     attempt: str | None = Field(None, description="Text before the feedback when `include_attempt`, with `{attempt}`.")
     critic: str | None = Field(
-        None, description="What the critic is asked, with `{prompt}`, `{attempt}`, `{answer}` and `{feedback}`."
+        None,
+        description="The question to the critic, with `{prompt}`, `{attempt}`, `{answer}` and `{feedback}`.",
     )
-    critic_right: str | None = Field(
-        None, description="The same of a right attempt: what a server is asked when `feedback.on_success`."
-    )
+    critic_right: str | None = Field(None, description="The same about a right attempt, with `feedback.on_success`.")
 
     def faults(self, recipe: Any) -> Iterator[Fault]:
-        """A template must hold what is to be filled in, and nothing that nothing fills."""
+        """A template needs its placeholders, and must not have a misspelt one."""
         for key, needed in (("student", ("{prompt}",)), *((k, ("{prompt}", "{context}")) for k in _CONTEXT_TEMPLATES)):
             text = getattr(self, key)
             missing = [p for p in needed if text is not None and p not in text]
             if missing:
-                yield Fault(f"templates.{key}", f"lacks {' and '.join(missing)}", "put it where the text belongs")
+                yield Fault(f"templates.{key}", f"lacks {' and '.join(missing)}", "put it where that text belongs")
         for key, known in _TEMPLATE_FIELDS.items():
-            # Braces of other tongues, LaTeX's \boxed{x} for one, are left alone: only what looks like one of ours counts.
+            # Braces of other languages, such as LaTeX's \boxed{x}, are fine: only a name close to one of ours is a mistake.
             names = re.findall(r"(?<!\w)\{(\w+)\}", getattr(self, key) or "")
             ours = {n for fields in _TEMPLATE_FIELDS.values() for n in fields}
             unknown = [n for n in names if n not in known and difflib.get_close_matches(n, ours, n=1, cutoff=0.75)]
             if unknown:
                 yield Fault(
                     f"templates.{key}",
-                    f"{{{unknown[0]}}} is filled by nothing",
+                    f"{{{unknown[0]}}} is not a placeholder of this template",
                     f"use {', '.join(f'{{{n}}}' for n in known)}, or take it out",
                 )
 
@@ -113,7 +107,7 @@ _CONTEXT_TEMPLATES = ("sibling", "verifier", "critique", "reference", "both", "r
 
 
 class NoRoom(Exception):
-    """Nothing of what is to be shown would be left within `rollout.max_prompt_tokens`."""
+    """`rollout.max_prompt_tokens` leaves no room for the text that a prompt is to show."""
 
 
 CUT_MARK = "\n[...]\n"
@@ -121,7 +115,7 @@ _THINKING = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
 
 
 def demonstration(text: str) -> str:
-    """A completion as it may be shown to a teacher: its thinking is cut out."""
+    """A completion without its thinking, as a teacher may see it."""
     return _THINKING.sub("", text).strip()
 
 
@@ -140,11 +134,10 @@ class Prompter:
     max_prompt_tokens: int
     max_context_tokens: int
 
-    def template(self, kind: str) -> str:
-        """The wording for `kind`: the recipe's, else the built-in one."""
-        kind = "review" if kind in _REVIEWS else kind
-        own: str | None = getattr(self.templates, kind)
-        return DEFAULT_TEMPLATES[kind] if own is None else own
+    def template(self, name: str) -> str:
+        """The wording of this name: the recipe's, else the built-in one."""
+        own: str | None = getattr(self.templates, name)
+        return DEFAULT_TEMPLATES[name] if own is None else own
 
     def student(self, problem: Problem) -> tuple[int, ...]:
         """Prompt ids of the student."""
@@ -152,19 +145,18 @@ class Prompter:
         return self.encode([*problem.messages[:-1], {"role": "user", "content": content}])
 
     def teacher(
-        self, problem: Problem, kind: str, text: str, *, solution: str = "", attempt: str | None = None
+        self, problem: Problem, template: str, text: str, *, solution: str = "", attempt: str | None = None
     ) -> tuple[tuple[int, ...], bool]:
-        """(prompt ids of the teacher under a context, whether the context had to be cut).
+        """(the teacher's prompt ids with this context, whether the context had to be cut).
 
-        A context that is too long loses its middle: what stands around it, the closing instruction above all, stays
-        whole.
+        A context that is too long loses its middle; the text around it, with the closing instruction, stays whole.
 
         Raises:
-            NoRoom: that alone fills the prompt, and nothing of the context would be left.
+            NoRoom: the text around it fills the prompt alone.
         """
 
         def ids(context: str) -> tuple[int, ...]:
-            body = _fill(self.template(kind), prompt=problem.prompt, context=context, solution=solution)
+            body = _fill(self.template(template), prompt=problem.prompt, context=context, solution=solution)
             lead = "" if attempt is None else _fill(self.template("attempt"), attempt=attempt)
             if lead:
                 body = body.replace(problem.prompt, f"{problem.prompt}\n\n{lead}", 1)
@@ -176,7 +168,7 @@ class Prompter:
         """Prompt ids that ask the model for a critique of its own attempt.
 
         Raises:
-            NoRoom: nothing of the attempt would be left.
+            NoRoom: the text around the attempt fills the prompt alone.
         """
 
         def ids(shown: str) -> tuple[int, ...]:
@@ -185,7 +177,7 @@ class Prompter:
         return self._fit(ids, attempt)[0]
 
     def critic_message(self, problem: Problem, attempt: str, feedback: str, *, right: bool = False) -> str:
-        """What a critic, this model or another, is asked of an attempt that failed or was right."""
+        """The question to a critic, this model or another, about an attempt that failed or was right."""
         answer = problem.answer or problem.reference or ""
         template = self.template("critic_right" if right else "critic")
         return _fill(template, prompt=problem.prompt, attempt=attempt, answer=answer, feedback=feedback)
@@ -195,7 +187,7 @@ class Prompter:
         if self.tokenizer.chat_template is None:
             text = "\n\n".join(m["content"] for m in messages) + "\n"
             return tuple(self.tokenizer.encode(text))
-        # mlx-lm's wrapper sets enable_thinking by itself when it is absent: say it, on both sides alike.
+        # mlx-lm's wrapper sets enable_thinking itself when it is absent: pass it, for student and teacher alike.
         ids = self.tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=True, enable_thinking=self.thinking, tokenize=True, return_dict=False
         )
@@ -209,7 +201,7 @@ class Prompter:
             return ids, False
         budget = min(budget, len(tokens))
         while True:
-            # What does not belong to the context is fixed; shrink the context until the whole fits.
+            # Only the context may shrink; do so until the whole prompt fits.
             head, tail = tokens[: (budget + 1) // 2], tokens[len(tokens) - budget // 2 :]
             ids = build(self.tokenizer.decode(head) + CUT_MARK + self.tokenizer.decode(tail))
             over = len(ids) - self.max_prompt_tokens
@@ -217,7 +209,7 @@ class Prompter:
                 return ids, True
             if budget == 0:
                 raise NoRoom(
-                    f"no room: the prompt and the words around it take {len(ids)} tokens of "
+                    f"no room: the prompt and the text around it take {len(ids)} tokens of "
                     f"rollout.max_prompt_tokens {self.max_prompt_tokens}; raise it or shorten the template"
                 )
             budget = max(0, budget - max(over, 1))

@@ -1,64 +1,75 @@
 """The recipe: one YAML file, a strict model behind it, and all faults reported at once.
 
-Precedence is recipe < `--set key=value` < named flag. Each part of the program carries its own section; here they are put
-together: those of the engine and the run by name, those of tasks, feedback sources and algorithms from their lists.
+Precedence is recipe < `--set key=value` < named flag. Each part of the program carries its own section of the recipe. Here they
+are put together: those of the engine and the run by name, those of tasks, feedback sources and algorithms from the lists `TASKS`,
+`SOURCES` and `ALGORITHMS`.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar, Union
 
 import yaml
-from pydantic import BaseModel, Field, create_model
+from pydantic import Field, create_model
+from pydantic.fields import FieldInfo
 
 from vpd_mlx.algos import ALGORITHMS, Entry
-from vpd_mlx.common.settings import Positive, Section, absolute, assign, parse_yaml, validate
+from vpd_mlx.common.settings import OneOf, Positive, Section, absolute, assign, parse_yaml, validate
 from vpd_mlx.engine.settings import LoraSettings, MemorySettings, OptimizerSettings, RolloutSettings
 from vpd_mlx.errors import ConfigError, Fault
 from vpd_mlx.feedback import FeedbackSettings
 from vpd_mlx.prompts import Templates
 from vpd_mlx.tasks import TASKS
 
-__all__ = ["RECIPE_VERSION", "Recipe", "builtin_recipes", "dump", "load_recipe", "model_fields", "resolve_recipe_path"]
+__all__ = [
+    "RECIPE_VERSION",
+    "Recipe",
+    "builtin_recipes",
+    "dump",
+    "json_schema",
+    "load_recipe",
+    "model_fields",
+    "resolve_recipe_path",
+]
 
 RECIPE_VERSION = 1
 
 
 class EvaluationSettings(Section):
-    """Held-out problems, before, after and on the way."""
+    """Evaluation on held-out problems, before, after and during training."""
 
-    every: Positive | None = Field(None, description="Evaluate every n steps; null only before and after.")
+    every: Positive | None = Field(None, description="Evaluate every n steps; null evaluates before and after only.")
     patience: Positive | None = Field(
-        None, description="Stop after so many evaluations without a better student; needs `every`. null never stops."
+        None, description="Stop after this many evaluations without a better student; needs `every`. null never stops."
     )
     keep_best: bool = Field(False, description="End with the adapter of the best evaluation instead of the last one.")
-    problems: Positive = Field(200, description="Most held-out problems.")
+    problems: Positive = Field(200, description="Most held-out problems to evaluate on.")
     samples: Positive = Field(4, description="k of avg@k: sampled completions per problem.")
     temperature: float = Field(0.6, gt=0, description="Sampling temperature.")
     top_p: float = Field(0.95, gt=0, le=1, description="Nucleus sampling.")
 
     def faults(self, recipe: Any) -> Iterator[Fault]:
-        """Patience needs something to wait for."""
+        """Patience counts evaluations during training."""
         if self.patience is not None and self.every is None:
-            yield Fault("evaluation.patience", "needs evaluations on the way", "set evaluation.every, too")
+            yield Fault("evaluation.patience", "needs evaluations during training", "set evaluation.every, too")
 
 
 class CheckpointSettings(Section):
-    """What is kept for going on."""
+    """What a run keeps, to be resumed from."""
 
     every: Positive = Field(20, description="Steps between checkpoints. One is written at every stop as well.")
     keep: Positive = Field(2, description="Newest checkpoints kept; each holds the best adapter by evaluation, too.")
 
 
 class LoggingSettings(Section):
-    """Services that get the run's figures and recipe, never its texts. One that fails gets a note and never stops the run."""
+    """Services that receive the run's figures and recipe, never its texts. If one fails, a note says so and the run goes on."""
 
     to: list[Literal["wandb", "swanlab", "trackio", "tensorboard"]] = Field(
         [],
-        description="Services, each an extra of its own: `pip install 'vpd-mlx[wandb]'`. Log in to them as they ask.",
+        description="Services, each an extra of its own: `pip install 'vpd-mlx[wandb]'`. Log in to each as it requires.",
     )
     project: str = Field("vpd-mlx", min_length=1, description="Project at wandb, swanlab or trackio.")
 
@@ -73,16 +84,18 @@ _TASK: Any = Annotated[Union[tuple(settings for settings, _ in TASKS)], Field(di
 
 
 class _Core(Section):
-    """All that decides a run."""
+    """Everything that decides a run."""
 
     version: Literal[1] = Field(1, description="Version of the recipe format.")
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run folder.")
     description: str = Field("", description="One line for `vpd-mlx recipes`.")
-    algorithm: Literal[tuple(ALGORITHMS)] = Field("vpd", description="What happens with the rollouts of a step.")  # type: ignore[valid-type]
+    algorithm: Annotated[str, OneOf(ALGORITHMS)] = Field(
+        "vpd", description="What is learned from the rollouts of a step."
+    )
     model: str = Field(description="A folder (relative to the recipe) or a hub id, in mlx-lm's format.")
     model_revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     thinking: bool = Field(False, description="Let the chat template turn thinking on, for student and teacher.")
-    seed: int = Field(0, ge=0, description="Decides everything random.")
+    seed: int = Field(0, ge=0, description="Seed of everything random.")
     steps: Positive = Field(100, description="Rollout batches of the whole run.")
     task: _TASK = Field(description="Problems and verifier.")
     lora: LoraSettings = LoraSettings()
@@ -97,11 +110,11 @@ class _Core(Section):
 
     @property
     def entry(self) -> Entry:
-        """What the list of algorithms says of this recipe's."""
+        """The recipe's algorithm in `ALGORITHMS`."""
         return ALGORITHMS[self.algorithm]
 
     def section(self, kind: type[Kind]) -> Kind:
-        """The section of this type, e.g. one that an algorithm has added."""
+        """The section of this type. This is how an algorithm finds its own, which the type of a recipe does not name."""
         return next(value for value in self.sections().values() if isinstance(value, kind))
 
     def sections(self) -> dict[str, Section]:
@@ -109,29 +122,30 @@ class _Core(Section):
         return {name: value for name in type(self).model_fields if isinstance(value := getattr(self, name), Section)}
 
     def contradictions(self) -> Iterator[Fault]:
-        """Values that are fine alone and make no sense together."""
+        """Values that are valid alone and contradict each other."""
         for section in self.sections().values():
             yield from section.faults(self)
 
     def located(self, folder: Path) -> Self:
         """The recipe with every path in it absolute, as seen from its folder."""
-        changes: dict[str, Any] = {name: section.located(folder) for name, section in self.sections().items()}
-        local = (folder / Path(self.model).expanduser()).resolve()
-        if self.model.startswith((".", "/", "~")) or local.exists():
-            changes["model"] = absolute(self.model, folder)
-        return self.model_copy(update=changes)
+        recipe, local = super().located(folder), (folder / Path(self.model).expanduser()).resolve()
+        if not self.model.startswith((".", "/", "~")) and not local.exists():
+            return recipe  # a model on the hub
+        return recipe.model_copy(update={"model": absolute(self.model, folder)})
 
 
+# Which sections algorithms read is known only when their list is: the model is made then. A type checker cannot follow that; it
+# sees the fields above, and the type that `section` returns.
 if TYPE_CHECKING:
     Recipe = _Core
 else:
-    # The sections that algorithms read, each once.
+    _sections = {name: kind for entry in ALGORITHMS.values() for name, kind in entry.sections.items()}
     Recipe = create_model(
         "Recipe",
         __base__=_Core,
         __module__=__name__,
         __doc__=_Core.__doc__,
-        **{name: (kind, kind()) for entry in ALGORITHMS.values() for name, kind in entry.sections.items()},
+        **{name: (kind, kind()) for name, kind in _sections.items()},
     )
 
 
@@ -151,10 +165,10 @@ def builtin_recipes() -> dict[str, Path]:
 
 
 def resolve_recipe_path(recipe: str) -> Path:
-    """A recipe's file, from a built-in name or a path.
+    """The file of a recipe, by its built-in name or its path.
 
     Raises:
-        ConfigError: there is neither.
+        ConfigError: neither exists.
     """
     known = builtin_recipes()
     if recipe in known:
@@ -169,7 +183,7 @@ def resolve_recipe_path(recipe: str) -> Path:
 
 
 def load_recipe(path: Path, overrides: list[tuple[str, Any]] | None = None) -> Recipe:
-    """Read, override and check a recipe; paths in it become absolute, relative to the recipe's folder.
+    """Read, override and check a recipe; paths in it, which are relative to its folder, become absolute.
 
     Raises:
         ConfigError: every fault found, at once.
@@ -194,7 +208,7 @@ def load_recipe(path: Path, overrides: list[tuple[str, Any]] | None = None) -> R
     recipe, found = validate(Recipe, raw)
     faults += found
     if recipe is not None:
-        known = {f.path for f in faults}  # what was dropped as faulty is not missing besides
+        known = {f.path for f in faults}  # a key that was dropped as faulty is not reported a second time
         faults += [f for f in recipe.contradictions() if f.path not in known]
     if faults or recipe is None:
         overridden = {key for key, _ in overrides or []}
@@ -208,11 +222,15 @@ def dump(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
 
 
-def model_fields(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
-    """(path, field, extras) of every key of a recipe, depth first; `task` is left to its kinds."""
-    for name, info in model.model_fields.items():
-        kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from model_fields(kind, f"{prefix}{name}.")
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe, for editors that complete and check YAML."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+
+
+def model_fields(model: type[Section] = Recipe, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """(dotted key, field) of every key of a recipe, depth first. `task`, which is one of several sections, is one key."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from model_fields(field.annotation, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", info, {"section": model.__doc__}
+            yield f"{prefix}{name}", field

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from vpd_mlx import __version__
 from vpd_mlx.commands.compare import compare
+from vpd_mlx.commands.data import data
 from vpd_mlx.commands.doctor import doctor
 from vpd_mlx.commands.evaluate import evaluate
 from vpd_mlx.commands.export import export
@@ -19,8 +20,8 @@ from vpd_mlx.commands.new import new
 from vpd_mlx.commands.plan import plan
 from vpd_mlx.commands.report import report
 from vpd_mlx.commands.show import show
-from vpd_mlx.commands.task import data, verify
 from vpd_mlx.commands.train import train
+from vpd_mlx.commands.verify import verify
 from vpd_mlx.errors import VpdError
 from vpd_mlx.recipe import builtin_recipes, load_recipe
 

@@ -23,7 +23,6 @@ from vpd_mlx.recipe import Recipe, builtin_recipes, load_recipe, resolve_recipe_
 from vpd_mlx.report.live import make_view
 from vpd_mlx.run.log import RECIPE_FILE
 from vpd_mlx.run.progress import Progress
-from vpd_mlx.tasks.data import DatasetSettings
 from vpd_mlx.types import Problem
 
 if TYPE_CHECKING:
@@ -193,7 +192,7 @@ def _with_data(cfg: Recipe, data: str, split: Split) -> Recipe:
         raise ConfigError(
             [Fault("--data", "is for rows that were not trained on", "leave --split train out")], "command line"
         )
-    if not isinstance(cfg.task, DatasetSettings):
+    if not hasattr(cfg.task, "eval_data"):
         remedy = "leave it out, or name a recipe with --recipe whose rows come from a file"
         raise ConfigError([Fault("--data", f"task {cfg.task.kind} makes its own problems", remedy)], "command line")
     place = data if data.startswith(HUB) else str(Path(data).expanduser().resolve())

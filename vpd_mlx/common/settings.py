@@ -1,28 +1,66 @@
-"""What every section of a recipe is, and how YAML text becomes one with all its faults told at once.
+"""What every section of a recipe is, and how YAML text becomes one, with all its faults reported at once.
 
-A section is a strict pydantic model. It may add faults that only show beside the rest of the recipe (`faults`), and it says
-which of its keys are paths (`paths`). Every field's description is its documentation: `docs/recipe.md` is generated from it.
+A section is a strict pydantic model. It names those of its keys that are paths (`paths`) and finds the values in it that
+contradict the rest of the recipe (`faults`). Every field's description is its documentation: `docs/recipe.md` is generated
+from it.
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from vpd_mlx.errors import ConfigError, Fault
 
-__all__ = ["HUB", "Positive", "Section", "Unit", "absolute", "assign", "parse_set", "parse_yaml", "validate"]
+__all__ = [
+    "HUB",
+    "OneOf",
+    "Positive",
+    "Section",
+    "Unit",
+    "absolute",
+    "assign",
+    "kind_of",
+    "parse_set",
+    "parse_yaml",
+    "validate",
+]
 
-HUB = "hf://"  # what data on the Hugging Face hub begins with
+HUB = "hf://"  # prefix of data on the Hugging Face hub
 
 Positive = Annotated[int, Field(ge=1)]
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """In `Annotated[str, OneOf(names)]`: the name of something on a list, such as an algorithm or a feedback source.
+
+    The list is read when a value is checked: what is added to it later may be named, too.
+    """
+
+    names: Collection[str]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._checked)
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        return {"type": "string", "enum": list(self.names)}
+
+    def _checked(self, value: Any) -> str:
+        if not isinstance(value, str) or value not in self.names:
+            *others, last = map(repr, self.names)
+            raise PydanticCustomError("one_of", f"{', '.join(others)} or {last}")
+        return value
 
 
 class Section(BaseModel):
@@ -30,19 +68,31 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
     paths: ClassVar[tuple[str, ...]] = ()
-    """Keys that hold a path, relative to the recipe's folder."""
+    """Keys that hold a path, relative to the recipe's folder; those of the base classes count as well."""
 
     def faults(self, recipe: Any) -> Iterator[Fault]:
-        """Values that are fine alone and make no sense beside the rest of the recipe."""
+        """Values that are valid alone and contradict each other or the rest of the recipe."""
         yield from ()
 
     def located(self, folder: Path) -> Self:
-        """The section with its paths absolute."""
-        values = {key: value for key in self.paths if isinstance(value := getattr(self, key), str)}
-        return self.model_copy(update={k: absolute(v, folder) for k, v in values.items() if not v.startswith(HUB)})
+        """The section with its paths absolute, and those of the sections within it."""
+        paths = {key for kind in type(self).__mro__ for key in getattr(kind, "paths", ())}
+        changes: dict[str, Any] = {}
+        for key in type(self).model_fields:
+            value = getattr(self, key)
+            if isinstance(value, Section):
+                changes[key] = value.located(folder)
+            elif key in paths and isinstance(value, str) and not value.startswith(HUB):
+                changes[key] = absolute(value, folder)
+        return self.model_copy(update=changes)
 
 
 Model = TypeVar("Model", bound=Section)
+
+
+def kind_of(section: type[Section]) -> str:
+    """The value of `kind` that chooses this section where a key may hold one of several."""
+    return str(get_args(section.model_fields["kind"].annotation)[0])
 
 
 def absolute(path: str, folder: Path) -> str:
@@ -93,7 +143,7 @@ def parse_yaml(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}" if mark is not None else "text"
         what = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError([Fault(line, f"not valid YAML ({what})", "mend that line")], where) from None
+        raise ConfigError([Fault(line, f"not valid YAML ({what})", "fix that line")], where) from None
 
 
 def parse_set(items: list[str]) -> list[tuple[str, Any]]:
@@ -115,7 +165,7 @@ def parse_set(items: list[str]) -> list[tuple[str, Any]]:
 
 
 def assign(raw: dict[str, Any], key: str, value: Any) -> list[Fault]:
-    """Set a dotted key in a tree of mappings; what stands in the way is a fault."""
+    """Set a dotted key in a tree of mappings; a value where a section is needed is a fault."""
     *parents, last = key.split(".")
     node = raw
     for i, part in enumerate(parents):
@@ -128,85 +178,89 @@ def assign(raw: dict[str, Any], key: str, value: Any) -> list[Fault]:
     return []
 
 
+# --- checking
+
+
 def validate(model: type[Model], raw: dict[str, Any]) -> tuple[Model | None, list[Fault]]:
-    """The model if it can be had, and the faults. Faulty keys are dropped and the rest is read again, so that values
-    which contradict each other are reported in the same go as wrong types."""
+    """The model, if the values allow one, and the faults.
+
+    Faulty keys are dropped and the rest is read again, so that values which contradict each other are reported together with
+    those of a wrong type.
+    """
     try:
         return model.model_validate(raw), []
     except ValidationError as error:
-        faults = [_fault(model, raw, e) for e in error.errors()]
-        pruned = _without(raw, [_location(e) for e in error.errors()])
-        try:
-            return model.model_validate(pruned), faults
-        except ValidationError:
-            return None, faults
+        places = [_place(model, e["loc"]) for e in error.errors()]
+        faults = [_fault(model, place, e) for place, e in zip(places, error.errors(), strict=True)]
+        rest = copy.deepcopy(raw)
+        for place in places:
+            _drop(rest, place.keys)
+    try:
+        return model.model_validate(rest), faults
+    except ValidationError:
+        return None, faults
 
 
-def _location(error: Any) -> list[str | int]:
-    # A tagged union puts the tag into the location: task.addition.digits -> task.digits.
-    loc = list(error["loc"])
-    return loc[:1] + loc[2:] if loc[:1] == ["task"] and len(loc) > 1 else loc
+@dataclass(frozen=True)
+class _Place:
+    """Where in the recipe an error is: the keys that lead there, and the section that holds the last of them."""
+
+    keys: tuple[str | int, ...]
+    section: type[Section]
 
 
-def _fault(model: type[Section], raw: Any, error: Any) -> Fault:
-    loc = _location(error)
-    path = ".".join(str(p) for p in loc) or "recipe"
+def _place(model: type[Section], location: Sequence[str | int]) -> _Place:
+    """The place of pydantic's error location, in which a section's kind stands as well: task.addition.digits."""
+    keys, section, parts = list[str | int](), model, list(location)
+    while parts:
+        keys.append(part := parts.pop(0))
+        field = section.model_fields.get(str(part))
+        inner = _kinds(field.annotation) if field is not None and parts else {}
+        if None in inner:
+            section = inner[None]
+        elif inner:
+            section = inner[str(parts.pop(0))]
+    return _Place(tuple(keys), section)
+
+
+def _kinds(annotation: Any) -> dict[str | None, type[Section]]:
+    """The sections that a key may hold, by kind; under None the only one."""
+    if isinstance(annotation, type):
+        return {None: annotation} if issubclass(annotation, Section) else {}
+    return {kind_of(m): m for m in get_args(annotation) if isinstance(m, type) and issubclass(m, Section)}
+
+
+def _drop(raw: dict[str, Any], keys: tuple[str | int, ...]) -> None:
+    node: Any = raw
+    for key in keys[:-1]:
+        node = node.get(key) if isinstance(node, dict) else None
+    if isinstance(node, dict) and keys:
+        node.pop(keys[-1], None)
+
+
+def _fault(model: type[Section], place: _Place, error: Any) -> Fault:
+    """pydantic's error in our words."""
+    path, last = ".".join(map(str, place.keys)) or "recipe", str(place.keys[-1]) if place.keys else ""
     kind, value = error["type"], error["input"]
     shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
-    if kind == "extra_forbidden":
-        names = _sibling_keys(model, raw, loc)
-        close = difflib.get_close_matches(str(loc[-1]), names, n=1)
-        remedy = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(names)}"
-        return Fault(path, f"unknown key (value {shown})", remedy)
-    if kind == "missing":
-        return Fault(path, "is required and missing", f"add `{loc[-1]}: …`")
-    if kind in ("union_tag_not_found", "union_tag_invalid"):
-        tags = ", ".join(_kinds(model, str(loc[0])))
-        got = value.get("kind") if isinstance(value, dict) else value
-        return Fault(f"{path}.kind", f"{got!r} is not a kind of task", f"use one of {tags}")
-    if kind == "model_type":
-        return Fault(
-            path, f"got {shown}", f"needs keys of its own, e.g. {path}.{_sibling_keys(model, raw, [*loc, ''])[0]}"
-        )
-    if kind == "too_short":
-        return Fault(path, f"got {shown}", f"needs at least {error['ctx']['min_length']} of them")
-    if kind == "string_pattern_mismatch" and path == "name":
-        return Fault(path, f"got {shown}", "needs letters, digits, dots and dashes, a letter or digit first")
+    match kind:
+        case "extra_forbidden":
+            names = list(place.section.model_fields)
+            close = difflib.get_close_matches(last, names, n=1)
+            remedy = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(names)}"
+            return Fault(path, f"unknown key (value {shown})", remedy)
+        case "missing":
+            return Fault(path, "is required and missing", f"add `{last}: …`")
+        case "union_tag_not_found" | "union_tag_invalid":
+            kinds = ", ".join(map(str, _kinds(place.section.model_fields[last].annotation)))
+            got = value.get("kind") if isinstance(value, dict) else value
+            return Fault(f"{path}.kind", f"{got!r} is not a kind of {last}", f"use one of {kinds}")
+        case "model_type":
+            inner = next(iter(_kinds(place.section.model_fields[last].annotation).values()))
+            return Fault(path, f"got {shown}", f"needs keys of its own, e.g. {path}.{next(iter(inner.model_fields))}")
+        case "too_short":
+            return Fault(path, f"got {shown}", f"needs at least {error['ctx']['min_length']} of them")
+        case "string_pattern_mismatch" if path == "name":
+            return Fault(path, f"got {shown}", "needs letters, digits, dots and dashes, a letter or digit first")
     message = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return Fault(path, f"got {shown}", f"needs {message}")
-
-
-def _kinds(model: type[Section], key: str) -> dict[str, type[Section]]:
-    """Sections of a field that is one of several, by their `kind`."""
-    union: Any = model.model_fields[key].annotation
-    members = getattr(union, "__args__", (union,))
-    return {str(m.model_fields["kind"].annotation.__args__[0]): m for m in members}
-
-
-def _sibling_keys(model: type[Section], raw: Any, loc: list[str | int]) -> list[str]:
-    found: Any = model
-    for part in loc[:-1]:
-        if part == "task":
-            kinds = _kinds(found, part)
-            found = kinds.get(raw["task"].get("kind"), next(iter(kinds.values())))
-        else:
-            found = found.model_fields[part].annotation
-    return list(found.model_fields)
-
-
-def _without(raw: dict[str, Any], locations: list[list[str | int]]) -> dict[str, Any]:
-    def copy(node: Any) -> Any:
-        return {k: copy(v) for k, v in node.items()} if isinstance(node, dict) else node
-
-    out: dict[str, Any] = copy(raw)
-    for loc in locations:
-        node: Any = out
-        keys = list(loc)
-        for part in keys[:-1]:
-            if not isinstance(node, dict) or part not in node:
-                break
-            node = node[part]
-        else:
-            if isinstance(node, dict) and keys:
-                node.pop(keys[-1], None)
-    return out

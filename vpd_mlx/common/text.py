@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
-    "clean",
     "duration",
     "figures",
     "figures_in_line",
@@ -23,6 +22,7 @@ __all__ = [
     "points_range",
     "steps",
     "visible",
+    "without_surrogates",
 ]
 
 
@@ -31,8 +31,8 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def clean(text: str) -> str:
-    """The text with lone surrogates, which no file and no tokenizer accepts, replaced by `?`."""
+def without_surrogates(text: str) -> str:
+    """The text with lone surrogates, which neither files nor tokenizers accept, replaced by `?`."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 

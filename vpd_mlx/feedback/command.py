@@ -1,7 +1,7 @@
-"""C = what a program of the user's says of a completion. docs/feedback-command.md is its protocol.
+"""C = the feedback of a program of the user's own. docs/feedback-command.md is its protocol.
 
-JSON lines on standard input and output, one request at a time, the program kept alive between them. One that dies, answers
-too late or answers rubbish is ended and started again for the next request, each time after a longer pause.
+JSON lines on standard input and output, one request at a time; the program stays alive between them. A program that dies,
+answers late or breaks the protocol is killed and started again for the next request, each time after a longer pause.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from pydantic import Field
 
 from vpd_mlx.common.settings import Positive, Section, absolute
 from vpd_mlx.errors import ConfigError, Fault, SourceError
-from vpd_mlx.feedback.settings import unset
+from vpd_mlx.feedback.base import SourceEntry, SourceParts, unset
+from vpd_mlx.feedback.outside import Asking, Backend
 from vpd_mlx.types import Problem, Rollout
 
-__all__ = ["Command", "CommandKeys"]
+__all__ = ["COMMAND", "Command", "CommandKeys"]
 
 LONGEST = 1 << 20  # bytes of one answer
 PAUSES = (0.1, 5.0)  # seconds before the first restart, and at most
-KEPT = 4000  # bytes of standard error, for the message when it dies
+KEPT = 4000  # bytes of standard error, for the message when the program dies
 
 
 class CommandKeys(Section):
@@ -46,18 +47,18 @@ class CommandKeys(Section):
         "JSON lines, see docs/feedback-command.md.",
     )
     command_timeout: float = Field(30.0, gt=0, description="Seconds for one answer of the program, its start included.")
-    command_workers: Positive = Field(1, description="Copies of the program that work side by side.")
+    command_workers: Positive = Field(1, description="Copies of the program that run side by side.")
 
     def faults(self, recipe: Any) -> Iterator[Fault]:
-        """The program must be given."""
+        """The source needs its program."""
         yield from unset(
             "command", "command", self.command, "give the program as a list, e.g. [python3, critic.py]", recipe
         )
         yield from super().faults(recipe)
 
     def located(self, folder: Path) -> Self:
-        """Of the command's words, those that name a file beside the recipe; a program of the PATH stays a name."""
-        # os.path.isfile says no where a word is too long to be a name.
+        """As for every section; words of the command that name a file beside the recipe become absolute paths, too."""
+        # os.path.isfile, unlike Path.is_file, returns False for a word that is too long to be a file name.
         words = [
             absolute(w, folder) if os.path.isfile(folder / w) or w.startswith(("./", "../", "~/")) else w
             for w in self.command or []
@@ -65,8 +66,8 @@ class CommandKeys(Section):
         return super().located(folder).model_copy(update={"command": words or None})
 
 
-class Command:
-    """Copies of one program, each serving one request at a time."""
+class Command(Backend):
+    """Copies of one program, each of which serves one request at a time."""
 
     def __init__(self, argv: Sequence[str], timeout: float, workers: int) -> None:
         """Checks that the program can be found; starts nothing yet.
@@ -75,7 +76,7 @@ class Command:
             ConfigError: there is no such program.
         """
         if shutil.which(argv[0]) is None:
-            what = f"{argv[0]!r} is no program that can be run"
+            what = f"{argv[0]!r} is not a program that can be run"
             raise ConfigError(
                 [Fault("feedback.command", what, "give its path, relative to the recipe, or a name in PATH")]
             )
@@ -87,10 +88,10 @@ class Command:
         self._numbers = itertools.count(1)
 
     def ask(self, problem: Problem, rollout: Rollout) -> str | None:
-        """The program's words.
+        """The program's feedback.
 
         Raises:
-            SourceError: it died, was too slow, or answered something else.
+            SourceError: it died, was too slow, or broke the protocol.
         """
         verdict = rollout.verdict
         request = {
@@ -109,21 +110,11 @@ class Command:
         finally:
             self._free.put(program)
 
-    def open(self, folder: Path) -> None:
-        """Nothing."""
-
     def close(self) -> None:
-        """End the programs; who waits for an answer gets none."""
+        """End the programs; requests that wait for an answer fail."""
         self._closed.set()
         for program in self._programs:
             program.kill()
-
-    def state(self) -> dict[str, Any]:
-        """None: the protocol has no memory."""
-        return {}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Nothing."""
 
 
 class _Program:
@@ -146,7 +137,7 @@ class _Program:
             line = self._exchange(process, json.dumps(request).encode() + b"\n")
             text = _feedback(line, request["id"])
         except SourceError:
-            # Whatever happened, what it may still say belongs to this request: only a fresh one can be trusted with the next.
+            # Late output would be taken for the answer to the next request: only a fresh program can serve that.
             self.kill()
             self._failures += 1
             raise
@@ -159,7 +150,7 @@ class _Program:
         if self._process is not None:
             return self._process
         try:
-            # A session of its own: Ctrl-C in the terminal is for the run, and the whole group can be ended.
+            # A session of its own: Ctrl-C in the terminal does not reach it, and its whole process group can be killed.
             process = subprocess.Popen(
                 self._argv,
                 stdin=subprocess.PIPE,
@@ -201,7 +192,7 @@ class _Program:
                         with contextlib.suppress(BlockingIOError):
                             try:
                                 left = left[os.write(give, left[: 1 << 16]) :]
-                            except BrokenPipeError:  # it reads no more; whether it answers, the other end tells
+                            except BrokenPipeError:  # it has stopped reading, but may still answer
                                 left = left[:0]
                         if not left:
                             selector.unregister(give)
@@ -219,10 +210,10 @@ class _Program:
         return f"the program {end}" + (f": {lines[-1][:200]}" if lines else "")
 
     def kill(self) -> None:
-        """End it and all that it started."""
+        """Kill it and all that it started."""
         self._process = None
         if self._end is not None:
-            self._end()  # only the first call does anything: a number that the system has given away again is left alone
+            self._end()  # only the first call does anything, so a process id that the system reuses is safe
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -252,7 +243,7 @@ def _feedback(line: bytes, expected: str) -> str | None:
         answer = json.loads(line)
     except (ValueError, RecursionError):
         raise SourceError(
-            f"answered {shown!r}, which is not JSON; all but answers must go to its standard error"
+            f"answered {shown!r}, which is not JSON; all output but answers must go to its standard error"
         ) from None
     if not isinstance(answer, dict) or "feedback" not in answer or "id" not in answer:
         raise SourceError(f'answered {shown!r}; an answer is {{"id": ..., "feedback": ...}}')
@@ -262,3 +253,12 @@ def _feedback(line: bytes, expected: str) -> str | None:
     if text is not None and not isinstance(text, str):
         raise SourceError(f"answered {shown!r}; feedback must be text or null")
     return text
+
+
+def _build(parts: SourceParts) -> Asking:
+    cfg = parts.cfg
+    program = Command(cfg.command or [], cfg.command_timeout, cfg.command_workers)
+    return Asking("command", program, cfg, cfg.command_workers, parts.host)
+
+
+COMMAND = SourceEntry(_build, keys=CommandKeys, on_success=True)

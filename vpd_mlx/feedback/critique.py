@@ -1,20 +1,17 @@
-"""C = what the model itself says of its failed attempt, having seen the right answer (self-critique)."""
+"""C = the model's own critique of its failed attempt, written after it has seen the right answer (self-critique)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from pydantic import Field
 
 from vpd_mlx.common.settings import Positive, Section
-from vpd_mlx.feedback.outside import Answer, Failed
+from vpd_mlx.feedback.base import Answer, Failed, Generate, Source, SourceEntry, SourceParts
 from vpd_mlx.prompts import NoRoom, Prompter, demonstration
 from vpd_mlx.types import Group
 
-__all__ = ["CritiqueKeys", "Generate", "critique"]
-
-Generate = Callable[[Sequence[tuple[int, ...]]], list[str]]
-"""Prompt ids -> one sampled text each."""
+__all__ = ["CRITIQUE", "CritiqueKeys", "critique"]
 
 
 class CritiqueKeys(Section):
@@ -24,7 +21,7 @@ class CritiqueKeys(Section):
 
 
 def critique(
-    groups: Sequence[Group], wanted: list[list[bool]], prompter: Prompter, generate: Generate
+    groups: Sequence[Group], wanted: list[list[bool]], prompter: Prompter, generate: Generate, max_tokens: int
 ) -> list[list[Answer]]:
     """Two or three sentences of the model's own for every failure that still wants a context."""
     places, prompts = [], []
@@ -32,12 +29,19 @@ def critique(
     for g, (group, wants) in enumerate(zip(groups, wanted, strict=True)):
         for i, (rollout, want) in enumerate(zip(group.rollouts, wants, strict=True)):
             if want and not rollout.success:
-                words = rollout.verdict.text if rollout.verdict is not None else ""
+                verdict = rollout.verdict.text if rollout.verdict is not None else ""
                 try:
-                    prompts.append(prompter.critic(group.problem, rollout.text, words))
+                    prompts.append(prompter.critic(group.problem, rollout.text, verdict))
                     places.append((g, i))
                 except NoRoom as error:
                     out[g][i] = Failed(str(error))
-    for (g, i), text in zip(places, generate(prompts) if prompts else [], strict=True):
+    for (g, i), text in zip(places, generate(prompts, max_tokens) if prompts else [], strict=True):
         out[g][i] = demonstration(text) or None
     return out
+
+
+def _build(parts: SourceParts) -> Source:
+    return lambda groups, wanted: critique(groups, wanted, parts.prompter, parts.generate, parts.cfg.critique_tokens)
+
+
+CRITIQUE = SourceEntry(_build, keys=CritiqueKeys, template="critique", whole_groups=True, needs="the model")

@@ -1,63 +1,58 @@
-"""C = what a person at the terminal says of a failed completion.
+"""C = what a person at the terminal types about a failed completion.
 
-What was typed is kept at once, in `human.jsonl` in the run folder: nobody is asked twice about the same completion of a
-problem, a resumed run goes on where the person stopped, and a later one can replay it all.
+Each text is kept at once in `human.jsonl` in the run folder: nobody is asked twice about the same completion of a problem, a
+resumed run goes on where the person stopped, and a later one can replay it all.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import select
-import shlex
 import signal
-import subprocess
 import sys
-import tempfile
-import termios
-import threading
-import tty
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol, TextIO
 
+import click
+
 from vpd_mlx.common.files import read_rows
-from vpd_mlx.common.text import clean, one_line
+from vpd_mlx.common.text import one_line, without_surrogates
 from vpd_mlx.errors import ConfigError, Fault, RunError
-from vpd_mlx.feedback.outside import POLL, Answer, Host, Outside, eligible
-from vpd_mlx.feedback.settings import FeedbackSettings
+from vpd_mlx.feedback.base import Answer, Host, SourceEntry, answer_each
+from vpd_mlx.feedback.outside import Outside
 from vpd_mlx.types import Group, Problem, Rollout
 
-__all__ = ["Human", "Person", "Terminal"]
+__all__ = ["BELOW", "HUMAN", "Human", "Person", "Terminal"]
 
 FILE = "human.jsonl"
-MARK = "------ What stands below this line is for reading and is left out. ------"
+BELOW = "------ Write above this line. What follows is for reading and is left out. ------"
 LONG = 2000  # characters of a text that are shown; the editor has the whole
 
 
 class Person(Protocol):
-    """Whoever answers."""
+    """Answers questions: the terminal, or a script in a test."""
 
     def show(self, text: str) -> None:
-        """Something to read."""
+        """Show a text."""
 
     def key(self) -> str | None:
-        """One key; None when nothing more will come."""
+        """One key; None when no more will come."""
 
     def line(self) -> str | None:
-        """One line; None when it was given up."""
+        """One line; None at the end of input."""
 
     def edit(self, below: str) -> str | None:
-        """A text from an editor, with `below` to look at; None when the editor failed."""
+        """A text from an editor that shows `below` under it; None when the editor failed or nothing was saved."""
 
 
 class Human(Outside):
     """Asks about each failed completion, one by one, in the order of the rollouts."""
 
-    def __init__(self, cfg: FeedbackSettings, host: Host, person: Person | None = None) -> None:
+    def __init__(self, on_success: bool, host: Host, person: Person | None = None) -> None:
         """`person` is the terminal, unless given."""
-        self._cfg = cfg
+        super().__init__(on_success)
         self._host = host
         self._person = person
         self._known: dict[tuple[str, str], str | None] = {}
@@ -68,20 +63,16 @@ class Human(Outside):
         """Look for the terminal.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: standard input or output is not a terminal.
         """
-        self._person = self._person or Terminal.own(self._host)
+        self._person = self._person or Terminal(self._host)
 
-    def asks(self, rollout: Rollout) -> bool:
-        """Failures, and successes where the recipe says so."""
-        return eligible(rollout, self._cfg.on_success)
-
-    def sparing(self, groups: Sequence[Group], wanted: list[list[bool]]) -> list[list[Answer]]:
-        """Nothing: a person is not asked for the sake of a measurement."""
+    def for_evaluation(self, groups: Sequence[Group], wanted: list[list[bool]]) -> list[list[Answer]]:
+        """No answers: an evaluation does not interrupt a person."""
         return [[None] * len(g.rollouts) for g in groups]
 
     def __call__(self, groups: Sequence[Group], wanted: list[list[bool]]) -> list[list[Answer]]:
-        """The person's words, and None for what was skipped."""
+        """The person's texts, and None for what was skipped."""
         asked = {
             (g.problem.id, r.text): (g.problem, r)
             for g, wants in zip(groups, wanted, strict=True)
@@ -93,18 +84,16 @@ class Human(Outside):
             self.ready()
             with self._host.paused():
                 self._dialogue(new)
-        return [
-            [
-                self._known.get((g.problem.id, r.text)) if want and self.asks(r) else None
-                for r, want in zip(g.rollouts, wants, strict=True)
-            ]
-            for g, wants in zip(groups, wanted, strict=True)
-        ]
+
+        def typed(group: Group, rollout: Rollout) -> str | None:
+            return self._known.get((group.problem.id, rollout.text)) if self.asks(rollout) else None
+
+        return answer_each(groups, wanted, typed)
 
     def _dialogue(self, new: dict[tuple[str, str], tuple[Problem, Rollout]]) -> None:
         assert self._person is not None
         for number, (problem, rollout) in enumerate(new.values(), 1):
-            self._host.moved(number - 1, len(new))
+            self._host.on_progress(number - 1, len(new))
             self._person.show(_question(number, len(new), problem, rollout))
             how, text = self._choice(problem, rollout)
             if how == "stop":
@@ -117,7 +106,7 @@ class Human(Outside):
             self._note(problem, rollout, text, how)
 
     def _choice(self, problem: Problem, rollout: Rollout) -> tuple[str, str | None]:
-        """(what was chosen, the words where there are some)."""
+        """(what was chosen, the text if there is one)."""
         assert self._person is not None
         again = "" if self._last is None else f"  r repeat {_short(self._last, 40)!r}"
         menu = f"[t type a line  e editor{again}  s skip  n skip the rest of this step  q stop, go on later] "
@@ -141,7 +130,7 @@ class Human(Outside):
                 case _:
                     continue
             if text is not None and text.strip():
-                self._last = clean(text.strip())
+                self._last = without_surrogates(text.strip())
                 return how, self._last
 
     def _note(self, problem: Problem, rollout: Rollout, text: str | None, how: str) -> None:
@@ -166,7 +155,7 @@ class Human(Outside):
             ) from None
 
     def open(self, folder: Path) -> None:
-        """Read what was typed before, and keep what is typed from now on."""
+        """Read what was typed before, and append what is typed from now on."""
         path = folder / FILE
         try:
             for row in read_rows(path):
@@ -174,10 +163,10 @@ class Human(Outside):
                 self._last = row["feedback"] or self._last
             self._file = path.open("a", encoding="utf-8")
             text = path.read_bytes()
-            self._file.truncate(text.rfind(b"\n") + 1)  # an unfinished line of a run that was killed
+            self._file.truncate(text.rfind(b"\n") + 1)  # drops the unfinished line of a run that was killed
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(
-                f"{path}: cannot be used ({type(error).__name__}: {error}); mend it, or move it away"
+                f"{path}: cannot be used ({type(error).__name__}: {error}); fix it, or move it away"
             ) from None
 
     def close(self) -> None:
@@ -188,92 +177,66 @@ class Human(Outside):
 
 
 class Terminal:
-    """A real terminal, by its two streams."""
+    """The process's own terminal."""
 
-    def __init__(self, host: Host, reads: TextIO, writes: TextIO) -> None:
-        self._host = host
-        self._reads = reads
-        self._writes = writes
-
-    @classmethod
-    def own(cls, host: Host) -> Terminal:
-        """The process's own.
+    def __init__(self, host: Host) -> None:
+        """Checks that there is one.
 
         Raises:
-            ConfigError: standard input or output is none.
+            ConfigError: standard input or output is not a terminal.
         """
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
-            raise ConfigError(
-                [
-                    Fault(
-                        "feedback.sources",
-                        "human needs a terminal, and there is none here",
-                        "run it in a terminal, or take replay with what was typed before",
-                    )
-                ]
-            )
-        return cls(host, sys.stdin, sys.stdout)
+            what = "human needs a terminal, and standard input or output is none"
+            remedy = "run it in a terminal, or use replay with feedback from an earlier run"
+            raise ConfigError([Fault("feedback.sources", what, remedy)])
+        self._host = host
 
     def show(self, text: str) -> None:
-        """Written as it is, what would move the cursor aside."""
-        self._writes.write(text)
-        self._writes.flush()
+        """Print the text, without a newline of its own."""
+        click.echo(text, nl=False)
 
     def key(self) -> str | None:
-        """One key, unechoed, without waiting for the end of a line."""
-        fd = self._reads.fileno()
-        before = termios.tcgetattr(fd)
-        try:
-            tty.setcbreak(fd, termios.TCSADRAIN)  # what was typed ahead stays
-            while not self._host.stopping():  # Ctrl-C sets a flag only
-                if select.select([fd], [], [], POLL)[0]:
-                    got = os.read(fd, 64).decode(errors="replace")
-                    if not got:
-                        return None
-                    if len(got) == 1:  # more is an arrow key, or something pasted
-                        self.show("\n" if got in "\r\n" else f"{one_line(got)}\n")
-                        return got
-            return None
-        finally:
-            termios.tcsetattr(fd, termios.TCSADRAIN, before)
+        """One key, unechoed, without waiting for the end of a line. None on Ctrl-C, Ctrl-D or a signal to the run."""
+        with (
+            _handled(signal.default_int_handler, signal.SIGINT, signal.SIGTERM),
+            contextlib.suppress(KeyboardInterrupt, EOFError),
+        ):
+            while not self._host.stopping():
+                got = click.getchar()
+                if len(got) == 1:  # more is an arrow key, or something pasted
+                    self.show("\n" if got in "\r\n" else f"{one_line(got)}\n")
+                    return got
+                if not got:
+                    break
+        return None
 
     def line(self) -> str | None:
         """One line, with the terminal's own editing."""
         self.show("> ")
-        text = self._reads.readline()
+        text = sys.stdin.readline()
         return text.rstrip("\n") if text else None
 
     def edit(self, below: str) -> str | None:
-        """What was written above the mark, in $VISUAL or $EDITOR."""
-        editor = os.environ.get("VISUAL") or os.environ.get("EDITOR")
-        if not editor:
-            self.show("$EDITOR is not set; type a line instead\n")
+        """The text above `BELOW` in $VISUAL or $EDITOR."""
+        try:
+            # Ctrl-C belongs to the editor while it is open.
+            with _handled(lambda *_: None, signal.SIGINT):
+                text = click.edit(f"\n{BELOW}\n{below}", extension=".md")
+        except (click.ClickException, ValueError) as error:  # ValueError: a saved text that is not UTF-8, for one
+            self.show(f"{error}\n")
             return None
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "feedback.md"
-            file.write_text(f"\n{MARK}\n{below}", encoding="utf-8")
-            try:
-                with _no_interrupt():
-                    done = subprocess.run([*shlex.split(editor), str(file)], stdin=self._reads, stdout=self._writes)
-                if done.returncode == 0:
-                    return file.read_text(encoding="utf-8", errors="replace").partition(MARK)[0].strip()
-                self.show(f"{editor} ended with code {done.returncode}\n")
-            except (OSError, ValueError) as error:
-                self.show(f"{editor} cannot be run ({error})\n")
-        return None
+        return None if text is None else text.partition(BELOW)[0].strip()
 
 
 @contextlib.contextmanager
-def _no_interrupt() -> Iterator[None]:
-    """Ctrl-C is the editor's while it is open."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before: Any = signal.signal(signal.SIGINT, lambda *_: None)
+def _handled(handler: Callable[[int, FrameType | None], Any], *signals: signal.Signals) -> Iterator[None]:
+    """Have `handler` handle the signals within the block. The run's own handlers only set a flag, and a read goes on then."""
+    before = {number: signal.signal(number, handler) for number in signals}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def _question(number: int, count: int, problem: Problem, rollout: Rollout, *, whole: bool = False) -> str:
@@ -299,3 +262,8 @@ def _visible(text: str) -> str:
 
 def _short(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
+
+
+HUMAN = SourceEntry(
+    lambda parts: Human(parts.cfg.on_success, parts.host), on_success=True, needs="a person at the terminal"
+)

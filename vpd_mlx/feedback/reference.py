@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vpd_mlx.feedback.base import Answer, SourceEntry, answer_each
 from vpd_mlx.types import Group
 
-__all__ = ["reference"]
+__all__ = ["REFERENCE", "reference"]
 
 
-def reference(groups: Sequence[Group], wanted: list[list[bool]]) -> list[list[str | None]]:
+def reference(groups: Sequence[Group], wanted: list[list[bool]]) -> list[list[Answer]]:
     """The row's reference solution, for every rollout of a problem that has one."""
-    return [
-        [group.problem.reference if want else None for want in wants]
-        for group, wants in zip(groups, wanted, strict=True)
-    ]
+    return answer_each(groups, wanted, lambda group, _: group.problem.reference)
+
+
+REFERENCE = SourceEntry(lambda parts: reference, template="reference", solution=True)

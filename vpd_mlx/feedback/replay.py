@@ -1,29 +1,30 @@
-"""C = feedback that was given before: what a person typed in an earlier run, any run's rollouts, or a file of one's own."""
+"""C = feedback from an earlier time: what a person typed in a run, any run's rollouts, or a file of your own."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar
 
 from pydantic import Field
 
-from vpd_mlx.common.settings import Section, absolute
-from vpd_mlx.common.text import clean
+from vpd_mlx.common.settings import Section
+from vpd_mlx.common.text import without_surrogates
 from vpd_mlx.errors import DataError, Fault
-from vpd_mlx.feedback.outside import Answer, Outside, eligible
-from vpd_mlx.feedback.settings import unset
+from vpd_mlx.feedback.base import Answer, SourceEntry, SourceParts, answer_each, unset
+from vpd_mlx.feedback.outside import Outside
 from vpd_mlx.tasks.data import read_rows
 from vpd_mlx.types import Group, Rollout
 
-__all__ = ["Replay", "ReplayKeys", "read_feedback"]
+__all__ = ["REPLAY", "Replay", "ReplayKeys", "read_feedback"]
 
 FILES = ("human.jsonl", "rollouts.jsonl")  # of a run folder, in order of preference
-SOLUTIONS = ("sibling", "reference", "both")  # no words on a completion: their own sources give them afresh
 
 
 class ReplayKeys(Section):
     """What `replay` adds to the section `feedback`."""
+
+    paths: ClassVar[tuple[str, ...]] = ("replay",)
 
     replay: str | None = Field(
         None,
@@ -32,32 +33,26 @@ class ReplayKeys(Section):
     )
 
     def faults(self, recipe: Any) -> Iterator[Fault]:
-        """The file must be given."""
+        """The source needs its file."""
         yield from unset("replay", "replay", self.replay, "give a run folder or a .jsonl file", recipe)
         yield from super().faults(recipe)
 
-    def located(self, folder: Path) -> Self:
-        """The file, as seen from the recipe's folder."""
-        path = None if self.replay is None else absolute(self.replay, folder)
-        return super().located(folder).model_copy(update={"replay": path})
-
 
 class Replay(Outside):
-    """Feedback by problem, and by completion where the very same one was spoken about.
+    """Feedback by problem and completion; failing that, the first on any other completion of the problem in the file."""
 
-    Words on another completion of the problem are given where there are none on this one: the first in the file.
-    """
-
-    def __init__(self, path: Path, problems: Collection[str] = (), on_success: bool = False) -> None:
-        """Read it all.
+    def __init__(
+        self, path: Path, problems: Collection[str] = (), on_success: bool = False, solutions: Collection[str] = ()
+    ) -> None:
+        """Reads the whole file.
 
         Raises:
-            DataError: there is no such file, it is broken, or says nothing on any of `problems`.
+            DataError: there is no such file, it is broken, or has no feedback on any of `problems`.
         """
-        self._on_success = on_success
+        super().__init__(on_success)
         self._exact: dict[tuple[str, str], str | None] = {}
         self._any: dict[str, str] = {}
-        for problem, completion, text in read_feedback(path):
+        for problem, completion, text in read_feedback(path, solutions):
             if completion is not None:
                 self._exact.setdefault((problem, completion), text)
             if text is not None:
@@ -65,27 +60,25 @@ class Replay(Outside):
         if problems and not set(problems) & {*self._any}:
             some = ", ".join(map(repr, list(self._any)[:3])) or "nothing"
             raise DataError(
-                f"{path}: it speaks of {some}, and none of these is a problem of this task; "
+                f"{path}: has feedback on {some}, and none of these is a problem of this task; "
                 "`problem` must be an id as `vpd-mlx verify` shows it"
             )
 
-    def asks(self, rollout: Rollout) -> bool:
-        """Failures, and successes where the recipe says so."""
-        return eligible(rollout, self._on_success)
-
     def __call__(self, groups: Sequence[Group], wanted: list[list[bool]]) -> list[list[Answer]]:
-        """What is on record."""
-        return [
-            [
-                self._exact.get((g.problem.id, r.text), self._any.get(g.problem.id)) if want and self.asks(r) else None
-                for r, want in zip(g.rollouts, wants, strict=True)
-            ]
-            for g, wants in zip(groups, wanted, strict=True)
-        ]
+        """The recorded feedback."""
+
+        def recorded(group: Group, rollout: Rollout) -> str | None:
+            problem = group.problem.id
+            return self._exact.get((problem, rollout.text), self._any.get(problem)) if self.asks(rollout) else None
+
+        return answer_each(groups, wanted, recorded)
 
 
-def read_feedback(path: Path) -> list[tuple[str, str | None, str | None]]:
+def read_feedback(path: Path, solutions: Collection[str]) -> list[tuple[str, str | None, str | None]]:
     """(problem id, completion or None, feedback or None) of each row of a file, or of a run's.
+
+    A run's contexts of the kinds in `solutions` are left out: they are not about a completion, and their own sources provide
+    them anew.
 
     Raises:
         DataError: there is no such file, or a row is broken (with its line).
@@ -95,19 +88,28 @@ def read_feedback(path: Path) -> list[tuple[str, str | None, str | None]]:
         file = next((path / name for name in FILES if (path / name).is_file()), path / FILES[-1])
     if not file.is_file():
         raise DataError(f"{file}: no such file to replay; give a run folder or a .jsonl file in feedback.replay")
-    return [found for place, row in read_rows(str(file)) for found in _row(place, row)]
+    return [found for place, row in read_rows(str(file)) for found in _row(place, row, solutions)]
 
 
-def _row(place: str, row: Mapping[str, Any]) -> Iterator[tuple[str, str | None, str | None]]:
+def _row(
+    place: str, row: Mapping[str, Any], solutions: Collection[str]
+) -> Iterator[tuple[str, str | None, str | None]]:
     if "problem" not in row or not {"feedback", "context"} & set(row):
         raise DataError(f"{place}: not a row of feedback; it needs `problem` and `feedback`")
     text, completion = row.get("feedback"), row.get("completion")
     if "feedback" not in row:
         context = row["context"]
-        if not isinstance(context, Mapping) or context.get("kind") in SOLUTIONS:
+        if not isinstance(context, Mapping) or context.get("kind") in solutions:
             return
         text = context.get("text")
     for name, value in (("completion", completion), ("feedback", text)):
         if value is not None and not isinstance(value, str):
             raise DataError(f"{place}: `{name}` is a {type(value).__name__}; it must be text or null")
-    yield str(row["problem"]), completion, None if text is None else clean(text)
+    yield str(row["problem"]), completion, None if text is None else without_surrogates(text)
+
+
+def _build(parts: SourceParts) -> Replay:
+    return Replay(Path(parts.cfg.replay or ""), parts.problems, parts.cfg.on_success, parts.solutions)
+
+
+REPLAY = SourceEntry(_build, keys=ReplayKeys, on_success=True)

@@ -1,40 +1,40 @@
-"""C = what a model behind an OpenAI-compatible endpoint says of a completion, having seen the right answer.
+"""C = the feedback of a model behind an OpenAI-compatible endpoint, which sees the right answer.
 
 mlx_lm.server, LM Studio, Ollama, llama.cpp or a paid service. Answers are kept on disk by their request, so that none is
-paid for twice and a resumed run hears what it heard before.
+paid for twice and a resumed run gets the same answers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import http.client
 import ipaddress
 import json
 import os
 import threading
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
 from vpd_mlx import __version__
 from vpd_mlx.common.settings import Positive, Section
 from vpd_mlx.errors import ConfigError, Fault, SourceError
-from vpd_mlx.feedback.settings import unset
+from vpd_mlx.feedback.base import SourceEntry, SourceParts, unset
+from vpd_mlx.feedback.outside import Asking, Backend
 from vpd_mlx.prompts import Prompter, demonstration
 from vpd_mlx.types import Problem, Rollout
 
-__all__ = ["Reply", "Server", "ServerKeys", "ServerSettings", "Transport", "post"]
+if TYPE_CHECKING:
+    import httpx
+
+__all__ = ["SERVER", "Server", "ServerKeys", "ServerSettings"]
 
 LONGEST = 4 << 20  # bytes of one answer
-PAUSES = (0.5, 30.0)  # seconds before the first further attempt, and at most
+PAUSES = (0.5, 30.0)  # seconds before the second attempt, and at most
 CACHE = "feedback-cache"  # folder in the run folder
 
 
@@ -46,10 +46,10 @@ class ServerSettings(Section):
     url: str | None = Field(
         None,
         pattern=r"^https?://[^/\s]+(/\S*)?$",
-        description="Where it listens, e.g. `http://127.0.0.1:8080/v1`. Source `server` needs it.",
+        description="Its address, e.g. `http://127.0.0.1:8080/v1`. Source `server` needs it.",
     )
     model: str = Field(
-        "default_model", description="Name of the model in requests; mlx_lm.server knows `default_model`."
+        "default_model", description="Name of the model in requests; mlx_lm.server accepts `default_model`."
     )
     api_key_env: str | None = Field(
         None,
@@ -58,14 +58,16 @@ class ServerSettings(Section):
     concurrency: Positive = Field(4, description="Requests under way at once.")
     timeout: float = Field(60.0, gt=0, description="Seconds for one answer.")
     retries: int = Field(
-        3, ge=0, description="Further attempts after a timeout, a lost connection, status 429 or 5xx, each later."
+        3,
+        ge=0,
+        description="Further attempts after a timeout, a lost connection, status 429 or 5xx, with growing pauses.",
     )
     budget_requests: Positive | None = Field(
         None,
-        description="Most requests of a run, retries among them; then it has nothing more to say. null has no bound.",
+        description="Most requests of a run, retries included; after that the source has no more answers. null has no bound.",
     )
     cache_dir: str | None = Field(
-        None, description="Folder of answers by request, to be shared by runs; null keeps them in the run folder."
+        None, description="Folder of answers by request, which runs may share; null keeps them in the run folder."
     )
     temperature: float = Field(0.0, ge=0, description="Sampling temperature of the answers.")
     max_tokens: Positive = Field(256, description="Longest answer in tokens.")
@@ -77,52 +79,32 @@ class ServerKeys(Section):
     server: ServerSettings = ServerSettings()
 
     def faults(self, recipe: Any) -> Iterator[Fault]:
-        """The address must be given."""
+        """The source needs its address."""
         remedy = "give its address, e.g. http://127.0.0.1:8080/v1"
         yield from unset("server", "server.url", self.server.url, remedy, recipe)
         yield from super().faults(recipe)
 
-    def located(self, folder: Path) -> Self:
-        """The cache, as seen from the recipe's folder."""
-        return super().located(folder).model_copy(update={"server": self.server.located(folder)})
 
-
-@dataclass(frozen=True)
-class Reply:
-    """Status and body of an HTTP answer, and how many seconds the server asks us to wait."""
-
-    status: int
-    body: bytes
-    retry_after: float | None = None
-
-
-Transport = Callable[[str, Mapping[str, str], bytes, float], Reply]
-"""(url, headers, body, seconds) -> the answer, whatever its status. Raises OSError where there is none."""
-
-
-class Server:
+class Server(Backend):
     """One endpoint, asked from several threads."""
 
     def __init__(
-        self, cfg: ServerSettings, prompter: Prompter, note: Callable[[str], None], transport: Transport | None = None
+        self,
+        cfg: ServerSettings,
+        prompter: Prompter,
+        note: Callable[[str], None],
+        transport: httpx.BaseTransport | None = None,
     ) -> None:
-        """Checks what can be checked without asking.
+        """Checks what can be checked without a request. A test passes its own `transport`.
 
         Raises:
-            ConfigError: the key's environment variable is not set.
+            ConfigError: the key's environment variable is not set, or the environment's proxy cannot be used.
         """
         self._cfg = cfg
         self._prompter = prompter
         self._note = note
-        self._transport = transport or post
         self._url = _endpoint(cfg.url or "")
-        self._headers = {"Content-Type": "application/json", "User-Agent": f"vpd-mlx/{__version__}"}
-        if cfg.api_key_env is not None:
-            key = os.environ.get(cfg.api_key_env, "").strip()
-            if not key:
-                what = f"the environment variable {cfg.api_key_env!r} is not set"
-                raise ConfigError([Fault("feedback.server.api_key_env", what, "export it, with the key")])
-            self._headers["Authorization"] = f"Bearer {key}"
+        self._client = _client(self._url, _headers(cfg), cfg.timeout, transport)
         self._cache = None if cfg.cache_dir is None else Path(cfg.cache_dir)
         self._lock = threading.Lock()
         self._asking: dict[str, threading.Lock] = {}
@@ -131,13 +113,13 @@ class Server:
         self._said: set[str] = set()
 
     def ask(self, problem: Problem, rollout: Rollout) -> str | None:
-        """The model's words, from the cache where it was asked the same before. None once the budget is spent.
+        """The model's answer, from the cache if it was asked the same before. None once the budget is spent.
 
         Raises:
             SourceError: no usable answer, after all attempts.
         """
-        words = rollout.verdict.text if rollout.verdict is not None else ""
-        message = self._prompter.critic_message(problem, rollout.text, words, right=rollout.success)
+        verdict = rollout.verdict.text if rollout.verdict is not None else ""
+        message = self._prompter.critic_message(problem, rollout.text, verdict, right=rollout.success)
         request = {
             "model": self._cfg.model,
             "messages": [{"role": "user", "content": message}],
@@ -158,27 +140,45 @@ class Server:
         return demonstration(text) or None
 
     def _ask(self, body: bytes) -> str | None:
+        import httpx
+
         first, most = PAUSES
         for attempt in range(self._cfg.retries + 1):
             if not self._may_ask():
                 return None
             wait: float | None = None
             try:
-                reply = self._transport(self._url, self._headers, body, self._cfg.timeout)
-            except (OSError, http.client.HTTPException) as error:  # TimeoutError is an OSError
-                why = _reason(error, self._cfg.timeout)
+                status, wait, answer = self._post(body)
+            except (TimeoutError, httpx.TimeoutException):
+                why = f"no answer within {self._cfg.timeout:g} s (feedback.server.timeout)"
+            except (OSError, httpx.HTTPError, httpx.InvalidURL) as error:
+                why = str(error) or type(error).__name__
             else:
-                if reply.status == 200:
-                    return _content(reply.body)
-                why, wait = f"status {reply.status}{_detail(reply.body)}", reply.retry_after
-                if reply.status != 429 and reply.status < 500:
-                    break  # it will say the same again
+                if status == 200:
+                    return _content(answer)
+                why = f"status {status}{_detail(answer)}"
+                if status != 429 and status < 500:
+                    break  # the server would say the same again
             if attempt < self._cfg.retries and self._closed.wait(
                 min(most, first * 2.0**attempt if wait is None else wait)
             ):
                 why = "the run is ending"
                 break
         raise SourceError(f"{self._url}: {why}")
+
+    def _post(self, body: bytes) -> tuple[int, float | None, bytes]:
+        """One POST: (status, seconds that the server asks us to wait, body of the answer)."""
+        until, answer = time.monotonic() + self._cfg.timeout, b""
+        with self._client.stream("POST", self._url, content=body) as response:
+            # httpx's limit holds for each read: an answer that trickles in needs a limit of its own.
+            for chunk in response.iter_bytes():
+                answer += chunk
+                if time.monotonic() > until:
+                    raise TimeoutError
+                if len(answer) > LONGEST:
+                    raise OSError(f"an answer of more than {LONGEST >> 20} MB")
+            after = response.headers.get("Retry-After", "")
+            return response.status_code, float(after) if after.isdigit() else None, answer
 
     def _may_ask(self) -> bool:
         budget = self._cfg.budget_requests
@@ -187,7 +187,7 @@ class Server:
                 self._sent += 1
                 return True
         self._say(
-            f"the budget of {budget} requests is spent: the server is asked no more (feedback.server.budget_requests)"
+            f"the budget of {budget} requests is spent: the server is not asked again (feedback.server.budget_requests)"
         )
         return False
 
@@ -210,7 +210,7 @@ class Server:
         try:
             text = json.loads(file.read_text(encoding="utf-8"))["answer"]
         except (OSError, ValueError, KeyError, TypeError):
-            return None  # none yet, or damaged: ask again
+            return None  # no answer yet, or a damaged file: ask again
         return text if isinstance(text, str) else None
 
     def _keep(self, key: str, request: Mapping[str, Any], text: str) -> None:
@@ -222,7 +222,7 @@ class Server:
             file.parent.mkdir(parents=True, exist_ok=True)
             partial.write_text(json.dumps({"url": self._url, "request": request, "answer": text}), encoding="utf-8")
             os.replace(partial, file)
-        except OSError as error:  # the answer is there all the same
+        except OSError as error:  # the answer itself is not lost
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
             self._say(
@@ -230,7 +230,7 @@ class Server:
             )
 
     def open(self, folder: Path) -> None:
-        """Keep answers in the run folder, where the recipe names no other."""
+        """Keep answers in the run folder, unless the recipe names another."""
         if self._cache is None:
             self._cache = folder / CACHE
 
@@ -243,42 +243,37 @@ class Server:
         return {"sent": self._sent}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on with the budget."""
+        """Continue with the budget that is left."""
         self._sent = int(state.get("sent", 0))
 
 
-class _Straight(urllib.request.HTTPRedirectHandler):
-    """No detours: a redirected POST would arrive elsewhere as a GET, and the key with it."""
+def _headers(cfg: ServerSettings) -> dict[str, str]:
+    headers = {"Content-Type": "application/json", "User-Agent": f"vpd-mlx/{__version__}"}
+    if cfg.api_key_env is not None:
+        key = os.environ.get(cfg.api_key_env, "").strip()
+        if not key or not (key.isascii() and key.isprintable()):
+            what = f"the environment variable {cfg.api_key_env!r} {'holds no key' if key else 'is not set'}"
+            raise ConfigError([Fault("feedback.server.api_key_env", what, "export it, with the key")])
+        headers["Authorization"] = f"Bearer {key}"
+    return headers
 
-    def redirect_request(self, *_: Any) -> None:
-        return None
 
+def _client(
+    url: str, headers: Mapping[str, str], seconds: float, transport: httpx.BaseTransport | None
+) -> httpx.Client:
+    """Follows no redirects: a redirected POST would arrive as a GET, and the key with it. Uses the environment's proxies, except
+    for this machine itself."""
+    import httpx  # here, since it takes a while, and few recipes need it
 
-def post(url: str, headers: Mapping[str, str], body: bytes, seconds: float) -> Reply:
-    """One POST. Proxies of the environment are used, but not for this machine itself.
-
-    Raises:
-        OSError: no connection, or no whole answer within `seconds`.
-    """
     local = _is_local(urllib.parse.urlsplit(url).hostname or "")
-    opener = urllib.request.build_opener(_Straight, *([urllib.request.ProxyHandler({})] if local else []))
-    until = time.monotonic() + seconds
-    request = urllib.request.Request(url, data=body, headers=dict(headers), method="POST")
+    limits = httpx.Limits(max_connections=None)
     try:
-        response = opener.open(request, timeout=seconds)
-    except urllib.error.HTTPError as error:
-        response = error
-    with response:
-        parts: list[bytes] = []
-        # The socket's limit holds for each read: an answer in drops needs a limit of its own.
-        while chunk := response.read1(1 << 16):
-            parts.append(chunk)
-            if time.monotonic() > until:
-                raise TimeoutError
-            if sum(map(len, parts)) > LONGEST:
-                raise OSError(f"an answer of more than {LONGEST >> 20} MB")
-        after = response.headers.get("Retry-After", "")
-        return Reply(response.status or 0, b"".join(parts), float(after) if after.isdigit() else None)
+        return httpx.Client(headers=headers, timeout=seconds, limits=limits, transport=transport, trust_env=not local)
+    except (ImportError, ValueError) as error:
+        what = f"a proxy of the environment cannot be used ({str(error).splitlines()[0]})"
+        raise ConfigError(
+            [Fault("feedback.server.url", what, "correct HTTPS_PROXY and ALL_PROXY, or unset them")]
+        ) from None
 
 
 def _is_local(host: str) -> bool:
@@ -295,15 +290,6 @@ def _endpoint(url: str) -> str:
     return url + ("/chat/completions" if urllib.parse.urlsplit(url).path else "/v1/chat/completions")
 
 
-def _reason(error: Exception, seconds: float) -> str:
-    cause = error.reason if isinstance(error, urllib.error.URLError) else error
-    if isinstance(cause, TimeoutError):
-        return f"no answer within {seconds:g} s (feedback.server.timeout)"
-    if isinstance(cause, OSError) and cause.strerror:
-        return cause.strerror
-    return str(cause) or type(cause).__name__
-
-
 def _detail(body: bytes) -> str:
     text = " ".join(body[:2000].decode(errors="replace").split())
     return f" ({text[:160]})" if text else ""
@@ -313,7 +299,16 @@ def _content(body: bytes) -> str:
     try:
         text = json.loads(body)["choices"][0]["message"].get("content") or ""
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise SourceError(f"an answer that is no chat completion{_detail(body)}") from None
+        raise SourceError(f"the answer is not a chat completion{_detail(body)}") from None
     if not isinstance(text, str):
-        raise SourceError(f"an answer whose content is no text{_detail(body)}")
+        raise SourceError(f"the content of the answer is not text{_detail(body)}")
     return text
+
+
+def _build(parts: SourceParts) -> Asking:
+    settings = parts.cfg.server
+    server = Server(settings, parts.prompter, parts.host.note)
+    return Asking("server", server, parts.cfg, settings.concurrency, parts.host)
+
+
+SERVER = SourceEntry(_build, keys=ServerKeys, on_success=True, needs="a server")

@@ -2,22 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+from vpd_mlx.common.settings import Section
+from vpd_mlx.errors import Fault
+from vpd_mlx.feedback.base import Answer, SourceEntry, answer_each
 from vpd_mlx.prompts import demonstration
-from vpd_mlx.types import Group
+from vpd_mlx.types import Group, Rollout
 
-__all__ = ["sibling"]
+__all__ = ["SIBLING", "SiblingKeys", "sibling"]
 
 
-def sibling(groups: Sequence[Group], wanted: list[list[bool]]) -> list[list[str | None]]:
-    """A correct sibling's text for every rollout that has one, thinking cut out."""
-    out: list[list[str | None]] = []
-    for group, wants in zip(groups, wanted, strict=True):
-        right = [i for i, r in enumerate(group.rollouts) if r.success]
-        row: list[str | None] = []
-        for i, want in enumerate(wants):
-            other = next((j for j in right if j != i), None)
-            row.append(demonstration(group.rollouts[other].text) if want and other is not None else None)
-        out.append(row)
-    return out
+class SiblingKeys(Section):
+    """`sibling` adds no key to the section `feedback`, only a condition."""
+
+    def faults(self, recipe: Any) -> Iterator[Fault]:
+        """A group of one has no siblings."""
+        sources = recipe.feedback.sources
+        if recipe.entry.contexts and recipe.rollout.group_size == 1 and "sibling" in sources:
+            alone = sources == ["sibling"]
+            yield Fault(
+                "rollout.group_size",
+                f"1 leaves no sibling to learn from, and `feedback.sources` names {'only ' * alone}sibling",
+                "set rollout.group_size to 2 or more, or "
+                + ("add another source" if alone else "take sibling out of feedback.sources"),
+            )
+        yield from super().faults(recipe)
+
+
+def sibling(groups: Sequence[Group], wanted: list[list[bool]]) -> list[list[Answer]]:
+    """The text of a correct sibling for every rollout that has one, without its thinking."""
+
+    def first_other(group: Group, rollout: Rollout) -> str | None:
+        return next((demonstration(r.text) for r in group.rollouts if r.success and r is not rollout), None)
+
+    return answer_each(groups, wanted, first_other)
+
+
+SIBLING = SourceEntry(
+    lambda parts: sibling,
+    keys=SiblingKeys,
+    template="sibling",
+    whole_groups=True,
+    solution=True,
+    needs="the other completions of the group",
+)

@@ -1,20 +1,24 @@
-"""C = the verifier's words on a failure."""
+"""C = the verifier's text on a failure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vpd_mlx.types import Group
+from vpd_mlx.feedback.base import Answer, SourceEntry, answer_each
+from vpd_mlx.types import Group, Rollout
 
-__all__ = ["verifier"]
+__all__ = ["VERIFIER", "verifier"]
 
 
-def verifier(groups: Sequence[Group], wanted: list[list[bool]]) -> list[list[str | None]]:
+def verifier(groups: Sequence[Group], wanted: list[list[bool]]) -> list[list[Answer]]:
     """The verifier's text for every failure that got one; nothing for a success."""
-    return [
-        [
-            r.verdict.text if want and not r.success and r.verdict is not None and r.verdict.text.strip() else None
-            for r, want in zip(group.rollouts, wants, strict=True)
-        ]
-        for group, wants in zip(groups, wanted, strict=True)
-    ]
+
+    def text(_: Group, rollout: Rollout) -> str | None:
+        if rollout.success or rollout.verdict is None or not rollout.verdict.text.strip():
+            return None
+        return rollout.verdict.text
+
+    return answer_each(groups, wanted, text)
+
+
+VERIFIER = SourceEntry(lambda parts: verifier, template="verifier")

@@ -22,10 +22,10 @@ from vpd_mlx.run.checkpoint import Checkpoint, find_checkpoint, write_checkpoint
 from vpd_mlx.run.log import NoLog, RunLog
 from vpd_mlx.run.progress import Interrupted, Progress, Silent, Stop
 from vpd_mlx.run.records import FORMAT, Summary, upgraded
-from vpd_mlx.run.setup import refuse_what_cannot_fit, task_fingerprint
+from vpd_mlx.run.setup import refuse_what_cannot_fit
 from vpd_mlx.run.step import Trainer
 from vpd_mlx.run.warnings import Warnings
-from vpd_mlx.tasks import notices
+from vpd_mlx.tasks import fingerprint, notices
 
 __all__ = ["train"]
 
@@ -152,7 +152,7 @@ class _Run:
         self._snapshot: Checkpoint | None = None
         self._saved: Checkpoint | None = None
         self._began = time.perf_counter()
-        self._task = task_fingerprint(trainer.recipe, trainer.task)
+        self._task = fingerprint(trainer.task)
 
     @property
     def last_evaluated(self) -> int:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import mlx.core as mx
 
@@ -19,13 +18,12 @@ from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.ranks import ALONE, Ranks
 from vpd_mlx.engine.sampling import Sampling, default_streams, generate, probe_batches
 from vpd_mlx.errors import ConfigError, DataError, Fault
-from vpd_mlx.feedback import Host, Sources, build_sources
+from vpd_mlx.feedback import Generate, Host, Sources, build_sources
 from vpd_mlx.prompts import Prompter
 from vpd_mlx.recipe import Recipe
 from vpd_mlx.run.plan import check_fits, memory_limit, plan
 from vpd_mlx.run.progress import Progress, Silent, Stop
-from vpd_mlx.tasks import Task, build_task, prove
-from vpd_mlx.tasks.python_file import PythonSettings
+from vpd_mlx.tasks import Task, build_task, fingerprint, prove
 from vpd_mlx.types import Problem
 
 __all__ = [
@@ -36,7 +34,6 @@ __all__ = [
     "check_sources",
     "load_policy",
     "refuse_what_cannot_fit",
-    "task_fingerprint",
 ]
 
 
@@ -81,13 +78,12 @@ class Parts:
         return cls(recipe, policy, prompter, task, sources, algorithm, progress, stop)
 
 
-def _critic(recipe: Recipe, policy: Policy) -> Callable[[Sequence[tuple[int, ...]]], list[str]]:
-    """The model's own critiques: sampled like rollouts, seeded by what is asked."""
+def _critic(recipe: Recipe, policy: Policy) -> Generate:
+    """The model's own critiques: sampled like rollouts, with a seed that depends on the prompts."""
 
-    def ask(prompts: Sequence[tuple[int, ...]]) -> list[str]:
-        keys: Any = recipe.feedback
+    def ask(prompts: Sequence[tuple[int, ...]], max_tokens: int) -> list[str]:
         streams = recipe.memory.rollout_streams or default_streams()
-        how = Sampling(recipe.rollout.temperature, recipe.rollout.top_p, keys.critique_tokens, streams=streams)
+        how = Sampling(recipe.rollout.temperature, recipe.rollout.top_p, max_tokens, streams=streams)
         seed = phase_seed(recipe.seed, hash(tuple(prompts)) & 0xFFFFFFFF, "critique")
         texts = {p: r.text for p, _, r in generate(policy, prompts, 1, how, seed)}
         return [texts[i] for i in range(len(prompts))]
@@ -214,17 +210,7 @@ def check_ranks(recipe: Recipe, policy: Policy, task: Task) -> None:
         raise ConfigError(faults)
     ranks.agree("versions", f"vpd-mlx {__version__}, mlx {version('mlx')}, mlx-lm {version('mlx-lm')}")
     ranks.agree("the model", policy.fingerprint + f", {policy.architecture}, vocabulary {policy.vocabulary}")
-    ranks.agree("the data", task_fingerprint(recipe, task))
-
-
-def task_fingerprint(recipe: Recipe, task: Task) -> str:
-    """A short hash of all rows, and of the verifier's file where there is one."""
-    found = hashlib.sha256()
-    for p in (*task.train, *task.held_out):
-        found.update(repr((p.id, p.messages, p.answer, p.reference)).encode())
-    if isinstance(recipe.task, PythonSettings):
-        found.update(Path(recipe.task.verifier).read_bytes())
-    return found.hexdigest()[:16]
+    ranks.agree("the data", fingerprint(task))
 
 
 def check_sources(recipe: Recipe, task: Task) -> None:
@@ -233,11 +219,7 @@ def check_sources(recipe: Recipe, task: Task) -> None:
     Raises:
         DataError: no row to train on has one.
     """
-    if (
-        recipe.feedback.sources == ["reference"]
-        and recipe.algorithm != "grpo"
-        and not any(p.reference for p in task.train)
-    ):
+    if recipe.feedback.sources == ["reference"] and recipe.entry.contexts and not any(p.reference for p in task.train):
         column = getattr(recipe.task, "reference", None)
         where = f"column {column!r} (task.reference)" if column else "task"
         raise DataError(

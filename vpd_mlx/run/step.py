@@ -140,7 +140,7 @@ class Trainer(Parts):
                 threshold=cfg.success_threshold,
                 seed=self.ranks.seed(phase_seed(self.recipe.seed, step, "rollout")),
                 on_progress=on_progress,
-                on_graded=self.sources.early,
+                on_graded=self.sources.prefetch,
             )
         with clock("feedback"):
             self.progress.phase("feedback")

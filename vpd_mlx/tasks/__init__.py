@@ -1,7 +1,24 @@
-"""Tasks: rows, prompts and a verifier. A task proves at start that its reference answers score 1.0."""
+"""Tasks: problems to train on, problems held out, and a verifier that grades completions.
+
+One file for each kind of task. It holds the task's settings, which are the recipe's section `task` when `kind` names it, and the
+class that is built from them. `TASKS` lists both; the recipe, the reference page and `build_task` follow from this list.
+`base.py` has the protocol that the class fulfils and what it may offer besides, `data.py` the keys and the rows of all tasks that
+read files, `answers.py` and `suites.py` what several verifiers share.
+
+A run calls, in this order:
+
+1. `build_task`: reads all rows and makes the two sides, `train` and `held_out`. A broken row is an error here, not mid-run.
+2. `notices`: what the user should know before it starts.
+3. `prove`: runs reference answers through the verifier; each must score 1.0.
+4. `Task.verify` for each sampled completion, in worker threads. Evaluation uses `examine`, which prefers the task's own
+   `evaluate`, and `answer_of` for majority votes.
+
+With several ranks, `fingerprint` must be the same on all.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -18,8 +35,18 @@ from vpd_mlx.tasks.python_file import PythonFile, PythonSettings
 from vpd_mlx.tasks.reasoning_gym import ReasoningGym, ReasoningGymSettings
 from vpd_mlx.tasks.regex import Regex, RegexSettings
 
-__all__ = ["TASKS", "Answering", "Exam", "Task", "answer_of", "build_task", "examine", "notices", "prove"]
-
+__all__ = [
+    "TASKS",
+    "Answering",
+    "Exam",
+    "Task",
+    "answer_of",
+    "build_task",
+    "examine",
+    "fingerprint",
+    "notices",
+    "prove",
+]
 
 TASKS: list[tuple[type[Section], Callable[[Any], Task]]] = [
     (AdditionSettings, Addition),
@@ -32,7 +59,7 @@ TASKS: list[tuple[type[Section], Callable[[Any], Task]]] = [
     (ReasoningGymSettings, ReasoningGym),
     (PythonSettings, PythonFile),
 ]
-"""(section of the recipe, what is built from it) of every kind of task."""
+"""(section of the recipe, class of the task) for every kind of task."""
 
 
 def build_task(recipe: Any) -> Task:
@@ -49,12 +76,21 @@ def build_task(recipe: Any) -> Task:
 
 
 def notices(task: Task) -> tuple[str, ...]:
-    """What a user should hear once at start, a line each: isolation that this machine does not grant, for one."""
+    """Lines to show the user once at the start: isolation that this machine does not provide, for example."""
     return tuple(getattr(task, "notices", ()))
 
 
+def fingerprint(task: Task) -> str:
+    """A short hash of all rows, and of the task's own `fingerprint`: a file, say, that its verdicts depend on."""
+    found = hashlib.sha256()
+    for p in (*task.train, *task.held_out):
+        found.update(repr((p.id, p.messages, p.answer, p.reference)).encode())
+    found.update(getattr(task, "fingerprint", b""))
+    return found.hexdigest()[:16]
+
+
 def prove(task: Task, rows: int = 32) -> None:
-    """Run reference answers through the verifier: each must score 1.0, or training would learn from a wrong judge.
+    """Run reference answers through the verifier: each must score 1.0, or training would learn from wrong verdicts.
 
     Held-out rows are graded as in evaluation, too.
 
@@ -76,5 +112,5 @@ def prove(task: Task, rows: int = 32) -> None:
             why = f" ({verdict.text})" if verdict.text else ""
             raise DataError(
                 f"row {problem.id}: the reference answer {answer!r} scores {verdict.score:g}, not 1{why}; "
-                "mend the row or the verifier"
+                "fix the row or the verifier"
             )

@@ -1,4 +1,8 @@
-"""What a task is."""
+"""What a task is: a class with these members. It may also have
+
+- `notices`, a tuple of lines to show the user at the start;
+- `fingerprint`, bytes on which its verdicts depend besides the rows.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ class Task(Protocol):
 
     @property
     def train(self) -> tuple[Problem, ...]:
-        """Problems to sample from in training."""
+        """Problems to train on."""
 
     @property
     def held_out(self) -> tuple[Problem, ...]:
@@ -25,30 +29,30 @@ class Task(Protocol):
         """Grade one completion. A failure of the verifier itself comes back as `Verdict.error`, never as a score."""
 
     def reference_completion(self, problem: Problem) -> str | None:
-        """A completion that must score 1.0, or None where the data has none."""
+        """A completion that must score 1.0, or None if the data has none."""
 
 
 @runtime_checkable
 class Exam(Protocol):
-    """A task that grades evaluation by other means than training: by tests that no feedback has quoted, say."""
+    """A task that grades in evaluation otherwise than in training: by tests that no feedback quotes, for example."""
 
     def evaluate(self, problem: Problem, completion: str) -> Verdict:
         """Grade one completion for evaluation; otherwise as `verify`."""
 
 
 def examine(task: Task, problem: Problem, completion: str) -> Verdict:
-    """Grade one completion for evaluation: by the task's `evaluate` where it has one, else by its `verify`."""
+    """Grade one completion for evaluation: by the task's `evaluate` if it has one, else by its `verify`."""
     return task.evaluate(problem, completion) if isinstance(task, Exam) else task.verify(problem, completion)
 
 
 @runtime_checkable
 class Answering(Protocol):
-    """A task whose completions end in an answer that is shorter than they are."""
+    """A task whose completions hold a short final answer."""
 
     def answer_in(self, completion: str) -> str | None:
-        """The answer alone; None where there is none."""
+        """The answer alone; None if the completion has none."""
 
 
 def answer_of(task: Task, completion: str) -> str | None:
-    """What a completion votes for in maj@k: its final answer, or its whole text where the task tells none apart."""
+    """What a completion votes for in maj@k: its final answer, or its whole text if the task does not extract one."""
     return task.answer_in(completion) if isinstance(task, Answering) else spoken(completion).strip()

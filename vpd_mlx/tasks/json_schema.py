@@ -1,4 +1,4 @@
-"""The completion must be JSON that fits a schema, and equals the row's answer where there is one."""
+"""The completion must be JSON that fits a schema, and equal the row's answer if the row has one."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ __all__ = ["JsonSchema", "JsonSchemaSettings"]
 
 
 class JsonSchemaSettings(DatasetSettings):
-    """The completion must be JSON that fits a schema; where a row has an answer, it must equal that, too."""
+    """The completion must be JSON that fits a schema, and equal the row's answer if the row has one."""
 
-    paths: ClassVar[tuple[str, ...]] = ("data", "eval_data", "schema_file")
+    paths: ClassVar[tuple[str, ...]] = ("schema_file",)
     kind: Literal["json-schema"]
     # Not called `schema`, which is a method of every section.
     schema_file: str | None = Field(
@@ -28,7 +28,7 @@ class JsonSchemaSettings(DatasetSettings):
     schema_column: str = Field("schema", description="Column of a row's own schema: an object, or JSON text.")
 
 
-MOST_FAULTS = 3  # told at once
+MOST_FAULTS = 3  # reported at once
 
 
 class JsonSchema:
@@ -36,7 +36,7 @@ class JsonSchema:
 
     Raises:
         ConfigError: the jsonschema library is missing, or `schema_file` holds no schema.
-        DataError: a row has no schema, or one that is none.
+        DataError: a row has no schema, or an invalid one.
     """
 
     def __init__(self, cfg: JsonSchemaSettings) -> None:
@@ -64,10 +64,10 @@ class JsonSchema:
         try:
             return _validator(raw)
         except ValueError as error:
-            raise DataError(f"row {problem.id}: {error}; mend the row's schema") from None
+            raise DataError(f"row {problem.id}: {error}; fix the row's schema") from None
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
-        """1 for JSON that fits, else 0 and up to three places where it does not."""
+        """1 for JSON that fits, else 0 and up to three places where it does not fit."""
         text = in_fence(completion)
         try:
             value = _strict(spoken(completion) if text is None else text)
@@ -75,7 +75,7 @@ class JsonSchema:
             return Verdict(0.0, f"This is not JSON: {error}.")
         try:
             faults = sorted(self._schema(problem).iter_errors(value), key=lambda e: (len(e.absolute_path), e.json_path))
-        except Exception as error:  # noqa: BLE001 - the library on a schema that refers to what is not there
+        except Exception as error:  # noqa: BLE001 - the library raises all sorts of errors on unresolvable references
             return Verdict(0.0, error=f"the schema cannot be used ({type(error).__name__}: {error})")
         if faults:
             return Verdict(0.0, "\n".join(f"{e.json_path}: {_cut(e.message)}" for e in faults[:MOST_FAULTS]))
@@ -103,7 +103,7 @@ def _validator(raw: Any) -> Any:
         kind.check_schema(schema)
     except jsonschema.SchemaError as error:
         raise ValueError(f"not a JSON Schema ({error.message})") from None
-    # An empty registry: what a schema refers to elsewhere is never fetched.
+    # An empty registry: references to other schemas are never fetched.
     return kind(schema, registry=referencing.Registry())
 
 
@@ -118,11 +118,11 @@ def _answer(problem: Problem) -> Any:
     try:
         return json.loads(problem.answer or "")
     except ValueError:
-        return problem.answer  # a bare word stands for itself
+        return problem.answer  # a bare word is its own value
 
 
 def _canonical(value: Any) -> str:
-    """Equal for equal JSON: 1 and 1.0 are one number, true is none."""
+    """Equal for equal JSON: 1 and 1.0 are one number, true is not one."""
 
     def plain(node: Any) -> Any:
         if isinstance(node, dict):

@@ -1,6 +1,6 @@
 """A verifier of the user's own: a Python file with `verify(problem, completion)`.
 
-The file is the user's and runs in our process; completions are handed to it as text and are never run here.
+The file is the user's and runs in our process. It gets completions as text; they are never executed here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["PythonFile", "PythonSettings", "as_verdict"]
 class PythonSettings(DatasetSettings):
     """A verifier of your own: a Python file with `verify(problem, completion)`."""
 
-    paths: ClassVar[tuple[str, ...]] = ("data", "eval_data", "verifier")
+    paths: ClassVar[tuple[str, ...]] = ("verifier",)
     kind: Literal["python"]
     verifier: str = Field(
         description="Python file, relative to the recipe, with `verify(problem, completion)` that returns a score in "
@@ -39,13 +39,14 @@ class PythonFile:
 
     def __init__(self, cfg: PythonSettings) -> None:
         self._verify = _load(Path(cfg.verifier))
+        self.fingerprint = Path(cfg.verifier).read_bytes()
         self.train, self.held_out = read_split(cfg)
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
-        """The user's verdict. What the function raises becomes `Verdict.error`: the rollout leaves the batch."""
+        """The user's verdict. An exception of the function becomes `Verdict.error`: the rollout leaves the batch."""
         try:
             result = self._verify(problem, completion)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - foreign code: whatever it raises is its own failure
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - foreign code: any exception is its own failure
             frame = traceback.extract_tb(error.__traceback__)[-1]
             return Verdict(0.0, error=f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})")
         return as_verdict(result)
@@ -75,11 +76,11 @@ def _load(path: Path) -> Callable[[Problem, str], Any]:
         raise fault("no such Python file", "give the path of a .py file, relative to the recipe")
     module = importlib.util.module_from_spec(spec)
     if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))  # as for a script: modules that lie beside it, now or when it is called
+        sys.path.insert(0, str(path.parent))  # as for a script: it may import modules beside it, now or later
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise fault(f"cannot be imported ({type(error).__name__}: {error})", "mend the file") from error
+        raise fault(f"cannot be imported ({type(error).__name__}: {error})", "fix the file") from error
     verify = getattr(module, "verify", None)
     if not callable(verify):
         raise fault("has no function `verify`", "define `def verify(problem, completion): ...` in it")

@@ -1,0 +1,68 @@
+"""`vpd-mlx data check`: look at a recipe's rows before training on them."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from vpd_mlx.commands.options import SetOption
+from vpd_mlx.common.settings import parse_set
+from vpd_mlx.errors import DataError
+from vpd_mlx.recipe import load_recipe, resolve_recipe_path
+
+__all__ = ["data"]
+
+data = typer.Typer(help="Look at a recipe's data before training on it.", no_args_is_help=True)
+
+
+@data.command("check")
+def check(
+    recipe: Annotated[str, typer.Argument(help="A built-in recipe's name or a .yaml file.")], sets: SetOption = None
+) -> None:
+    """Read every row, run every reference through the verifier, and count: lengths against the limits, duplicates, leaks.
+
+    Exit code 2 with the place and the remedy when a row is unusable.
+    """
+    import numpy as np
+
+    from vpd_mlx.run.setup import build_prompter, load_policy
+    from vpd_mlx.tasks import build_task, prove
+
+    cfg = load_recipe(resolve_recipe_path(recipe), parse_set(sets or []))
+    task = build_task(cfg)  # refuses broken rows and prompts on both sides of the split
+    rows = (*task.train, *task.held_out)
+    prove(task, rows=len(rows))
+    prompter = build_prompter(cfg, load_policy(cfg))
+    lengths = np.array([len(prompter.student(p)) for p in rows])
+    answers = [len(prompter.tokenizer.encode(a)) for p in rows if (a := task.reference_completion(p)) is not None]
+    prompts = [json.dumps([m["content"] for m in p.messages]) for p in rows]
+    typer.echo(f"rows: {len(task.train)} to train on, {len(task.held_out)} held out, none on both sides")
+    typer.echo(f"reference answers: {len(answers)} of {len(rows)} rows have one, each scores 1")
+    solutions = sum(bool(p.reference) for p in rows)
+    typer.echo(f"reference solutions, for the feedback source `reference`: {solutions} of {len(rows)} rows have one")
+    _quantiles("prompt tokens", lengths, cfg.rollout.max_prompt_tokens)
+    if answers:
+        _quantiles("reference tokens", np.array(answers), cfg.rollout.max_completion_tokens)
+    typer.echo(f"duplicates: {len(prompts) - len(set(prompts))} rows repeat another row's prompt")
+    first: dict[str, Any] = {}
+    for prompt, p in zip(prompts, rows, strict=True):
+        other = first.setdefault(prompt, p)
+        if other.answer != p.answer:
+            raise DataError(
+                f"row {p.id}: answer {p.answer!r}, and row {other.id} has the same prompt with {other.answer!r}; fix one of them"
+            )
+    over = [p.id for p, n in zip(rows, lengths, strict=True) if n > cfg.rollout.max_prompt_tokens]
+    if over:
+        raise DataError(
+            f"row {over[0]}: its prompt is longer than rollout.max_prompt_tokens {cfg.rollout.max_prompt_tokens}, as are "
+            f"{len(over) - 1} more; raise the limit or take them out"
+        )
+
+
+def _quantiles(name: str, values: Any, limit: int) -> None:
+    import numpy as np
+
+    low, half, high, most = (int(np.quantile(values, q)) for q in (0.05, 0.5, 0.95, 1.0))
+    typer.echo(f"{name}: 5 % {low}, median {half}, 95 % {high}, longest {most}; limit {limit}")

@@ -1,0 +1,110 @@
+"""What a source of feedback is, what it is built from, and what the rest of the program must know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from vpd_mlx.common.settings import Section
+from vpd_mlx.errors import Fault
+from vpd_mlx.types import Group, Rollout
+
+__all__ = ["Answer", "Failed", "Generate", "Host", "Source", "SourceEntry", "SourceParts", "answer_each", "unset"]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """In place of an answer: the source failed, and why."""
+
+    why: str
+
+
+Answer = str | Failed | None
+"""A text; a failure; or nothing to say."""
+
+Source = Callable[[Sequence[Group], list[list[bool]]], Sequence[Sequence[Answer]]]
+"""(graded groups, which of their rollouts still want a context) -> an answer for each rollout."""
+
+Generate = Callable[[Sequence[tuple[int, ...]], int], list[str]]
+"""(prompt ids, most tokens of an answer) -> one sampled text for each prompt."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """What a source may ask of the run that it serves.
+
+    Attributes:
+        on_progress: called often with (rollouts answered, rollouts in all); may raise to end the wait.
+        note: shows a line to the user.
+        stopping: whether the run is to stop.
+        stop: asks the run to stop.
+        paused: a context within which the live view leaves the terminal alone.
+    """
+
+    on_progress: Callable[[int, int], None] = lambda done, total: None
+    note: Callable[[str], None] = lambda text: None
+    stopping: Callable[[], bool] = lambda: False
+    stop: Callable[[], None] = lambda: None
+    paused: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+@dataclass(frozen=True)
+class SourceParts:
+    """What a source may be built from.
+
+    Attributes:
+        cfg: the recipe's section `feedback`, with the keys of all sources.
+        host: the run.
+        problems: ids of the task's problems; empty where they are not known.
+        solutions: names of the sources that show a solution.
+        prompter: the `Prompter`, and
+        generate: the model itself (`Generate`); both None where a source that needs something is left out.
+    """
+
+    cfg: Any
+    host: Host = Host()
+    problems: Collection[str] = ()
+    solutions: Collection[str] = ()
+    prompter: Any = None
+    generate: Any = None
+
+
+@dataclass(frozen=True)
+class SourceEntry:
+    """One line of `SOURCES`.
+
+    Attributes:
+        build: makes the source when a run begins.
+        keys: the keys that it adds to the recipe's section `feedback`, and their faults.
+        template: the wording of the teacher's prompt. `review` does not tell whether the attempt was right.
+        whole_groups: it answers only once all rollouts of a group are graded.
+        on_success: it answers on successes, too, when `feedback.on_success` is set.
+        solution: its texts are solutions of the problem, not words on a completion.
+        needs: what it cannot work without. `vpd-mlx verify` has none of these and leaves the source out.
+    """
+
+    build: Callable[[SourceParts], Source]
+    keys: type[Section] | None = None
+    template: str = "review"
+    whole_groups: bool = False
+    on_success: bool = False
+    solution: bool = False
+    needs: str = ""
+
+
+def answer_each(
+    groups: Sequence[Group], wanted: list[list[bool]], answer: Callable[[Group, Rollout], Answer]
+) -> list[list[Answer]]:
+    """The answers of a source that looks at one rollout at a time; None for those that want none."""
+    return [
+        [answer(group, rollout) if want else None for rollout, want in zip(group.rollouts, wants, strict=True)]
+        for group, wants in zip(groups, wanted, strict=True)
+    ]
+
+
+def unset(name: str, key: str, value: object, remedy: str, recipe: Any) -> Iterator[Fault]:
+    """The fault of a recipe that names a source without the key it depends on."""
+    if name in recipe.feedback.sources and value is None:
+        yield Fault(f"feedback.{key}", f"is not set, and `feedback.sources` names {name}", remedy)
