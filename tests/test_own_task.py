@@ -52,6 +52,7 @@ def test_verify_prints_verdict_and_context(mine: Path, tmp_path: Path):
     assert row["prompt"] == "47+38="
     assert out["score"] == 0.0
     assert out["context"] == {"kind": "verifier", "text": "tens too low"}
+    assert out["left_out"] == {"sibling": "needs the other completions of the group"}
     (tmp_path / "answer.txt").write_text("85\n")
     right = RUNNER.invoke(app, ["verify", "-r", str(mine), "--problem", name, "--completion", "answer.txt"])
     assert json.loads(right.output)["success"]
@@ -66,13 +67,38 @@ def test_verify_prints_verdict_and_context(mine: Path, tmp_path: Path):
     assert "no checker here" in json.loads(broken.output)["error"]
 
 
+def test_verify_chooses_the_context_as_training_does(mine: Path, tmp_path: Path):
+    critic, said = tmp_path / "critic.py", tmp_path / "said.jsonl"
+    wrong = [*["verify", "--problem", "rows.jsonl:1", "--completion", "-", "--recipe"], str(mine), "--set"]
+
+    def feedback(sources: str) -> dict:
+        result = RUNNER.invoke(app, [*wrong, f"feedback={{sources: {sources}, max_tokens: 32}}"], input="75")
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    critic.write_text(
+        "import json\nq = json.loads(input())\nprint(json.dumps({'id': q['id'], 'feedback': q['answer']}))\n"
+    )
+    program = f"[command, verifier], command: [{sys.executable}, {critic}]"
+    assert feedback(program)["context"] == {"kind": "command", "text": "85"}
+    critic.write_text("print('what?')\n")
+    failed = feedback(program)
+    assert failed["context"] == {"kind": "verifier", "text": "tens too low"}
+    assert "not JSON" in failed["failed"]["command"]
+    said.write_text('{"problem": "rows.jsonl:1", "feedback": "carry"}\n')
+    assert feedback(f"[reference, replay], replay: {said}")["context"] == {"kind": "replay", "text": "carry"}
+    others = feedback("[server, critique, human], server: {url: 'http://127.0.0.1:9'}")
+    assert others["context"] is None
+    assert list(others["left_out"]) == ["server", "critique", "human"]
+
+
 def test_data_check_counts_and_refuses(mine: Path):
     result = RUNNER.invoke(app, ["data", "check", str(mine)])
     assert result.exit_code == 0, result.output
     for words in (
         "rows: ",
         "reference answers: 10 of 10",
-        "of that name: 0 of 10",
+        "feedback source `reference`: 0 of 10",
         "prompt tokens: ",
         "limit 64",
         "duplicates: 0",
