@@ -42,7 +42,9 @@ HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 def visible(value: Any) -> str:
     """Text without characters that move the cursor, change colours or reverse the writing direction."""
     text = "" if value is None else str(value)
-    return clean(HIDDEN.sub(lambda m: f"\\x{ord(m[0]):02x}" if ord(m[0]) < 256 else f"\\u{ord(m[0]):04x}", text))
+    return without_surrogates(
+        HIDDEN.sub(lambda m: f"\\x{ord(m[0]):02x}" if ord(m[0]) < 256 else f"\\u{ord(m[0]):04x}", text)
+    )
 
 
 def number(value: Any) -> float | None:

@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from vpd_mlx.common.files import write_atomic
 from vpd_mlx.common.stats import paired
-from vpd_mlx.common.text import clean, duration, figures, number, percent, points, points_range, steps
+from vpd_mlx.common.text import duration, figures, number, percent, points, points_range, steps, without_surrogates
 from vpd_mlx.errors import ConfigError, Fault
 from vpd_mlx.report.plots import comparison_plots, legend_colors, run_plots
 from vpd_mlx.run.folder import NO_CONTEXT, Entry, Run, flat
@@ -65,7 +65,7 @@ def _render(template: str, **values: Any) -> str:
     }
     environment.globals |= {"figures": figures, "number": number, "points_range": points_range}
     # Half a surrogate pair is legal in JSON's escapes but cannot be written to a UTF-8 file.
-    return clean(environment.get_template(template).render(values))
+    return without_surrogates(environment.get_template(template).render(values))
 
 
 def _plain(value: Any) -> str:
