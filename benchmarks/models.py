@@ -11,7 +11,7 @@ from mlx_lm.models import qwen3
 from mlx_lm.utils import quantize_model
 
 from vpd_mlx.engine.policy import Policy
-from vpd_mlx.engine.settings import LoraSettings
+from vpd_mlx.engine.settings import LoraSettings, MemorySettings
 
 __all__ = ["load", "make"]
 
@@ -45,7 +45,7 @@ def make(folder: Path, vocabulary: int) -> Path:
 
 def load(folder: Path, micro_batch_tokens: int = 8192) -> Policy:
     """The model with a LoRA of rank 8 whose B is not zero, so that student and teacher differ."""
-    policy = Policy.load(str(folder), LoraSettings(rank=8), micro_batch_tokens=micro_batch_tokens)
+    policy = Policy.load(str(folder), LoraSettings(rank=8), MemorySettings(micro_batch_tokens=micro_batch_tokens))
     policy.tokenizer._eos_token_ids = {policy.vocabulary - 1}
     policy.set_adapter({k: v + 0.01 for k, v in policy.adapter.items()})
     mx.eval(policy.model.parameters())

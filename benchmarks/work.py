@@ -25,6 +25,7 @@ from vpd_mlx.algos.settings import GrpoSettings, MStepSettings, TeacherSettings
 from vpd_mlx.algos.teacher import Teacher
 from vpd_mlx.common.stats import Clock
 from vpd_mlx.engine.gradients import accumulate, unit_weights
+from vpd_mlx.engine.heads import target_logps
 from vpd_mlx.engine.optimizer import Learner
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.sampling import Sampling, default_streams, generate
@@ -167,11 +168,7 @@ class Updates:
 
     def backward_of(self, rows: Any) -> Any:
         """Forward and backward of the log-probability alone."""
-
-        def loss(logits: mx.array, fixed: Any, _head: Any) -> tuple[mx.array, dict[str, mx.array]]:
-            return losses.token_logps(logits, fixed["targets"]), {}
-
-        return accumulate(self.policy, rows, self.weights, lambda own: [{} for _ in own], loss, 0).gradients
+        return accumulate(self.policy, rows, self.weights, lambda own: [{} for _ in own], target_logps, 0).gradients
 
     def teacher_backward(self) -> Any:
         """Forward and backward under the teacher's prompt, as an E-step needs."""

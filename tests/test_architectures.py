@@ -17,6 +17,7 @@ from mlx_lm.utils import quantize_model
 
 from vpd_mlx import losses
 from vpd_mlx.engine.gradients import accumulate
+from vpd_mlx.engine.heads import target_logps
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.sampling import Sampling, generate, probe_batches
 from vpd_mlx.engine.settings import LoraSettings
@@ -71,7 +72,7 @@ def make(folder: Path, kind: str, settings: dict, bits: int | None) -> Path:
 def test_scores_and_gradients_are_those_of_the_plain_model(tmp_path: Path, kind, settings, splits, shares, bits):
     policy = Policy.load(str(make(tmp_path / "m", kind, settings, bits)), LoraSettings(rank=4))
     policy.set_adapter({k: v + 0.05 for k, v in policy.adapter.items()})
-    assert not [n for n in policy.notes if "cannot be run apart" in n] if splits else policy.notes
+    assert not [n for n in policy.notes if "cannot run apart" in n] if splits else policy.notes
     assert policy.shares_prompts == shares
     probe_batches(policy)
     assert policy.widest == (None if shares else 1)
@@ -94,7 +95,7 @@ def test_scores_and_gradients_are_those_of_the_plain_model(tmp_path: Path, kind,
         rows,
         [np.ones(len(r.completion), np.float32) for r in rows],
         lambda own: [{} for _ in own],
-        lambda logits, fixed, _head: (losses.token_logps(logits, fixed["targets"]), {}),
+        target_logps,
         seed=0,
     )
     expected = dict(tree_flatten(gradient))

@@ -6,12 +6,14 @@ import json
 
 import mlx.core as mx
 import pytest
+from conftest import QUICKSTART
 from typer.testing import CliRunner
 
 from vpd_mlx import losses
 from vpd_mlx.commands.app import app
 from vpd_mlx.engine.heads import weighted_token_loss
 from vpd_mlx.engine.policy import Policy
+from vpd_mlx.recipe import load_recipe
 from vpd_mlx.tools import doctor, selftest
 
 
@@ -73,7 +75,14 @@ def test_not_a_number_is_caught(monkeypatch):
     real = losses.bco_loss
     monkeypatch.setattr(losses, "bco_loss", lambda *a, **k: (real(*a, **k)[0] * float("nan"), real(*a, **k)[1]))
     assert all("BCO" in name for name in names_of_bad())
-    assert len(names_of_bad()) == 2
+    assert len(names_of_bad()) == 3
+
+
+def test_a_wrong_analytic_gradient_is_caught(monkeypatch):
+    """What the E-step weights its backward pass by is no autodiff: it may go wrong on its own."""
+    real = losses.bco_gradient
+    monkeypatch.setattr(losses, "bco_gradient", lambda *a, **k: -real(*a, **k))
+    assert names_of_bad() == ["BCO's analytic gradient against autodiff"]
 
 
 def test_a_broken_prefix_is_caught(monkeypatch):
@@ -84,21 +93,13 @@ def test_a_broken_prefix_is_caught(monkeypatch):
     def shifted(self, prompt, parents, lengths):
         real(self, prompt, parents, lengths + 3)
 
-    checks_before = names_of_bad()
-    recipe_policy = Policy._can_share
-    monkeypatch.setattr(Policy, "_can_share", lambda self: True)
+    assert names_of_bad() == []
     monkeypatch.setattr(prefix.Extend, "__init__", shifted)
-    assert checks_before == []
+    # The self-test shares prompts whatever the probe at load says, and that would not have used it.
     assert any("shared prompts" in name for name in names_of_bad())
-    # and the probe at load would not have used it
-    monkeypatch.setattr(Policy, "_can_share", recipe_policy)
-    from conftest import QUICKSTART
-
-    from vpd_mlx.recipe import load_recipe
-
     policy = Policy.load(load_recipe(QUICKSTART).model, None)
     assert not policy.shares_prompts
-    assert any("cannot be shared" in note for note in policy.notes)
+    assert any("cannot share" in note for note in policy.notes)
 
 
 def test_the_command(monkeypatch):

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from vpd_mlx.commands.app import app
 from vpd_mlx.common.files import read_rows
-from vpd_mlx.engine.policy import lora_of
+from vpd_mlx.engine.adapters import lora_of
 from vpd_mlx.engine.settings import LoraSettings
 from vpd_mlx.errors import ConfigError, DataError, ModelError
 from vpd_mlx.recipe import load_recipe
@@ -194,7 +194,7 @@ def test_lora_of_an_adapter_folder(run: Path, tmp_path: Path):
     for config, words in (
         ({"fine_tune_type": "dora", "lora_parameters": {}}, "only LoRA"),
         ({"num_layers": 2}, "KeyError"),
-        ({"num_layers": 2, "lora_parameters": {"rank": 0, "scale": 1.0}}, "export it anew"),
+        ({"num_layers": 2, "lora_parameters": {"rank": 0, "scale": 1.0}}, "export it again"),
     ):
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
         with pytest.raises(ModelError, match=words):

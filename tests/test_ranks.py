@@ -256,15 +256,15 @@ def test_a_failing_source_on_one_rank_is_told_by_both(tmp_path: Path):
 
 def test_shares_are_whole_and_balanced():
     rows = [TokenRow((p,) * 30, tuple(range(n))) for p in range(5) for n in (3, 9, 4)]
-    shares = [Pretended(i, 2).share(rows) for i in range(2)]
+    shares = [Pretended(i, 2).own_rows(rows) for i in range(2)]
     assert sorted(i for share in shares for i in share) == list(range(len(rows)))
     prompts = [{rows[i].prompt for i in share} for share in shares]
     assert not prompts[0] & prompts[1]  # a prompt is read by one rank only
-    few = [Pretended(i, 3).share(rows[:6]) for i in range(3)]  # two prompts for three ranks: row by row
+    few = [Pretended(i, 3).own_rows(rows[:6]) for i in range(3)]  # two prompts for three ranks: row by row
     assert sorted(i for share in few for i in share) == list(range(6))
     assert all(few)
-    assert [list(Pretended(i, 3).own(7)) for i in range(3)] == [[0, 1], [2, 3], [4, 5, 6]]
-    assert ALONE.share(rows) == list(range(len(rows)))
+    assert [list(Pretended(i, 3).own_range(7)) for i in range(3)] == [[0, 1], [2, 3], [4, 5, 6]]
+    assert ALONE.own_rows(rows) == list(range(len(rows)))
 
 
 def test_a_recipe_that_is_not_for_so_many_is_refused(small: Callable[..., Recipe]):

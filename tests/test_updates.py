@@ -25,6 +25,7 @@ from vpd_mlx.algos.teacher import Teacher
 from vpd_mlx.common.stats import Clock
 from vpd_mlx.engine.batching import micro_batches, pad
 from vpd_mlx.engine.gradients import accumulate
+from vpd_mlx.engine.heads import target_logps
 from vpd_mlx.engine.optimizer import Learner
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.feedback import add_context
@@ -653,11 +654,12 @@ def test_checkpointed_blocks_are_one_models_own():
     from conftest import QUICKSTART
 
     from vpd_mlx.engine.policy import Policy
-    from vpd_mlx.engine.settings import LoraSettings
+    from vpd_mlx.engine.settings import LoraSettings, MemorySettings
 
     plain = Policy.load(str(QUICKSTART.parent / "model"), LoraSettings(rank=4), seed=1)
     before = type(plain.model.layers[0]).__call__
-    thrifty = Policy.load(str(QUICKSTART.parent / "model"), LoraSettings(rank=4), seed=1, gradient_checkpointing=True)
+    memory = MemorySettings(gradient_checkpointing=True)
+    thrifty = Policy.load(str(QUICKSTART.parent / "model"), LoraSettings(rank=4), memory, seed=1)
     assert type(plain.model.layers[0]).__call__ is before
     assert type(thrifty.model.layers[0]).__call__ is not before
     assert plain.shares_prompts
@@ -672,7 +674,7 @@ def test_checkpointed_blocks_are_one_models_own():
             rows,
             [np.ones(len(r.completion), np.float32) for r in rows],
             lambda own: [{} for _ in own],
-            lambda logits, fixed, _head: (losses.token_logps(logits, fixed["targets"]), {}),
+            target_logps,
             seed=0,
         )
         found.append(dict(tree_flatten(done.gradients)))

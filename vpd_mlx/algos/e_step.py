@@ -24,7 +24,7 @@ from vpd_mlx.algos.teacher import Teacher
 from vpd_mlx.common.seeds import phase_seed
 from vpd_mlx.common.stats import auc, correlation, mean
 from vpd_mlx.engine.gradients import Floats, accumulate, accumulate_weighed, scored
-from vpd_mlx.engine.heads import Head
+from vpd_mlx.engine.heads import target_logps
 from vpd_mlx.engine.optimizer import Learner, Metrics, update_metrics
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.types import TokenRow
@@ -215,16 +215,11 @@ def _updates(policy: Policy, samples: Sequence[Sample], learner: Learner, bco: _
         if number == 0 and len(batches) > 1:
             # Until the first update the rewards of the whole batch still hold.
             weights = bco.weights(indices, bco.first[indices])
-            done = accumulate(policy, rows, weights, lambda own: [{} for _ in own], _signed_logps, of_step)
+            done = accumulate(policy, rows, weights, lambda own: [{} for _ in own], target_logps, of_step)
         else:
-            done = accumulate_weighed(policy, rows, weigh, _signed_logps, of_step)
+            done = accumulate_weighed(policy, rows, weigh, target_logps, of_step)
         updates.append(learner.apply(policy, done.gradients))
     return updates
-
-
-def _signed_logps(logits: mx.array, fixed: Mapping[str, mx.array], _head: Head) -> tuple[mx.array, dict[str, mx.array]]:
-    # The weights carry dL/dlog q, sign included: the "loss" of a token is its log-probability.
-    return losses.token_logps(logits, fixed["targets"]), {}
 
 
 def _reward_metrics(

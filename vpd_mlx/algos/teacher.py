@@ -14,8 +14,9 @@ from typing import Literal
 import mlx.core as mx
 
 from vpd_mlx.algos.settings import TeacherSettings
+from vpd_mlx.engine.adapters import Adapter
 from vpd_mlx.engine.heads import Head
-from vpd_mlx.engine.policy import Adapter, Policy
+from vpd_mlx.engine.policy import Policy
 from vpd_mlx.types import TokenRow
 
 __all__ = ["Kind", "Teacher"]

@@ -98,7 +98,7 @@ def _measure(
 ) -> tuple[Measured | None, Measured]:
     """The base model where it is to be compared with, and the model in question."""
     # Late: MLX and the tokenizers take two seconds to load.
-    from vpd_mlx.engine.policy import lora_of
+    from vpd_mlx.engine.adapters import lora_of
     from vpd_mlx.run.step import Trainer
 
     if folder is not None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from vpd_mlx.types import TokenRow
 
-__all__ = ["Padded", "Shared", "micro_batches", "pad", "share", "token_weights"]
+__all__ = ["Padded", "Shared", "by_row", "micro_batches", "pad", "shared_prompts", "token_weights"]
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,15 @@ def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def share(rows: Sequence[TokenRow], multiple: int = 1) -> Shared | None:
-    """Rows grouped by identical prompt ids; None where that would save less than a tenth of the positions."""
+def shared_prompts(rows: Sequence[TokenRow], multiple: int = 1, *, always: bool = False) -> Shared | None:
+    """Rows grouped by identical prompt ids; None, unless `always`, where that saves less than a tenth of the positions."""
     index: dict[tuple[int, ...], int] = {}
     parents = [index.setdefault(r.prompt, len(index)) for r in rows]
     width = _up(max(len(p) for p in index), multiple)
     longest = max(len(r.completion) for r in rows) - 1
     added = _up(longest, multiple) if longest else 0
     plain = len(rows) * _up(max(len(r.prompt) + len(r.completion) - 1 for r in rows), multiple)
-    if len(index) * width + len(rows) * added > 0.9 * plain:
+    if not always and len(index) * width + len(rows) * added > 0.9 * plain:
         return None
     prompts = np.zeros((len(index), width), np.int32)
     for ids, u in index.items():
@@ -91,6 +92,12 @@ def share(rows: Sequence[TokenRow], multiple: int = 1) -> Shared | None:
     return Shared(
         prompts, lengths, np.array(parents, np.int32), completions, np.concatenate(positions), np.concatenate(targets)
     )
+
+
+def by_row(values: Any, rows: Sequence[TokenRow]) -> list[Any]:
+    """An array of all rows' completion tokens (M, ...), cut up by row: (T_i, ...) each."""
+    ends = np.cumsum([len(r.completion) for r in rows]).tolist()
+    return [values[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def micro_batches(rows: Sequence[TokenRow], budget: int, *, shared: bool = False) -> list[list[int]]:

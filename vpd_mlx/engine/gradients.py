@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from mlx.utils import tree_map
 
+from vpd_mlx.engine.batching import by_row
 from vpd_mlx.engine.heads import TokenLoss, weighted_token_loss
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.types import TokenRow
@@ -62,7 +63,7 @@ def accumulate(
     With several ranks each walks its share: loss and figures are those of all rows, the gradients are summed by
     `Learner.apply`. Where memory runs out the walk starts over with smaller micro-batches, to the same sum.
     """
-    own = policy.ranks.share(rows)
+    own = policy.ranks.own_rows(rows)
     mine = [rows[i] for i in own]
     fixed = constants(own)
     start = into.gradients if into else None
@@ -89,7 +90,7 @@ def accumulate_weighed(
     """
 
     def in_one() -> tuple[Any, float, list[dict[str, Floats]]] | None:
-        if policy.ranks.size > 1 or policy.has_dropout or not policy.fit_half(rows):
+        if policy.ranks.size > 1 or policy.has_dropout or len(policy.split(rows, 2)) != 1:
             return None
         return _accumulate(policy, rows, weigh, [{} for _ in rows], token_loss, seed, None)
 
@@ -101,7 +102,7 @@ def accumulate_weighed(
 
 def scored(policy: Policy, rows: Sequence[TokenRow]) -> list[Floats]:
     """`Policy.logps` of all rows, each rank scoring its share."""
-    own = policy.ranks.share(rows)
+    own = policy.ranks.own_rows(rows)
     return policy.ranks.collect(own, policy.logps([rows[i] for i in own]), len(rows))
 
 
@@ -140,12 +141,9 @@ def _accumulate(
         gradients = gradient if gradients is None else tree_map(mx.add, gradients, gradient)
         mx.eval(value, figures, gradients)
         total += float(value)
-        start = 0
-        values = {name: np.array(column) for name, column in figures.items()}
-        for i in indices:
-            stop = start + len(rows[i].completion)
-            columns[i] = {name: column[start:stop] for name, column in values.items()}
-            start = stop
+        values = {name: by_row(np.array(column), part) for name, column in figures.items()}
+        for n, i in enumerate(indices):
+            columns[i] = {name: pieces[n] for name, pieces in values.items()}
     return gradients, total, columns
 
 

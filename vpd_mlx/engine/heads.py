@@ -13,7 +13,9 @@ from typing import Any
 
 import mlx.core as mx
 
-__all__ = ["Head", "TokenLoss", "chunk_size", "map_tokens", "weighted_token_loss"]
+from vpd_mlx import losses
+
+__all__ = ["Head", "TokenLoss", "chunk_size", "map_tokens", "target_logps", "weighted_token_loss"]
 
 Head = Callable[[mx.array], mx.array]
 """(m, D) hidden states -> (m, V) logits."""
@@ -30,6 +32,11 @@ def chunk_size(vocabulary: int) -> int:
     """Completion tokens per chunk, such that a divergence's intermediates stay near `CHUNK_BYTES`, on a GPU near 8 times that."""
     factor = 1 if mx.default_device() == mx.Device(mx.cpu) else GPU_FACTOR
     return max(1, factor * CHUNK_BYTES // (4 * LIVE_COPIES * vocabulary))
+
+
+def target_logps(logits: mx.array, fixed: Mapping[str, mx.array], _head: Head) -> tuple[mx.array, dict[str, mx.array]]:
+    """The token loss that is each target's log-probability: weights with a sign make any policy gradient of it."""
+    return losses.token_logps(logits, fixed["targets"]), {}
 
 
 def weighted_token_loss(
@@ -66,9 +73,9 @@ def weighted_token_loss(
             fixed = {k: v[part] for k, v in constants.items()}
 
             def total(x: mx.array, w: mx.array = w, fixed: Mapping[str, mx.array] = fixed) -> tuple[mx.array, ...]:
-                losses, metrics = token_loss(head(x), fixed, head)
+                each, metrics = token_loss(head(x), fixed, head)
                 names[:] = sorted(metrics)
-                return ((losses * w).sum(), losses, *(metrics[k] for k in names))
+                return ((each * w).sum(), each, *(metrics[k] for k in names))
 
             (value, *per_token), gradient = mx.value_and_grad(total)(states)
             totals.append(value)
@@ -86,8 +93,8 @@ def weighted_token_loss(
         return cotangents[0] * outputs[1]
 
     outputs: Any = run(hidden)
-    value, _, losses, *metrics = outputs
-    return value, {"loss": losses, **dict(zip(names, metrics, strict=True))}
+    value, _, each, *metrics = outputs
+    return value, {"loss": each, **dict(zip(names, metrics, strict=True))}
 
 
 def map_tokens(
@@ -97,8 +104,8 @@ def map_tokens(
     columns: dict[str, list[mx.array]] = {}
     for start in range(0, hidden.shape[0], chunk):
         part = slice(start, start + chunk)
-        losses, metrics = token_loss(head(hidden[part]), {k: v[part] for k, v in constants.items()}, head)
-        row = {"loss": losses, **metrics}
+        each, metrics = token_loss(head(hidden[part]), {k: v[part] for k, v in constants.items()}, head)
+        row = {"loss": each, **metrics}
         mx.eval(row)
         for name, values in row.items():
             columns.setdefault(name, []).append(values)

@@ -63,7 +63,7 @@ class Ranks:
 
     # --- who does what
 
-    def own(self, count: int) -> range:
+    def own_range(self, count: int) -> range:
         """This rank's contiguous share of `count` things, as even as can be."""
         return range(count * self.index // self.size, count * (self.index + 1) // self.size)
 
@@ -71,7 +71,7 @@ class Ranks:
         """A seed of this rank's own, so that no two draw alike; the first keeps the run's."""
         return seed + self.index
 
-    def share(self, rows: Sequence[TokenRow]) -> list[int]:
+    def own_rows(self, rows: Sequence[TokenRow]) -> list[int]:
         """Indices of this rank's rows, in order; the same division on every rank.
 
         Rows with one prompt stay together, so that it is read once, unless there are fewer prompts than ranks. The

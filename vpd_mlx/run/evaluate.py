@@ -139,7 +139,7 @@ def measure(
     """
     seed = policy.ranks.seed(phase_seed(recipe.seed, 0, "evaluation"))  # every evaluation of a run draws alike
     k = 1 if greedy_only else recipe.evaluation.samples
-    own = policy.ranks.own(len(problems))
+    own = policy.ranks.own_range(len(problems))
     keys = [names(problems)[i] for i in own]
     problems = [problems[i] for i in own]
 

@@ -216,9 +216,7 @@ def _probe(
     model = _build(config, blocks)
     model.freeze()
     before = mx.get_active_memory()
-    memory = recipe.memory
-    policy = Policy(model, _NoTokenizer(), recipe.model, micro_batch_tokens=memory.micro_batch_tokens)
-    policy._head_chunk = memory.head_chunk
+    policy = Policy(model, _NoTokenizer(), recipe.model, recipe.memory)
     # `lora.layers` counts from the last block; of two or three blocks all are adapted, as all would be.
     policy.adapt(recipe.lora.model_copy(update={"layers": -1}), 0)
     cache = make_prompt_cache(model)
@@ -230,7 +228,7 @@ def _probe(
     completion = recipe.rollout.max_completion_tokens
     # Peak memory is that of the fullest micro-batch: two micro-batches' worth of groups find it.
     size = recipe.rollout.group_size * (teacher_prompt + completion)
-    count = min(recipe.rollout.prompts, 2 + 2 * memory.micro_batch_tokens // size)
+    count = min(recipe.rollout.prompts, 2 + 2 * recipe.memory.micro_batch_tokens // size)
     groups = _groups(recipe, count, prompt, teacher_prompt, completion, vocabulary)
     trained = _bytes(model.trainable_parameters())
     # Active memory that is not this network's: what else the process holds.

@@ -145,15 +145,7 @@ def load_policy(recipe: Recipe) -> Policy:
     if memory.cache_limit_gb is not None:
         mx.set_cache_limit(int(memory.cache_limit_gb * 2**30))
     _wire(memory.wired_limit_gb)
-    policy = Policy.load(
-        recipe.model,
-        recipe.lora,
-        seed=recipe.seed,
-        revision=recipe.model_revision,
-        micro_batch_tokens=memory.micro_batch_tokens,
-        head_chunk=memory.head_chunk,
-        gradient_checkpointing=memory.gradient_checkpointing,
-    )
+    policy = Policy.load(recipe.model, recipe.lora, memory, seed=recipe.seed, revision=recipe.model_revision)
     probe_batches(policy)
     return policy
 

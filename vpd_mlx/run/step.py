@@ -102,7 +102,7 @@ class Trainer(Parts):
     def _roll_out_own(self, problems: Sequence[Problem], step: int, clock: Clock) -> _RankRollouts:
         """This rank's part. Whatever ends it must reach the other ranks, which wait for it."""
         try:
-            batch, groups = self._roll_out([problems[i] for i in self.ranks.own(len(problems))], step, clock)
+            batch, groups = self._roll_out([problems[i] for i in self.ranks.own_range(len(problems))], step, clock)
             return _RankRollouts(batch, groups, stop=self.stop.signal)
         except Interrupted:
             return _RankRollouts(stop=self.stop.signal)

@@ -1,4 +1,4 @@
-"""What this machine has, and whether its arithmetic can be trusted."""
+"""What this machine has, and whether its arithmetic is right."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HUB_SECONDS = 5
 
 @dataclass(frozen=True)
 class Fact:
-    """One line of the report; `remedy` is empty where nothing is amiss."""
+    """One line of the report; `remedy` is empty when nothing is wrong."""
 
     name: str
     value: str
@@ -78,7 +78,7 @@ def _hub() -> Fact:
         return Fact("hub", "offline mode (HF_HUB_OFFLINE)")
     try:
         HfApi().model_info("mlx-community/Qwen3-0.6B-4bit", timeout=HUB_SECONDS)
-    except Exception as error:  # noqa: BLE001 - any failure at all means just this: the hub cannot be had from here
+    except Exception as error:  # noqa: BLE001 - whatever fails, the hub is not reachable from here
         return Fact(
             "hub", f"not reachable ({type(error).__name__})", "models must be in the cache or in a local folder"
         )

@@ -20,7 +20,11 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.lora import LoRALinear
 
 from vpd_mlx import losses
-from vpd_mlx.engine.heads import weighted_token_loss
+from vpd_mlx.algos.m_step import Distillation
+from vpd_mlx.algos.settings import MStepSettings, TeacherSettings
+from vpd_mlx.algos.teacher import Teacher
+from vpd_mlx.engine.gradients import Floats, accumulate, unit_weights
+from vpd_mlx.engine.heads import TokenLoss, target_logps, weighted_token_loss
 from vpd_mlx.engine.optimizer import adam_step
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.sampling import Sampling, generate
@@ -41,11 +45,10 @@ class Check:
     name: str
     error: float
     allowed: float
-    detail: str = ""
 
     @property
     def ok(self) -> bool:
-        """Whether it holds; what is not a number does not."""
+        """Whether the error is allowed; NaN is not."""
         return self.error <= self.allowed
 
 
@@ -86,41 +89,17 @@ def _loss_cases() -> Iterator[tuple[str, Callable[[Parameters], mx.array], Param
     )
     yield "k3 KL", lambda p: losses.k3_kl(p["x"], old).sum(), {"x": old + 0.2}
 
-    hidden, matrix = _normal((20, 32), 8), _normal((64, 32), 9, 0.3)
-    packed, scales, biases = mx.quantize(matrix, group_size=32, bits=4)
-    teacher_hidden, token_weights = _normal((20, 32), 10), _normal((20,), 11)
-
-    def head(h: mx.array) -> mx.array:
-        return mx.quantized_matmul(h, packed, scales, biases, transpose=True, group_size=32, bits=4)
-
-    def fused(p: Parameters) -> mx.array:
-        return weighted_token_loss(
-            head,
-            lambda logits, fixed, h: (losses.divergence(logits, h(fixed["teacher"]), alpha=0.5), {}),
-            p["x"],
-            token_weights,
-            {"teacher": teacher_hidden},
-            chunk=7,
-        )[0]
-
-    yield "fused head and divergence, quantised", fused, {"x": hidden}
-
     inputs = _normal((6, 64), 12)
-    base = nn.QuantizedLinear.from_linear(nn.Linear(64, 32), group_size=32, bits=4)
-    base.update(_quantised_linear())
-    adapted = LoRALinear.from_base(base, r=4, dropout=0.0, scale=2.0)
-    targets = _normal((6, 32), 13)
+    mx.random.seed(16)
+    adapted = LoRALinear.from_base(nn.Linear(64, 32).to_quantized(32, 4), r=4, dropout=0.0, scale=2.0)
+    output_weights = _normal((6, 32), 13)
 
     def lora(p: Parameters) -> mx.array:
         adapted.update(p)
-        return mx.square(adapted(inputs) - targets).mean()
+        output: mx.array = adapted(inputs)
+        return (output * output_weights).sum()
 
     yield "LoRA on a quantised layer", lora, {"lora_a": _normal((64, 4), 14, 0.2), "lora_b": _normal((4, 32), 15, 0.2)}
-
-
-def _quantised_linear() -> dict[str, mx.array]:
-    packed, scales, biases = mx.quantize(_normal((32, 64), 16, 0.2), group_size=32, bits=4)
-    return {"weight": packed, "scales": scales, "biases": biases, "bias": _normal((32,), 17, 0.1)}
 
 
 def _relative(a: mx.array, b: mx.array) -> float:
@@ -157,28 +136,71 @@ def _check_loss(name: str, f: Callable[[Parameters], mx.array], parameters: Para
     yield Check(f"{name}: gradient against differences", abs(numeric - analytic) / reference, DIFFERENCE_TOLERANCE)
 
 
+def _check_head(policy: Policy) -> Iterator[Check]:
+    """The model's head with the token losses of both steps, as `accumulate` runs them."""
+    width, ids = policy.model.args.hidden_size, mx.array(np.random.default_rng(8).integers(0, policy.vocabulary, 20))
+    hidden = {"x": _normal((20, width), 9)}
+    distillation = Distillation(MStepSettings(), Teacher(TeacherSettings(), "live", policy))
+
+    def through_head(p: Parameters, loss: TokenLoss, weights: mx.array, **constants: mx.array) -> mx.array:
+        return weighted_token_loss(policy.head, loss, p["x"], weights, {"targets": ids, **constants}, chunk=7)[0]
+
+    teacher, weights = _normal((20, width), 10), _normal((20,), 11)
+    name = "fused head and divergence, quantised"
+    yield from _check_loss(name, lambda p: through_head(p, distillation, weights, teacher=teacher), hidden)
+
+    # Four completions of five tokens. Training weights their log-probabilities by BCO's analytic slope.
+    labels, beta, delta = mx.array([1, 0, 0, 1]), 0.3, 0.1
+
+    def sums(p: Parameters) -> mx.array:
+        return losses.token_logps(policy.head(p["x"]), ids).reshape(4, 5).sum(axis=1)
+
+    anchor = mx.stop_gradient(sums({"x": hidden["x"] + _normal((20, width), 12, 0.3)}))
+
+    def bco(p: Parameters) -> mx.array:
+        return losses.bco_loss(sums(p), anchor, labels, beta=beta, delta=delta)[0]
+
+    def as_trained(p: Parameters) -> mx.array:
+        rewards = losses.implicit_rewards(mx.stop_gradient(sums(p)), anchor, beta=beta)
+        slopes = losses.bco_gradient(rewards, labels, delta, beta=beta, n_pos=2, n_neg=2)
+        return through_head(p, target_logps, mx.repeat(slopes, 5))
+
+    _, ours = _value_and_grad(as_trained, hidden, mx.default_device())
+    _, autodiff = _value_and_grad(bco, hidden, mx.Device(mx.cpu))
+    yield Check("BCO's analytic gradient against autodiff", _relative(ours["x"], autodiff["x"]), DEVICE_TOLERANCE)
+
+
 def _check_model(policy: Policy) -> Iterator[Check]:
+    """Sampling against scoring, and shared prompts against separate ones, values and gradients."""
     half = any(v.dtype in (mx.float16, mx.bfloat16) for _, v in tree_flatten(policy.model.parameters()))
-    before = policy.adapter
+    allowed = 0.1 if half else 2e-3
+    # Long enough that sharing it saves positions even where lengths are padded to a multiple.
+    message = {"role": "user", "content": "47+38=" * 24}
+    prompt = tuple(policy.tokenizer.apply_chat_template([message], add_generation_prompt=True))
+    before, shares = policy.adapter, policy.shares_prompts
     # A fresh adapter's second factor is zero: shake it, so that LoRA has a part in what is compared.
     policy.set_adapter({k: v + _normal(v.shape, i, 0.02) for i, (k, v) in enumerate(before.items())})
-    prompt = tuple(
-        policy.tokenizer.apply_chat_template([{"role": "user", "content": "47+38="}], add_generation_prompt=True)
-    )
-    rollouts = [r for _, _, r in generate(policy, [prompt], 8, Sampling(1.0, 1.0, 8), 0)]
-    scored = policy.logps([TokenRow(prompt, r.tokens) for r in rollouts])
-    apart = max(float(np.abs(np.array(r.logps) - s).max()) for r, s in zip(rollouts, scored, strict=True))
-    yield Check("sampled log-probabilities against scored ones", apart, 0.1 if half else 2e-3)
-    rows = [TokenRow(prompt, r.tokens) for r in rollouts]
-    shares = policy.shares_prompts
     try:
+        rollouts = [r for _, _, r in generate(policy, [prompt], 8, Sampling(1.0, 1.0, 8), 0)]
+        rows = [TokenRow(prompt, r.tokens) for r in rollouts]
+
+        def passes() -> tuple[list[Floats], dict[str, mx.array]]:
+            done = accumulate(policy, rows, unit_weights(rows), lambda own: [{} for _ in own], target_logps, 0)
+            return policy.logps(rows), dict(tree_flatten(done.gradients))
+
+        policy.shares_prompts = True
+        shared, shared_gradient = passes()
         policy.shares_prompts = False
-        plain = policy.logps(rows)
+        separate, gradient = passes()
     finally:
         policy.shares_prompts = shares
         policy.set_adapter(before)
-    apart = max(float(np.abs(a - b).max()) for a, b in zip(scored, plain, strict=True))
-    yield Check("shared prompts against separate ones", apart, 0.1 if half else 2e-3)
+    sampled = [np.array(r.logps) for r in rollouts]
+    for name, values in (("sampled log-probabilities", sampled), ("shared prompts", shared)):
+        apart = max(float(np.abs(a - b).max()) for a, b in zip(values, separate, strict=True))
+        yield Check(f"{name} against separately scored ones", apart, allowed)
+    apart = max(_relative(shared_gradient[k], gradient[k]) for k in gradient)
+    yield Check("gradient through shared prompts against separate ones", apart, allowed)
 
 
 def _check_update() -> Check:
@@ -197,6 +219,7 @@ def checks(policy: Policy) -> Iterator[Check]:
     for name, f, parameters in _loss_cases():
         yield from _check_loss(name, f, parameters)
     yield _check_update()
+    yield from _check_head(policy)
     yield from _check_model(policy)
 
 
