@@ -286,7 +286,7 @@ def main() -> None:
                 if runs[name].algorithm != "grpo":
                     plots |= {"divergence", "contexts"}
                     # A batch all of one outcome has no margin.
-                    if any(m.get(f"{u}_step/margin") is not None for m in runs[name].metrics for u in "em"):
+                    if any(m.get(f"{u}/margin") is not None for m in runs[name].metrics for u in ("e_step", "student")):
                         plots.add("margin")
             for width, scheme in VIEWS:
                 check.page(name, path, width, scheme, plots)

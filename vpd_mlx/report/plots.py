@@ -1,11 +1,14 @@
-"""Pictures of one run or several, each as inline SVG whose colours are the page's, so that light and dark both fit."""
+"""Plots of one run or several, as inline SVG in the page's own colours, so that they fit light and dark.
+
+A plot appears if the run logged figures for it, whichever algorithm did.
+"""
 
 from __future__ import annotations
 
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import matplotlib as mpl
@@ -15,12 +18,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from vpd_mlx.algos import ALGORITHMS
 from vpd_mlx.common.text import number
 from vpd_mlx.run.folder import NO_CONTEXT, Run
 
-__all__ = ["Plot", "comparison_plots", "legend_colors", "run_plots"]
+__all__ = ["comparison_plots", "legend_colors", "run_plots"]
 
-# Stand-ins that matplotlib writes and `_svg` replaces by the page's variables.
+# Placeholders for matplotlib, which `_svg` replaces by the page's variables.
 INK, GRID = "#010203", "#010204"
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#010205", "#010206", "#010207", "#010208", "#010209", "#01020a"
 NAMES = {
@@ -53,8 +57,7 @@ STYLE: Any = {
     "savefig.facecolor": "none",
 }
 MOST_POINTS = 300  # of a line; longer ones are averaged in bins, which keeps the page small
-FEW_POINTS = 30  # up to here every point gets a mark, so that a run of one step shows
-UPDATES = ("student",)
+FEW_POINTS = 30  # or fewer: every point gets a mark, so that a run of one step shows
 PHASES = {
     "rollout": "rollout (sampling)",
     "e_step": "E-step",
@@ -62,39 +65,33 @@ PHASES = {
     "log": "logging",
 }
 
-
-@dataclass(frozen=True)
-class Plot:
-    """One picture: its name (letters and dashes), title, one sentence on how to read it, and the SVG."""
-
-    name: str
-    title: str
-    sentence: str
-    svg: Markup
+Series = tuple[Sequence[int], Sequence[float]]
 
 
-Draw = Callable[[Figure], bool]
+def _drawn(plots: Mapping[str, Callable[[Figure], bool]]) -> dict[str, Markup]:
+    """The plots as SVG; those whose function finds nothing to draw are left out."""
+    out = {}
+    for name, draw in plots.items():
+        with mpl.rc_context(STYLE):
+            figure = Figure(figsize=(4.4, 2.5), layout="constrained")
+            if draw(figure):
+                out[name] = Markup(_svg(figure, name))
+    return out
 
 
-def _plot(name: str, title: str, sentence: str, draw: Draw, height: float = 2.5) -> Plot | None:
-    """Draw, or None where `draw` says that there is nothing to see."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(4.4, height), layout="constrained")
-        if not draw(figure):
-            return None
-        return Plot(name, title, sentence, Markup(_svg(figure, name, title)))
-
-
-def _svg(figure: Figure, name: str, title: str) -> str:
+def _svg(figure: Figure, name: str) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(
-        r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{title}">', text, count=1
+        r'<svg [^>]*?viewBox="([^"]*)"[^>]*>',
+        rf'<svg viewBox="\1" role="img" aria-labelledby="title-{name}">',
+        text,
+        count=1,
     )
-    # Several pictures stand in one page: each has its own names.
+    # Several plots share one page: each needs ids of its own.
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = text.replace("url(#", f"url(#{name}-").replace('xlink:href="#', f'href="#{name}-')
     for stand_in, variable in NAMES.items():
@@ -115,13 +112,13 @@ def _thin(steps: Sequence[int], values: Sequence[float]) -> tuple[list[float], l
 
 def _line(
     axis: Axes,
-    data: tuple[Sequence[int], Sequence[float]],
+    data: Series,
     color: str,
     label: str,
     style: str = "-",
     few: int = FEW_POINTS,
 ) -> bool:
-    """A line with marks where there are few points; of more, their running mean, and thinly the points themselves."""
+    """A line with marks if there are few points; else their running mean, and a thin line through the points themselves."""
     x, y = _thin(*data)
     if not x:
         return False
@@ -136,7 +133,7 @@ def _line(
 
 
 def _band(axis: Axes, run: Run, key: str, color: str, label: str, style: str = "-") -> bool:
-    """An evaluation's figure in per cent with its 95 % interval as a band, and as a bar where there is one point."""
+    """An evaluation's figure in per cent with its 95 % interval as a band, or as a bar if there is only one point."""
     steps, values, bounds = run.evaluations(key)
     if not steps:
         return False
@@ -155,12 +152,12 @@ def _finish(axis: Axes, *, y: str, x: str = "step", legend: bool = True) -> None
     axis.set_xlabel(x)
     axis.set_ylabel(y)
     left, right = axis.get_xlim()
-    if right - left < 1:  # one step alone: whole numbers beside it, not hundredths of a step
+    if right - left < 1:  # a single step: whole numbers beside it, not hundredths of a step
         axis.set_xlim((left + right) / 2 - 1, (left + right) / 2 + 1)
     axis.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
     axis.yaxis.set_major_locator(MaxNLocator(nbins=6))
     if legend and axis.get_legend_handles_labels()[1]:
-        # Above the picture, where no curve can hide behind it.
+        # Above the plot, so that it hides no curve.
         axis.legend(
             loc="lower left",
             bbox_to_anchor=(-0.02, 1.0),
@@ -171,236 +168,14 @@ def _finish(axis: Axes, *, y: str, x: str = "step", legend: bool = True) -> None
         )
 
 
-def _per_cent(axis: Axes) -> None:
-    axis.set_ylim(-2, 102)
-
-
-def _either(name: str) -> tuple[str, ...]:
-    return tuple(f"{u}/{name}" for u in UPDATES)
-
-
-def _percents(data: tuple[list[int], list[float]]) -> tuple[list[int], list[float]]:
-    return data[0], [100 * v for v in data[1]]
-
-
-def run_plots(run: Run) -> list[Plot]:
-    """All pictures for which the run has figures."""
-    samples = number(run.evals[-1].get("samples")) if run.evals else None
-    student = "student" if samples is None else f"student, avg@{samples:.0f}"
-
-    def accuracy(figure: Figure) -> bool:
-        axis = figure.subplots()
-        drawn = [
-            _band(axis, run, "student", BLUE, student),
-            _band(axis, run, "student_greedy", GREEN, "student, greedy", "--"),
-            _band(axis, run, "teacher", ORANGE, "teacher"),
-        ]
-        _finish(axis, y="held-out problems right, %")
-        _per_cent(axis)
-        return any(drawn)
-
-    def gap(figure: Figure) -> bool:
-        axis = figure.subplots()
-        steps, values = _percents(run.evaluations("gap")[:2])
-        axis.axhline(0, color=GREY, lw=1)
-        drawn = _line(axis, (steps, values), ORANGE, "teacher less student")
-        _finish(axis, y="percentage points", legend=False)
-        return drawn
-
-    def reward(figure: Figure) -> bool:
-        axis = figure.subplots()
-        drawn = _line(axis, run.series("reward"), BLUE, "mean score of a batch")
-        success = run.series("success")
-        if success[1] != run.series("reward")[1]:
-            drawn = _line(axis, success, GREEN, "share right", "--") or drawn
-        _finish(axis, y="score, 0 to 1", legend=len(axis.get_legend_handles_labels()[1]) > 1)
-        axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
-        return drawn
-
-    def groups(figure: Figure) -> bool:
-        axis = figure.subplots()
-        parts = [
-            ("groups_all_right", "all right", GREEN),
-            ("groups_mixed", "mixed", BLUE),
-            ("groups_all_wrong", "all wrong", RED),
-        ]
-        return _stack(axis, [(label, c, *_percents(run.series(k))) for k, label, c in parts], "groups, %")
-
-    def contexts(figure: Figure) -> bool:
-        rows = [m for m in run.metrics if isinstance(m.get("contexts"), dict) and number(m.get("step")) is not None]
-        kinds = sorted({str(k) for m in rows for k in m["contexts"]})
-        if not kinds or run.algorithm == "grpo":  # which learns from scores alone
-            return False
-        steps = [int(m["step"]) for m in rows]
-        counts = [[number(m["contexts"].get(k)) or 0.0 for m in rows] for k in kinds]
-        counts.append([number(m.get("contexts_none")) or 0.0 for m in rows])
-        total = np.maximum(1, np.sum(counts, axis=0))
-        colors = [*(CYCLE[i % 5] for i in range(len(kinds))), GREY]
-        parts = [
-            (kind, color, steps, list(100 * np.asarray(c) / total))
-            for kind, color, c in zip([*kinds, NO_CONTEXT], colors, counts, strict=True)
-        ]
-        return _stack(figure.subplots(), parts, "completions, %")
-
-    def length(figure: Figure) -> bool:
-        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
-        drawn = [
-            _line(top, run.series("length"), BLUE, "mean"),
-            _line(top, run.series("length_max"), GREY, "longest", "--"),
-            _line(bottom, _percents(run.series("truncated")), RED, "cut off"),
-        ]
-        _finish(top, y="tokens", x="")
-        _finish(bottom, y="cut off, %", legend=False)
-        bottom.set_ylim(bottom=-0.2, top=max(5.0, bottom.get_ylim()[1]))
-        return any(drawn)
-
-    def margin(figure: Figure) -> bool:
-        top, bottom = figure.subplots(2, 1, sharex=True)
-        top.axhline(0, color=GREY, lw=1)
-        bottom.axhline(0.5, color=GREY, lw=1)
-        e_step = bool(run.series("e_step/margin")[0])
-        if e_step:
-            drawn = [
-                _line(top, run.series("e_step/margin"), BLUE, "before the E-step"),
-                _line(top, run.series("e_step/margin_after"), ORANGE, "after it", "--"),
-                _line(bottom, run.series("e_step/auc"), BLUE, "AUC"),
-            ]
-        else:
-            drawn = [
-                _line(top, run.series(*_either("margin")), BLUE, "margin"),
-                _line(bottom, run.series(*_either("auc")), BLUE, "AUC"),
-            ]
-        _finish(top, y="margin", x="", legend=e_step)
-        _finish(bottom, y="AUC", legend=False)
-        bottom.set_ylim(min(0.45, bottom.get_ylim()[0]), 1.03)
-        return any(drawn)
-
-    def divergence(figure: Figure) -> bool:
-        axis = figure.subplots()
-        right = _line(axis, run.series(*_either("divergence_right")), GREEN, "right completions")
-        wrong = _line(axis, run.series(*_either("divergence_wrong")), RED, "wrong completions", "--")
-        _finish(axis, y="nats a token")
-        return right or wrong
-
-    def entropy(figure: Figure) -> bool:
-        axis = figure.subplots()
-        student = _line(axis, run.series(*_either("entropy")), BLUE, "student")
-        teacher = _line(axis, run.series(*_either("teacher_entropy")), ORANGE, "teacher", "--")
-        _finish(axis, y="nats a token")
-        axis.set_ylim(bottom=0)
-        return student or teacher
-
-    def seconds(figure: Figure) -> bool:
-        phases = [(p, s) for p, s in run.seconds.items() if s > 0]
-        if not phases:
-            return False
-        axis = figure.subplots()
-        total = sum(s for _, s in phases)
-        unit, name = (60.0, "minutes") if total >= 180 else (1.0, "seconds")
-        names = [PHASES.get(p, p.replace("_", " ")) for p, _ in phases][::-1]
-        values = np.array([s for _, s in phases][::-1])
-        bars = axis.barh(names, values / unit, color=BLUE, height=0.62)
-        axis.bar_label(bars, [f" {v / unit:.1f} ({100 * v / total:.0f} %)" for v in values], padding=1, fontsize=8.5)
-        axis.set_xlim(0, values.max() / unit * 1.32)
-        axis.grid(visible=False, axis="y")
-        axis.set_xlabel(name)
-        return True
-
-    def memory(figure: Figure) -> bool:
-        top, bottom = figure.subplots(2, 1, sharex=True)
-        drawn = [
-            _line(top, run.series("peak_memory_mb"), PURPLE, "peak"),
-            _line(bottom, run.series("tokens_per_s"), BLUE, "speed"),
-        ]
-        _finish(top, y="peak, MiB", x="", legend=False)
-        _finish(bottom, y="tokens/s", legend=False)
-        top.set_ylim(bottom=0)
-        bottom.set_ylim(bottom=0)
-        return any(drawn)
-
-    e_step = bool(run.series("e_step/margin")[0])
-    margin_text = (
-        "How much likelier the feedback makes right completions than wrong ones, as the teacher scores them; below 0 (or AUC "
-        "below 0.5, no better than chance) it teaches what is wrong."
-    )
-    drawn = [
-        _plot(
-            "accuracy",
-            "Accuracy on held-out problems",
-            "The student answers alone, the teacher is the same network with feedback in its prompt; bands are 95 % intervals.",
-            accuracy,
-        ),
-        _plot(
-            "gap",
-            "Teacher's gap",
-            "How many points better the network is with feedback than without it; at 0 there is nothing to distil.",
-            gap,
-        ),
-        _plot(
-            "reward",
-            "Reward in training",
-            "Mean score that the verifier gave the completions of each step; it should rise, jumping about is normal.",
-            reward,
-        ),
-        _plot(
-            "groups",
-            "Groups by outcome",
-            "Each problem is answered several times; mixed groups hold right and wrong answers side by side and teach the most.",
-            groups,
-        ),
-        _plot(
-            "margin",
-            "E-step: does the teacher tell right from wrong?" if e_step else "Does the teacher tell right from wrong?",
-            margin_text,
-            margin,
-            3.0,
-        ),
-        _plot(
-            "length",
-            "Length of completions",
-            "Tokens per completion, and the share cut off at the limit; sudden jumps or many cut off mean trouble.",
-            length,
-            3.0,
-        ),
-        _plot(
-            "divergence",
-            "Divergence from the teacher",
-            "How far the student's next-token choices are from the teacher's; right completions should need less correction.",
-            divergence,
-        ),
-        _plot(
-            "entropy",
-            "Entropy",
-            "How undecided each is about the next token; a fall to nearly 0 while the reward is low is collapse.",
-            entropy,
-        ),
-        _plot(
-            "contexts",
-            "Where the feedback came from",
-            "Share of completions by what was shown to the teacher about them; without feedback (none) a completion "
-            "teaches nothing by itself.",
-            contexts,
-        ),
-        _plot("seconds", "Where the time went", "Time in each phase, summed over all steps and evaluations.", seconds),
-        _plot(
-            "memory",
-            "Memory and speed",
-            "Peak memory of each step, and tokens per second while sampling; memory that keeps rising will run out.",
-            memory,
-            3.0,
-        ),
-    ]
-    return [p for p in drawn if p is not None]
-
-
-def _stack(axis: Axes, parts: Sequence[tuple[str, str, Sequence[int], Sequence[float]]], y: str) -> bool:
-    """Shares that add up to 100 %, as areas; as bars where there are few steps."""
-    parts = [p for p in parts if p[2]]
-    if not parts or len({tuple(p[2]) for p in parts}) > 1:
+def _stack(axis: Axes, parts: Sequence[tuple[str, str, Series]], y: str) -> bool:
+    """Shares that add up to 100 %, as areas, or as bars if there are few steps."""
+    parts = [p for p in parts if p[2][0]]
+    if not parts or len({tuple(steps) for _, _, (steps, _) in parts}) > 1:
         return False
-    few = len(parts[0][2]) <= FEW_POINTS
+    few = len(parts[0][2][0]) <= FEW_POINTS
     base: np.ndarray[Any, Any] | None = None
-    for label, color, steps, values in parts:
+    for label, color, (steps, values) in parts:
         x, heights = (list(map(float, steps)), list(values)) if few else _thin(steps, values)
         h = np.asarray(heights)
         base = np.zeros_like(h) if base is None else base
@@ -414,69 +189,218 @@ def _stack(axis: Axes, parts: Sequence[tuple[str, str, Sequence[int], Sequence[f
     return True
 
 
-def comparison_plots(runs: Mapping[str, Run]) -> list[Plot]:
-    """Several runs in one picture each: held-out accuracy, greedy accuracy, teacher, reward, length."""
+def _percents(data: Series) -> Series:
+    return data[0], [100 * v for v in data[1]]
 
-    def evaluation(key: str) -> Draw:
-        def draw(figure: Figure) -> bool:
-            axis = figure.subplots()
-            drawn = [_band(axis, run, key, *look) for run, look in zip(runs.values(), looks, strict=True)]
-            _finish(axis, y="held-out problems right, %", legend=False)
-            _per_cent(axis)
-            return any(drawn)
 
-        return draw
+def _two_rows(figure: Figure, **options: Any) -> tuple[Axes, Axes]:
+    figure.set_figheight(3.0)
+    top, bottom = figure.subplots(2, 1, sharex=True, **options)
+    return top, bottom
 
-    def metric(*keys: str, y: str) -> Draw:
-        def draw(figure: Figure) -> bool:
-            axis = figure.subplots()
-            lines = [run.series(*keys) for run in runs.values()]
-            # All alike, marked or smoothed; a single point can only be marked.
-            few = FEW_POINTS if max(len(x) for x, _ in lines) <= FEW_POINTS else 2
-            drawn = [_line(axis, line, *look, few) for line, look in zip(lines, looks, strict=True)]
-            _finish(axis, y=y, legend=False)
-            return any(drawn)
 
-        return draw
+def _accuracy_axis(axis: Axes, legend: bool) -> None:
+    _finish(axis, y="held-out problems right, %", legend=legend)
+    axis.set_ylim(-2, 102)
 
-    looks = [(CYCLE[i % 6], label, DASHES[i // 6 % 4]) for i, label in enumerate(runs)]
-    bands = "bands are 95 % intervals, and where they overlap look at the paired difference above."
+
+# --- one run
+
+
+def _accuracy(run: Run, figure: Figure) -> bool:
+    axis = figure.subplots()
+    samples = number(run.evals[-1].get("samples")) if run.evals else None
     drawn = [
-        _plot(
-            "student",
-            "Student, sampled",
-            f"Average over several sampled answers to each held-out problem; {bands}",
-            evaluation("student"),
-        ),
-        _plot(
-            "greedy",
-            "Student, greedy",
-            f"One answer to each held-out problem, the likeliest token each time; {bands}",
-            evaluation("student_greedy"),
-        ),
-        _plot(
-            "teacher",
-            "Teacher",
-            "The same network with feedback in its prompt: what there is to distil.",
-            evaluation("teacher"),
-        ),
-        _plot(
-            "reward",
-            "Reward in training",
-            "Mean score that the verifier gave each step's completions.",
-            metric("reward", y="score, 0 to 1"),
-        ),
-        _plot(
-            "entropy",
-            "Student's entropy",
-            "How undecided the student is about the next token; near 0 it repeats itself.",
-            metric(*_either("entropy"), y="nats a token"),
-        ),
-        _plot(
-            "length", "Length of completions", "Mean tokens per completion in training.", metric("length", y="tokens")
-        ),
+        _band(axis, run, "student", BLUE, "student" if samples is None else f"student, avg@{samples:.0f}"),
+        _band(axis, run, "student_greedy", GREEN, "student, greedy", "--"),
+        _band(axis, run, "teacher", ORANGE, "teacher"),
     ]
-    return [p for p in drawn if p is not None]
+    _accuracy_axis(axis, legend=True)
+    return any(drawn)
+
+
+def _gap(run: Run, figure: Figure) -> bool:
+    axis = figure.subplots()
+    axis.axhline(0, color=GREY, lw=1)
+    drawn = _line(axis, _percents(run.evaluations("gap")[:2]), ORANGE, "teacher minus student")
+    _finish(axis, y="percentage points", legend=False)
+    return drawn
+
+
+def _reward(run: Run, figure: Figure) -> bool:
+    axis = figure.subplots()
+    reward, success = run.series("reward"), run.series("success")
+    drawn = [_line(axis, reward, BLUE, "mean score of a batch")]
+    if success[1] != reward[1]:
+        drawn.append(_line(axis, success, GREEN, "share right", "--"))
+    _finish(axis, y="score, 0 to 1", legend=all(drawn) and len(drawn) > 1)
+    axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
+    return any(drawn)
+
+
+def _groups(run: Run, figure: Figure) -> bool:
+    outcomes = (("all right", GREEN), ("mixed", BLUE), ("all wrong", RED))
+    parts = [(name, c, _percents(run.series(f"groups_{name.replace(' ', '_')}"))) for name, c in outcomes]
+    return _stack(figure.subplots(), parts, "groups, %")
+
+
+def _contexts(run: Run, figure: Figure) -> bool:
+    rows = [m for m in run.metrics if isinstance(m.get("contexts"), dict) and number(m.get("step")) is not None]
+    kinds = sorted({str(k) for m in rows for k in m["contexts"]})
+    algorithm = ALGORITHMS.get(run.algorithm)
+    if not kinds or (algorithm is not None and not algorithm.contexts):
+        return False
+    steps = [int(m["step"]) for m in rows]
+    counts = [[number(m["contexts"].get(k)) or 0.0 for m in rows] for k in kinds]
+    counts.append([number(m.get("contexts_none")) or 0.0 for m in rows])
+    total = np.maximum(1, np.sum(counts, axis=0))
+    colors = [*(CYCLE[i % 5] for i in range(len(kinds))), GREY]
+    parts = [
+        (kind, color, (steps, list(100 * np.asarray(c) / total)))
+        for kind, color, c in zip([*kinds, NO_CONTEXT], colors, counts, strict=True)
+    ]
+    return _stack(figure.subplots(), parts, "completions, %")
+
+
+def _length(run: Run, figure: Figure) -> bool:
+    top, bottom = _two_rows(figure, height_ratios=[3, 2])
+    drawn = [
+        _line(top, run.series("length"), BLUE, "mean"),
+        _line(top, run.series("length_max"), GREY, "longest", "--"),
+        _line(bottom, _percents(run.series("truncated")), RED, "cut off"),
+    ]
+    _finish(top, y="tokens", x="")
+    _finish(bottom, y="cut off, %", legend=False)
+    bottom.set_ylim(bottom=-0.2, top=max(5.0, bottom.get_ylim()[1]))
+    return any(drawn)
+
+
+def _margin(run: Run, figure: Figure) -> bool:
+    """The E-step's margin if the run logged one, else that of the student's update."""
+    top, bottom = _two_rows(figure)
+    top.axhline(0, color=GREY, lw=1)
+    bottom.axhline(0.5, color=GREY, lw=1)
+    before, after = run.series("e_step/margin"), run.series("e_step/margin_after")
+    if before[0]:
+        drawn = [
+            _line(top, before, BLUE, "before the E-step"),
+            _line(top, after, ORANGE, "after it", "--"),
+            _line(bottom, run.series("e_step/auc"), BLUE, "AUC"),
+        ]
+    else:
+        drawn = [
+            _line(top, run.series("student/margin"), BLUE, "margin"),
+            _line(bottom, run.series("student/auc"), BLUE, "AUC"),
+        ]
+    _finish(top, y="margin", x="", legend=bool(before[0]))
+    _finish(bottom, y="AUC", legend=False)
+    bottom.set_ylim(min(0.45, bottom.get_ylim()[0]), 1.03)
+    return any(drawn)
+
+
+def _divergence(run: Run, figure: Figure) -> bool:
+    axis = figure.subplots()
+    drawn = [
+        _line(axis, run.series("student/divergence_right"), GREEN, "right completions"),
+        _line(axis, run.series("student/divergence_wrong"), RED, "wrong completions", "--"),
+    ]
+    _finish(axis, y="nats a token")
+    return any(drawn)
+
+
+def _entropy(run: Run, figure: Figure) -> bool:
+    axis = figure.subplots()
+    drawn = [
+        _line(axis, run.series("student/entropy"), BLUE, "student"),
+        _line(axis, run.series("student/teacher_entropy"), ORANGE, "teacher", "--"),
+    ]
+    _finish(axis, y="nats a token")
+    axis.set_ylim(bottom=0)
+    return any(drawn)
+
+
+def _seconds(run: Run, figure: Figure) -> bool:
+    phases = [(p, s) for p, s in run.seconds.items() if s > 0]
+    if not phases:
+        return False
+    axis = figure.subplots()
+    total = sum(s for _, s in phases)
+    unit, name = (60.0, "minutes") if total >= 180 else (1.0, "seconds")
+    names = [PHASES.get(p, p.replace("_", " ")) for p, _ in phases][::-1]
+    values = np.array([s for _, s in phases][::-1])
+    bars = axis.barh(names, values / unit, color=BLUE, height=0.62)
+    axis.bar_label(bars, [f" {v / unit:.1f} ({100 * v / total:.0f} %)" for v in values], padding=1, fontsize=8.5)
+    axis.set_xlim(0, values.max() / unit * 1.32)
+    axis.grid(visible=False, axis="y")
+    axis.set_xlabel(name)
+    return True
+
+
+def _memory(run: Run, figure: Figure) -> bool:
+    top, bottom = _two_rows(figure)
+    drawn = [
+        _line(top, run.series("peak_memory_mb"), PURPLE, "peak"),
+        _line(bottom, run.series("tokens_per_s"), BLUE, "speed"),
+    ]
+    _finish(top, y="peak, MiB", x="", legend=False)
+    _finish(bottom, y="tokens/s", legend=False)
+    top.set_ylim(bottom=0)
+    bottom.set_ylim(bottom=0)
+    return any(drawn)
+
+
+RUN_PLOTS: dict[str, Callable[[Run, Figure], bool]] = {
+    "accuracy": _accuracy,
+    "gap": _gap,
+    "reward": _reward,
+    "groups": _groups,
+    "margin": _margin,
+    "length": _length,
+    "divergence": _divergence,
+    "entropy": _entropy,
+    "contexts": _contexts,
+    "seconds": _seconds,
+    "memory": _memory,
+}
+
+
+def run_plots(run: Run) -> dict[str, Markup]:
+    """All plots for which the run has figures, as SVG by name."""
+    return _drawn({name: partial(draw, run) for name, draw in RUN_PLOTS.items()})
+
+
+# --- several runs
+
+
+def comparison_plots(runs: Mapping[str, Run]) -> dict[str, Markup]:
+    """Plots with a curve for every run, as SVG by name."""
+    looks = [(CYCLE[i % 6], label, DASHES[i // 6 % 4]) for i, label in enumerate(runs)]
+
+    def evaluation(key: str, figure: Figure) -> bool:
+        axis = figure.subplots()
+        drawn = [_band(axis, run, key, *look) for run, look in zip(runs.values(), looks, strict=True)]
+        _accuracy_axis(axis, legend=False)
+        return any(drawn)
+
+    def metric(key: str, y: str, figure: Figure) -> bool:
+        axis = figure.subplots()
+        lines = [run.series(key) for run in runs.values()]
+        # All marked or all smoothed; a single point can only be marked.
+        few = FEW_POINTS if max(len(x) for x, _ in lines) <= FEW_POINTS else 2
+        drawn = [_line(axis, line, *look, few) for line, look in zip(lines, looks, strict=True)]
+        _finish(axis, y=y, legend=False)
+        return any(drawn)
+
+    return _drawn(
+        {
+            "student": partial(evaluation, "student"),
+            "greedy": partial(evaluation, "student_greedy"),
+            "teacher": partial(evaluation, "teacher"),
+            "reward": partial(metric, "reward", "score, 0 to 1"),
+            "entropy": partial(metric, "student/entropy", "nats a token"),
+            "length": partial(metric, "length", "tokens"),
+        }
+    )
 
 
 def legend_colors(count: int) -> list[str]:
