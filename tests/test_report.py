@@ -130,6 +130,13 @@ def test_grpo_with_one_step(runs):
     assert {f"plot-{p}" for p in ALWAYS} == plots
 
 
+def test_a_folder_of_the_first_format_has_all_its_plots():
+    old = load_run(Path(__file__).parent / "data" / "old-run")
+    assert not any(k.startswith("student/") for k in read_rows(old.path / "metrics.jsonl")[0])
+    assert {"entropy", "divergence", "seconds"} <= set(run_plots(old))
+    assert "student's update" in run_page(old, 5)
+
+
 def hostile(run: Path, text: str) -> None:
     """Put a text into every place of a run folder that a model, a data set, a recipe or a machine decides."""
     rows = read_rows(run / "rollouts.jsonl")
