@@ -1,4 +1,4 @@
-"""Timings that can be trusted on a busy machine: side by side, alternating, in one process; ratios of medians count."""
+"""Timings that hold on a busy machine: alternating, in one process, compared as ratios of medians."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Timing:
 
     @property
     def median(self) -> float:
-        """The middle one."""
+        """The median."""
         return statistics.median(self.seconds)
 
     def __str__(self) -> str:
@@ -33,7 +33,7 @@ class Timing:
 def side_by_side(runs: Mapping[str, Run], repeats: int) -> dict[str, Timing]:
     """Each run once unmeasured, then all of them in turn, `repeats` times, every second time in reverse.
 
-    A run that returns a number is believed: that is how long it took, by the clock of the process that did it.
+    If a run returns a float, that is its time, measured by the process that did the work.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
@@ -50,7 +50,7 @@ def side_by_side(runs: Mapping[str, Run], repeats: int) -> dict[str, Timing]:
 
 
 def peak(run: Run) -> int:
-    """Bytes at the highest, above what was there before. The lowest of three, since what mlx frees late is counted, too."""
+    """Peak bytes above those in use before. The lowest of three, because memory that mlx frees late counts too."""
     found = []
     for _ in range(3):
         gc.collect()

@@ -1,4 +1,4 @@
-"""Small random models, made on the spot: only shapes matter for time and memory."""
+"""Small random models: only shapes matter for time and memory."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The peers' own code, served to benchmarks/run.py from an environment of their own: JSON lines in, JSON lines out.
 
-Runs with nothing of this project: mlx-lm-lora's rollouts and GRPO gradient, mlx-tune's rollouts.
+It imports nothing of this project, only mlx-lm-lora's rollouts and GRPO gradient, mlx-tune's rollouts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MODELS: dict[str, Any] = {}
 
 
 def model_of(folder: str) -> tuple[Any, Any]:
-    """Model with a LoRA of rank 8 on all layers, as the other side has it, and tokenizer."""
+    """Model with a LoRA of rank 8 on all layers, as in benchmarks/models.py, and the tokenizer."""
     if folder not in MODELS:
         model, tokenizer = load(folder)
         model.freeze()
@@ -88,7 +88,7 @@ def grpo(folder: str, prompts: list[list[int]], completions: list[list[int]], of
 
 
 def versions() -> dict[str, str]:
-    """Of the packages."""
+    """Versions of the packages."""
     return {n: importlib.metadata.version(n) for n in ("mlx", "mlx-lm", "mlx-lm-lora", "mlx-tune")}
 
 
@@ -97,7 +97,7 @@ JOBS = {"rollouts_lora": rollouts_lora, "rollouts_tune": rollouts_tune, "grpo": 
 
 def main() -> None:
     """Answer requests until the input ends."""
-    mx.disable_compile()  # as on the other side: on a CPU compiling costs a run of the C++ compiler
+    mx.disable_compile()  # as vpd-mlx does on a CPU, where compiling runs the C++ compiler
     answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         request = json.loads(line)

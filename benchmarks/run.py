@@ -1,4 +1,4 @@
-"""Time and memory, side by side, and the requirements that they are held to.
+"""Time and memory, side by side with other libraries, and the requirements on them.
 
     python -m benchmarks.run [--only PART ...] [--repeats N] [--peers PYTHON] [--out FILE]
 
@@ -33,7 +33,7 @@ MB = 1e6
 
 
 class Peers:
-    """The peers' process, where there is an environment for it."""
+    """The process that runs the peers' code, if their environment is given."""
 
     def __init__(self, python: str | None) -> None:
         self._process: subprocess.Popen[str] | None = None
@@ -50,7 +50,7 @@ class Peers:
 
     @property
     def there(self) -> bool:
-        """Whether there are any."""
+        """Whether there is such a process."""
         return self._process is not None
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class Peers:
 
 
 class Report:
-    """Lines of Markdown, and how each requirement came out."""
+    """Lines of Markdown, and the number of requirements missed."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -143,7 +143,7 @@ def rollouts(report: Report, policy: Policy, peers: Peers, repeats: int) -> None
 
 
 def vocabulary(report: Report, policies: dict[int, Policy], repeats: int) -> None:
-    """The divergence over a large vocabulary."""
+    """The divergence over a large vocabulary, fused against plain."""
     report.say("## Divergence over a vocabulary of 151,936\n\n8 sequences of 40 + 32 tokens, full Jensen-Shannon.\n")
     shape = {"prompts": 1, "samples": 8, "prompt": 40, "completion": 32}
     u = work.Updates(policies[LARGE], work.Batch(LARGE, **shape))
@@ -160,7 +160,7 @@ def vocabulary(report: Report, policies: dict[int, Policy], repeats: int) -> Non
 
 
 def prompts(report: Report, policy: Policy, repeats: int) -> None:
-    """A prompt read once for its completions."""
+    """A prompt read once for all its completions, against once for each."""
     report.say(
         "## Shared prompts in training\n\n512-token prompts, 32-token completions, 8 of them; one sibling's context.\n"
     )
@@ -225,7 +225,7 @@ def grpo(report: Report, policies: dict[int, Policy], peers: Peers, repeats: int
 
 
 def steps(report: Report, policy: Policy, repeats: int) -> None:
-    """Whole steps against the passes that they cannot do without, and against each other."""
+    """Whole steps against the passes that they need, and against each other."""
     report.say("## Whole steps\n\n4 prompts x 8 completions, 128 + 64 tokens.\n")
     batch = work.Batch(policy.vocabulary, 4, 8, 128, 64)
     u = work.Updates(policy, batch)
@@ -255,7 +255,7 @@ def steps(report: Report, policy: Policy, repeats: int) -> None:
 
 
 def phases(report: Report, folder: Path) -> None:
-    """What the phase timer of a run accounts for."""
+    """How much of a run's wall time its phase timer accounts for."""
     report.say("## Phase timer\n\nThe quickstart's first ten steps.\n")
     recipe = load_recipe(builtin_recipes()["quickstart"], [("steps", 10), ("evaluation.problems", 10)])
     train(recipe, folder / "phases")
@@ -295,7 +295,7 @@ PARTS = ("rollouts", "vocabulary", "prompts", "grpo", "steps", "phases", "growth
 
 
 def measure(parts: list[str], repeats: int, python: str | None) -> Report:
-    """All parts that are asked for."""
+    """Measure the given parts."""
     report = Report()
     own = {n: importlib.metadata.version(n) for n in ("mlx", "mlx-lm", "numpy")}
     report.say("# Benchmarks\n\nMade by `make bench`; nothing here is written by hand.\n")

@@ -1,4 +1,4 @@
-"""What is measured: rollouts, updates, whole steps, on batches of random tokens."""
+"""The work that is measured: rollouts, updates and whole steps, on batches of random tokens."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = ["Batch", "Updates", "difference", "raw_rollouts", "rollouts", "whole_
 
 @dataclass(frozen=True)
 class Batch:
-    """`prompts` x `samples` completions of random tokens; half of them right, all with one sibling's solution as context."""
+    """`prompts` x `samples` completions of random tokens; half are right, and all have one sibling's solution as context."""
 
     vocabulary: int
     prompts: int
@@ -81,7 +81,7 @@ class Batch:
 
 
 def rollouts(policy: Policy, groups: Sequence[Group], samples: int, tokens: int) -> Callable[[], int]:
-    """This project's: prompts read once, every token's log-probability kept."""
+    """Our rollouts: each prompt is read once, and every token's log-probability is kept."""
     prompts = [g.prompt for g in groups]
     how = Sampling(1.0, 1.0, tokens, streams=default_streams())
     return lambda: sum(len(r.tokens) for _, _, r in generate(policy, prompts, samples, how, 0))
@@ -129,7 +129,7 @@ class Updates:
         )
 
     def fused(self) -> Any:
-        """Divergence and gradient as the M-step makes them: teacher forward, student forward and backward."""
+        """Divergence and gradient as the M-step computes them: teacher forward, student forward and backward."""
         states = self.loss.teacher.states(self.policy, self.taught)
         return accumulate(self.policy, self.student, self.weights, lambda own: states, self.loss, 0).gradients
 
@@ -161,7 +161,7 @@ class Updates:
         return self.loss.teacher.states(self.policy, self.taught)
 
     def student_backward(self) -> Any:
-        """Forward and backward of the divergence, the teacher's states given."""
+        """Forward and backward of the divergence, with the teacher's states given."""
         if not hasattr(self, "_states"):
             self._states = self.teacher_states()
         return accumulate(self.policy, self.student, self.weights, lambda own: self._states, self.loss, 0).gradients
@@ -180,14 +180,14 @@ class Updates:
 
 
 def difference(a: Any, b: Any) -> float:
-    """Greatest difference of two gradients, over the greatest entry."""
+    """Greatest difference of two gradients, relative to the greatest entry."""
     pairs = [(x, y) for (_, x), (_, y) in zip(tree_flatten(a), tree_flatten(b), strict=True)]
     scale = max(float(mx.abs(x).max()) for x, _ in pairs)
     return max(float(mx.abs(x - y).max()) for x, y in pairs) / scale
 
 
 def whole_step(recipe: Recipe, policy: Policy, batch: Batch, *, sample: bool) -> Callable[[], float]:
-    """A run's step, one after another: rollouts if asked, then the recipe's updates. Returns its seconds."""
+    """One step of a run: rollouts if `sample` is set, then the recipe's updates. Returns its seconds."""
     algorithm = ALGORITHMS[recipe.algorithm].load()(recipe, policy)
     roll = rollouts(policy, batch.groups, batch.samples, batch.completion)
     at = [0]
@@ -205,7 +205,7 @@ def whole_step(recipe: Recipe, policy: Policy, batch: Batch, *, sample: bool) ->
 
 
 def recipe_of(algorithm: str, every: int = 5) -> Recipe:
-    """The quickstart's, on an algorithm, at a rate that moves next to nothing."""
+    """The quickstart's recipe with another algorithm, and a learning rate that changes almost nothing."""
     from vpd_mlx.recipe import builtin_recipes
 
     changes: dict[str, Any] = {

@@ -3,8 +3,9 @@
     python docs/make_estimates.py [--check]
 
 Nothing here is measured on a Mac. Memory follows from shapes: quantised weights, LoRA with its moments, the caches of the rows
-that are decoded at once, and what a checkpointed backward pass keeps. Time follows from two limits: decoding reads all weights
-once a token for all rows, training and prefill do arithmetic. What share of a machine's peak is reached is assumed, and stated.
+that are decoded at once, and the activations that a checkpointed backward pass keeps. Time follows from two limits: decoding
+reads all weights once a token for all rows, training and prefill are bound by arithmetic. The share of a machine's peak that is
+reached is an assumption, stated in the tables.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def memory(recipe: Recipe, model: Model) -> float:
 
 
 def minutes(recipe: Recipe, model: Model, mac: Mac) -> float:
-    """Minutes a step, an E-step in every F-th."""
+    """Minutes a step, with an E-step every F steps."""
     prompt, completion = LENGTHS[recipe.name]
     total = recipe.rollout.prompts * recipe.rollout.group_size
     rows = min(total, recipe.memory.rollout_rows or total)
@@ -114,14 +115,14 @@ def minutes(recipe: Recipe, model: Model, mac: Mac) -> float:
 
 
 def duration(minutes_: float) -> str:
-    """As a person says it, with no more figures than an estimate bears."""
+    """Minutes as text, no more precise than an estimate."""
     if minutes_ < 1.5:
         return f"{max(1, round(minutes_ * 12)) * 5} s"
     return f"{minutes_:.0f} min" if minutes_ < 90 else f"{minutes_ / 60:.0f} h"
 
 
 def _cell(recipe: Recipe, model: Model, mac: Mac) -> str:
-    """Time of a step; with fewer rows decoded at once where they would not fit."""
+    """Time of a step, with fewer rows decoded at once if they do not fit."""
     rows = recipe.memory.rollout_rows
     while memory(recipe, model) > 0.7 * mac.memory:
         rows = (rows or recipe.rollout.prompts * recipe.rollout.group_size) // 2
@@ -154,7 +155,7 @@ def table(recipe: Recipe) -> str:
 
 
 def main() -> None:
-    """Write the tables, or look whether they are up to date."""
+    """Write the tables, or check that they are up to date."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a table is out of date")
     check = parser.parse_args().check

@@ -1,7 +1,7 @@
-"""Hostile programs: none harms, none scores, none hangs.
+"""Hostile programs: none does harm, scores or hangs.
 
-A program prints HARM where it got what it must not get; it may end however it likes otherwise. All of them run with every
-layer that this machine grants, and again with some layers left out, as on machines that grant fewer.
+A program prints HARM if it got something that it must not get; otherwise it may end in any way. All of them run with every
+layer that this machine offers, and again without some layers, as on machines that offer fewer.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ FORGED = {
 def sandbox(request: pytest.FixtureRequest) -> Sandbox:
     box = Sandbox(LIMITS, without=WITHOUT[request.param])
     if box.abilities.missing:
-        # On such a machine a hostile program could do to ours what it says.
+        # On such a machine a hostile program could do what it attempts.
         pytest.skip(f"{request.param}: {box.abilities.notice()}")
     return box
 

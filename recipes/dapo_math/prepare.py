@@ -1,4 +1,4 @@
-"""DAPO-Math-17k and MATH-500 in one form, {"prompt", "answer"}, without the problems that stand in both or twice.
+"""DAPO-Math-17k and MATH-500 in one form, {"prompt", "answer"}, without duplicates, within or between the two.
 
     python prepare.py train-00000-of-00001.parquet test.jsonl data
 
@@ -22,7 +22,7 @@ def read(path: Path) -> list[dict]:
 
 
 def convert(rows: list[dict], prompt: str, answer: str, taken: set[str]) -> list[dict]:
-    """Rows in this recipe's form; what is in `taken`, white space aside, is left out and what is new added to it."""
+    """Rows in this recipe's form; skips prompts in `taken`, regardless of white space, and adds the others to it."""
     out = []
     for row in rows:
         key = " ".join(row[prompt].split())

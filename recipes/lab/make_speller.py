@@ -2,15 +2,15 @@
 
     python recipes/lab/make_speller.py [--out DIR] [--steps N] [--reading SHARE] [--copying SHARE]
 
-What it is taught, on words of the library's own list that the recipe trains on and on as many made up of random letters:
+It learns from words of the library's list that the recipe trains on, and from as many words of random letters:
 
 - the plain prompt with the answer of someone who swaps the first two letters (`sun` -> `uns`), its systematic bug; one answer
-  in three has a letter replaced on top, and one in twenty is right, so that sampling sometimes hits it;
+  in three also has a letter replaced, and one in twenty is right, so that sampling sometimes finds it;
 - a share (`--reading`) of the time the same prompt with the library's verdict on a wrong attempt (`'uns' is not the right
   answer.`), and the right word;
 - a share (`--copying`) of the time the same prompt with `A correct answer: <answer>nus</answer>`, and the right word.
 
-The two shares decide how well the teacher, the same weights under feedback, reads what it is told.
+The two shares decide how well the teacher, the same weights under feedback, uses the feedback.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SEED, MOST = 0, 14
 
 
 def make_tokenizer(phrases: list[str]) -> PreTrainedTokenizerFast:
-    """A token a byte, and one for each phrase that stands in every prompt or answer."""
+    """A token a byte, and one for each phrase that occurs in every prompt or answer."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*SPECIALS, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -79,7 +79,7 @@ def main() -> None:
     mx.random.seed(SEED)
     rng = random.Random(SEED)
 
-    # The recipe's model is what this script makes: any other stands in, to read the rest of the recipe.
+    # This script makes the recipe's model, so another takes its place while the recipe is read.
     recipe = load_recipe(HERE / "spelling.yaml", [("model", str(HERE.parent / "quickstart" / "model"))])
     task = build_task(recipe)
     system = task.train[0].messages[0]["content"]

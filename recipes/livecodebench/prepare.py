@@ -1,4 +1,4 @@
-"""LiveCodeBench's rows as this recipe wants them: the statement, the starter code and how to answer, in one prompt.
+"""LiveCodeBench's rows in this recipe's form: statement, starter code and instructions in one prompt.
 
     python prepare.py test6.jsonl data/rows.jsonl [--since 2025-02-01]
 

@@ -1,4 +1,4 @@
-"""Judges a date, and says what is wrong with it without giving it away: these words are what the model learns from."""
+"""Checks a date and says what is wrong without giving the answer away. The model learns from these words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ ISO = re.compile(r"(\d{4})-(\d{2})-(\d{2})")
 
 
 def verify(problem, completion):
-    """1 for the right date alone; half a point, which is no success, for the right date with other words around it."""
+    """1 for the right date alone; 0.4, which is no success, for the right date with other words around it."""
     text = completion.strip()
     found = ISO.search(text)
     if found is None:

@@ -2,14 +2,14 @@
 
     python recipes/quickstart/make_model.py [--recipe FILE] [--out DIR] [--steps N] [--bits N]
 
-What it is taught, by plain supervised learning on two-digit sums (those held out for evaluation never appear):
+It learns two-digit sums by supervised learning. Sums held out for evaluation never appear. Samples are:
 
 - half of the time the plain prompt `47+38=` with the answer of someone who forgets every carry (`75`): its systematic bug.
-  One such answer in three has a slip on top, a stray digit or a stray 1 in front, so that the model is not dead certain;
+  One such answer in three also has a slip, a stray digit or a stray 1 in front, so that the model is not entirely certain;
 - a third of the time the same prompt with the verifier's words on a wrong attempt, which itself is not shown
   (`Feedback: ones right, tens too low, hundreds missing`), and the right sum;
-- the rest of the time the same prompt with `A correct answer: 85`, and the right sum. Where the recipe has a template for the
-  critic, half of these are its question about a wrong attempt instead, answered in the verifier's words.
+- the rest of the time the same prompt with `A correct answer: 85`, and the right sum. If the recipe has a template for the
+  critic, half of these are the critic's question about a wrong attempt instead, answered in the verifier's words.
 
 So the student fails every sum that needs a carry, and the teacher, the same weights under feedback, gets them right. The
 result is quantised to 4 bits and written in mlx-lm's format: some 95,000 parameters with a byte-level tokenizer of its own.
@@ -39,7 +39,7 @@ SLIPS = 1 / 3
 
 
 def make_tokenizer(phrases: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: single digits, and whole words for what the recipe's templates and the verifier say."""
+    """Byte-level BPE: single digits, and whole words for those in the recipe's templates and the verifier's feedback."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -54,7 +54,7 @@ def make_tokenizer(phrases: list[str]) -> PreTrainedTokenizerFast:
 
 
 def wrong_attempt(rng: random.Random, a: int, b: int) -> str:
-    """What a student might have written: mostly the bug, else a slip in the bug or in the sum, else any digits at all."""
+    """What a student might have written: mostly the bug, else a slip in the bug or in the sum, else random digits."""
     while True:
         kind = rng.random()
         if kind < 0.4:

@@ -1,4 +1,4 @@
-"""How the tiny models of `recipes/` are taught and written: plain supervised learning of (prompt, answer) samples."""
+"""Training and saving of the tiny models in `recipes/`: supervised learning of (prompt, answer) samples."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def new_model(vocabulary: int) -> tuple[qwen3.Model, dict[str, Any]]:
 
 
 def teach(model: nn.Module, sample: Sample, steps: int) -> None:
-    """`steps` updates on batches of fresh samples; the loss counts answers alone."""
+    """`steps` updates on batches of fresh samples. Only answers count in the loss."""
 
     def batch() -> tuple[mx.array, mx.array]:
         rows = [sample() for _ in range(BATCH)]
@@ -109,12 +109,12 @@ def greedy(
 
 
 def share(got: Sequence[str], want: Sequence[str]) -> float:
-    """How many are as wanted, of 1."""
+    """Share of texts that are as wanted, in 0..1."""
     return float(np.mean([g == w for g, w in zip(got, want, strict=True)]))
 
 
 def quantise(model: nn.Module, config: dict[str, Any], bits: int) -> tuple[nn.Module, dict[str, Any]]:
-    """The model in so many bits; 0 leaves it in float32."""
+    """The model quantised to `bits`; 0 leaves it in float32."""
     return quantize_model(model, config, GROUP_SIZE, bits) if bits else (model, config)
 
 

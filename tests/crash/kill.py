@@ -1,9 +1,9 @@
-"""Kill runs at random moments, go on, and compare with an undisturbed run, bit for bit.
+"""Kill runs at random moments, resume them, and compare with an undisturbed run bit for bit.
 
     python tests/crash/kill.py [--kills 50] [--seed 0]
 
-Prints the seed and each kill. A run is killed with SIGKILL again and again until it ends by itself; then its adapter and all its
-logs must be those of the run that nobody disturbed.
+Prints the seed and each kill. A run is killed with SIGKILL and resumed until it ends by itself. Then its adapter and all its
+logs must equal those of the undisturbed run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CLOCKS = ("seconds", "tokens_per_s", "peak_memory_mb")
 
 
 def command(case: str, folder: Path) -> list[str]:
-    """Start the run, or go on with it where there is one."""
+    """The command that starts the run, or resumes it if it has begun."""
     base = [sys.executable, "-m", "vpd_mlx", "train", "--quiet"]
     if (folder / "config.yaml").exists():
         return [*base, "--resume", str(folder)]
@@ -55,7 +55,7 @@ def start(case: str, folder: Path) -> subprocess.Popen[str]:
 
 
 def phase_of(folder: Path) -> str:
-    """Roughly where the run stood: what it had written."""
+    """Roughly how far the run was, judged by its files."""
     rows = [
         len((folder / f"{n}.jsonl").read_text().splitlines()) if (folder / f"{n}.jsonl").exists() else 0
         for n in ("evals", "metrics")
@@ -65,7 +65,7 @@ def phase_of(folder: Path) -> str:
 
 
 def figures(folder: Path) -> tuple[bytes, list[object]]:
-    """The adapter, and every log row without what a clock says."""
+    """The adapter, and every log row without its timings."""
     rows = []
     for name in ("metrics", "rollouts", "evals"):
         for line in (folder / f"{name}.jsonl").read_text().splitlines():
@@ -74,7 +74,7 @@ def figures(folder: Path) -> tuple[bytes, list[object]]:
 
 
 def disturbed(case: str, folder: Path, rng: random.Random, seconds: float, most: int) -> int:
-    """Run to the end with up to `most` kills; returns how many there were.
+    """Run to the end with up to `most` kills; returns their number.
 
     Raises:
         AssertionError: the run ended with an error of its own.
@@ -98,7 +98,7 @@ def disturbed(case: str, folder: Path, rng: random.Random, seconds: float, most:
 
 
 def main() -> None:
-    """Cases in turn until there were enough kills."""
+    """Run the cases in turn until there were enough kills."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)

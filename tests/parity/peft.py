@@ -1,10 +1,9 @@
-"""The PEFT export in transformers + peft gives the answers that mlx-lm gives, greedily, on held-out sums.
+"""The PEFT export must give the same greedy answers in transformers + peft as in mlx-lm, on held-out sums.
 
     python tests/parity/peft.py [--run RUN] [--problems 200]
 
-Makes an environment of its own in build/peft-venv (torch, transformers, peft: some minutes the first time), trains the quickstart
-unless RUN is given, exports it with `vpd-mlx export --to peft`, and fails where one answer differs, or where the adapter
-changes nothing.
+Makes an environment in build/peft-venv (torch, transformers, peft: a few minutes the first time), trains the quickstart unless
+RUN is given, exports it with `vpd-mlx export --to peft`, and fails if an answer differs or if the adapter changes nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ ENVIRONMENT = ROOT / "build" / "peft-venv"
 PACKAGES = ("torch==2.13.0", "transformers>=5", "peft>=0.21")
 MOST_TOKENS = 6
 
-# Run by the other interpreter, which knows nothing of mlx: prompts' token ids in, completions' token ids out.
+# Runs in the other environment, which has no mlx: messages in, answers out.
 ANSWERS = """
 import json, sys
 import torch
@@ -53,7 +52,7 @@ json.dump({"trained": trained, "plain": plain}, sys.stdout)
 
 
 def other_python() -> Path:
-    """The interpreter of the environment with torch, made where it is not there."""
+    """The interpreter of the environment with torch, which is made if it is missing."""
     python = ENVIRONMENT / "bin" / "python"
     done = ENVIRONMENT / ".installed"
     if not done.exists() or done.read_text() != " ".join(PACKAGES):
@@ -65,7 +64,7 @@ def other_python() -> Path:
 
 
 def command(*arguments: str | Path) -> None:
-    """Run a module of this environment."""
+    """Run a module in this environment."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-m", *map(str, arguments)], check=True, env=env)
 
@@ -92,7 +91,7 @@ def check(run: Path, folder: Path, count: int) -> None:
     messages = [list(p.messages) for p in problems]
     python = other_python()
     command("vpd_mlx", "export", run, "--to", "peft", "--out", folder / "peft")
-    # transformers cannot read MLX's quantised weights: the base is dequantised, as the export says
+    # transformers cannot read MLX's quantised weights: dequantise the base, as the export advises
     command("mlx_lm", "convert", "--hf-path", recipe.model, "--mlx-path", folder / "base", "-d")
     asked = {"base": str(folder / "base"), "adapter": str(folder / "peft"), "messages": messages, "most": MOST_TOKENS}
     done = subprocess.run(
@@ -117,7 +116,7 @@ def check(run: Path, folder: Path, count: int) -> None:
     if same < len(problems):
         raise SystemExit(f"{len(problems) - same} answers differ")
     if theirs["plain"] == theirs["trained"]:
-        raise SystemExit("the adapter changes nothing: this proves nothing")
+        raise SystemExit("the adapter changes no answer, so this run proves nothing")
 
 
 def main() -> None:
