@@ -170,8 +170,8 @@ def test_hub_files_come_from_the_cache_at_their_revision(tmp_path: Path) -> None
     ("task", "words"),
     [
         ("data: hf://a/b/c.jsonl", "task.data: 'hf://a/b/c.jsonl' is not pinned"),
-        ("data: hf://a/b", "names no file of a data set"),
-        ("data: hf://a/b@main/", "names no file of a data set"),
+        ("data: hf://a/b", "does not name a file of a data set"),
+        ("data: hf://a/b@main/", "does not name a file of a data set"),
         ("data: x.jsonl, data_revision: main", "task.data_revision: no hf:// file"),
         ("data: hf://a/b@main/c.jsonl, data_revision: main", "task.data_revision: no hf:// file"),
     ],

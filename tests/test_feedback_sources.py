@@ -16,7 +16,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ import pytest
 from vpd_mlx.common.files import read_rows
 from vpd_mlx.common.stats import Clock
 from vpd_mlx.errors import ConfigError, DataError, SourceError
-from vpd_mlx.feedback import Failed, FeedbackSettings, Host
+from vpd_mlx.feedback import SOURCES, Answer, Failed, FeedbackSettings, Host, SourceEntry
 from vpd_mlx.feedback import server as server_module
+from vpd_mlx.feedback.base import answer_each
 from vpd_mlx.feedback.command import Command
 from vpd_mlx.feedback.human import BELOW, Human, Terminal
 from vpd_mlx.feedback.outside import Asking
@@ -665,6 +666,17 @@ def test_a_bad_row_of_replay_is_named(tmp_path: Path, line: str, words: str):
     (tmp_path / "said.jsonl").write_text(line + "\n")
     with pytest.raises(DataError, match=words):
         Replay(tmp_path / "said.jsonl")
+
+
+def test_a_source_is_one_entry(small: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def last_digit(groups: Sequence[Group], wanted: list[list[bool]]) -> list[list[Answer]]:
+        return answer_each(groups, wanted, lambda g, r: None if r.success else f"ends in {g.problem.answer[-1]}")
+
+    monkeypatch.setitem(SOURCES, "last_digit", SourceEntry(lambda parts: last_digit))
+    train(small(feedback__sources=["last_digit"], steps=1), tmp_path / "run")
+    contexts = [r["context"] for r in read_rows(tmp_path / "run" / "rollouts.jsonl") if r["context"]]
+    assert {c["kind"] for c in contexts} == {"last_digit"}
+    assert {c["text"][:-1] for c in contexts} == {"ends in "}
 
 
 # --- side by side

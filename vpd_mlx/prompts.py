@@ -78,15 +78,18 @@ class Templates(Section):
 
     def faults(self, recipe: Any) -> Iterator[Fault]:
         """A template needs its placeholders, and must not have a misspelt one."""
-        for key, needed in (("student", ("{prompt}",)), *((k, ("{prompt}", "{context}")) for k in _CONTEXT_TEMPLATES)):
-            text = getattr(self, key)
-            missing = [p for p in needed if text is not None and p not in text]
+        fields = {key: re.findall(r"\{(\w+)\}", text) for key, text in DEFAULT_TEMPLATES.items()}
+        ours = {name for names in fields.values() for name in names}
+        for key, known in fields.items():
+            text: str | None = getattr(self, key)
+            if text is None:
+                continue
+            needed = ("prompt", "context") if "context" in known else ("prompt",) if key == "student" else ()
+            missing = [f"{{{name}}}" for name in needed if f"{{{name}}}" not in text]
             if missing:
                 yield Fault(f"templates.{key}", f"lacks {' and '.join(missing)}", "put it where that text belongs")
-        for key, known in _TEMPLATE_FIELDS.items():
             # Braces of other languages, such as LaTeX's \boxed{x}, are fine: only a name close to one of ours is a mistake.
-            names = re.findall(r"(?<!\w)\{(\w+)\}", getattr(self, key) or "")
-            ours = {n for fields in _TEMPLATE_FIELDS.values() for n in fields}
+            names = re.findall(r"(?<!\w)\{(\w+)\}", text)
             unknown = [n for n in names if n not in known and difflib.get_close_matches(n, ours, n=1, cutoff=0.75)]
             if unknown:
                 yield Fault(
@@ -94,16 +97,6 @@ class Templates(Section):
                     f"{{{unknown[0]}}} is not a placeholder of this template",
                     f"use {', '.join(f'{{{n}}}' for n in known)}, or take it out",
                 )
-
-
-_TEMPLATE_FIELDS = {
-    "student": ("prompt",),
-    **dict.fromkeys(("sibling", "verifier", "critique", "reference", "review"), ("prompt", "context")),
-    "both": ("prompt", "context", "solution"),
-    "attempt": ("attempt",),
-    **dict.fromkeys(("critic", "critic_right"), ("prompt", "attempt", "answer", "feedback")),
-}
-_CONTEXT_TEMPLATES = ("sibling", "verifier", "critique", "reference", "both", "review")
 
 
 class NoRoom(Exception):

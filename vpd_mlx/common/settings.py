@@ -191,7 +191,7 @@ def validate(model: type[Model], raw: dict[str, Any]) -> tuple[Model | None, lis
         return model.model_validate(raw), []
     except ValidationError as error:
         places = [_place(model, e["loc"]) for e in error.errors()]
-        faults = [_fault(model, place, e) for place, e in zip(places, error.errors(), strict=True)]
+        faults = [_fault(place, e) for place, e in zip(places, error.errors(), strict=True)]
         rest = copy.deepcopy(raw)
         for place in places:
             _drop(rest, place.keys)
@@ -238,8 +238,8 @@ def _drop(raw: dict[str, Any], keys: tuple[str | int, ...]) -> None:
         node.pop(keys[-1], None)
 
 
-def _fault(model: type[Section], place: _Place, error: Any) -> Fault:
-    """pydantic's error in our words."""
+def _fault(place: _Place, error: Any) -> Fault:
+    """pydantic's error as a place, a problem and a remedy."""
     path, last = ".".join(map(str, place.keys)) or "recipe", str(place.keys[-1]) if place.keys else ""
     kind, value = error["type"], error["input"]
     shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."

@@ -81,7 +81,8 @@ class SourceEntry:
         template: the wording of the teacher's prompt. `review` does not tell whether the attempt was right.
         whole_groups: it answers only once all rollouts of a group are graded.
         on_success: it answers on successes, too, when `feedback.on_success` is set.
-        solution: its texts are solutions of the problem, not words on a completion.
+        solution: its texts are solutions of the problem, not comments on a completion.
+        single_rank: it cannot serve several ranks.
         needs: what it cannot work without. `vpd-mlx verify` has none of these and leaves the source out.
     """
 
@@ -91,6 +92,7 @@ class SourceEntry:
     whole_groups: bool = False
     on_success: bool = False
     solution: bool = False
+    single_rank: bool = False
     needs: str = ""
 
 

@@ -265,5 +265,8 @@ def _short(text: str, most: int) -> str:
 
 
 HUMAN = SourceEntry(
-    lambda parts: Human(parts.cfg.on_success, parts.host), on_success=True, needs="a person at the terminal"
+    lambda parts: Human(parts.cfg.on_success, parts.host),
+    on_success=True,
+    single_rank=True,
+    needs="a person at the terminal",
 )

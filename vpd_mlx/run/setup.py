@@ -18,7 +18,7 @@ from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.ranks import ALONE, Ranks
 from vpd_mlx.engine.sampling import Sampling, default_streams, generate, probe_batches
 from vpd_mlx.errors import ConfigError, DataError, Fault
-from vpd_mlx.feedback import Generate, Host, Sources, build_sources
+from vpd_mlx.feedback import SOURCES, Generate, Host, Sources, build_sources
 from vpd_mlx.prompts import Prompter
 from vpd_mlx.recipe import Recipe
 from vpd_mlx.run.plan import check_fits, memory_limit, plan
@@ -194,10 +194,9 @@ def check_ranks(recipe: Recipe, policy: Policy, task: Task) -> None:
         faults.append(
             Fault("rollout.prompts", f"{recipe.rollout.prompts} for {ranks.size} ranks", "one a rank at least")
         )
-    if "human" in recipe.feedback.sources:
-        faults.append(
-            Fault("feedback.sources", "human sits at one terminal, not at several ranks", "train on one machine")
-        )
+    for name in recipe.feedback.sources:
+        if SOURCES[name].single_rank:
+            faults.append(Fault("feedback.sources", f"{name} cannot serve several ranks", "train on one machine"))
     if faults:
         raise ConfigError(faults)
     ranks.agree("versions", f"vpd-mlx {__version__}, mlx {version('mlx')}, mlx-lm {version('mlx-lm')}")

@@ -16,7 +16,7 @@ __all__ = ["Addition", "AdditionSettings", "digit_feedback", "has_carry", "held_
 
 
 class AdditionSettings(Section):
-    """Sums of two numbers of `digits` digits, made on the spot; the verifier answers in words per digit."""
+    """Sums of two numbers of `digits` digits, generated; the verifier describes each digit in words."""
 
     kind: Literal["addition"]
     digits: int = Field(2, ge=1, le=6, description="Digits of each number.")
@@ -29,16 +29,16 @@ class AdditionSettings(Section):
 PLACES = ("ones", "tens", "hundreds", "thousands", "ten thousands", "hundred thousands", "millions")
 TOO_LONG = "not a number of this size"
 HELD_OUT = 10  # one sum in ten
-MOST_PAIRS = 20_000  # of longer numbers a sample of this size stands for all
+MOST_PAIRS = 20_000  # for longer numbers, a sample of this size
 
 
 def held_out(a: int, b: int) -> bool:
-    """Whether this sum is kept from all training, the start model's own included. By hash: it never moves."""
+    """Whether this sum is kept out of all training, including that of the start model. Decided by a hash, so it never changes."""
     return int(hashlib.sha256(f"{a}+{b}".encode()).hexdigest(), 16) % HELD_OUT == 0
 
 
 def without_carrying(a: int, b: int) -> int:
-    """The sum by someone who forgets every carry: each column modulo ten."""
+    """The sum with every carry forgotten: each column modulo ten."""
     total, place = 0, 1
     while a or b:
         total += (a + b) % 10 * place
@@ -52,7 +52,7 @@ def has_carry(a: int, b: int) -> bool:
 
 
 def digit_feedback(answer: str, attempt: str) -> str:
-    """What is wrong with `attempt`, a word per digit, from the ones upwards. Never says what would be right."""
+    """What is wrong with `attempt`, a word or two per digit from the ones upwards, without the right digits."""
     words = []
     for i in range(max(len(answer), len(attempt))):
         right = answer[-1 - i] if i < len(answer) else None
@@ -79,7 +79,7 @@ class Addition:
         else:
             rng = random.Random(cfg.digits)
             pairs = list({(rng.randrange(low, high), rng.randrange(low, high)): None for _ in range(MOST_PAIRS)})
-        random.Random(0).shuffle(pairs)  # any first n are a fair sample
+        random.Random(0).shuffle(pairs)  # the first n are a fair sample
 
         def chosen(kind: str | None, a: int, b: int) -> bool:
             return kind is None or has_carry(a, b) == (kind == "carry")

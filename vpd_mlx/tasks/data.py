@@ -1,7 +1,7 @@
 """Rows from files: read, mapped to problems, split into training and held-out by a hash of the row.
 
-Local files by suffix, or files of a data set on the Hugging Face hub, which are cached there as anywhere else
-(`HF_HUB_OFFLINE` is honoured).
+Files are local, or belong to a data set on the Hugging Face hub; those go through the hub's usual cache, and `HF_HUB_OFFLINE` is
+respected.
 """
 
 from __future__ import annotations
@@ -35,26 +35,27 @@ class DatasetSettings(Section):
         "on the Hugging Face hub: `hf://owner/name@revision/path`."
     )
     data_revision: str | None = Field(
-        None, description="Branch, tag or commit of `hf://` files that name none. One of the two must."
+        None,
+        description="Branch, tag or commit for `hf://` files that do not name one themselves; one of the two is required.",
     )
     eval_data: str | None = Field(
         None, description="Held-out rows. Without it a share of `data` is held out, chosen by a hash of each row."
     )
     held_out: float = Field(
-        0.1, gt=0, lt=1, description="Share of `data` held out for evaluation where there is no `eval_data`."
+        0.1, gt=0, lt=1, description="Share of `data` held out for evaluation if there is no `eval_data`."
     )
     prompt: str = Field("prompt", description="Column of the prompt: text, or a list of chat messages.")
     answer: str = Field("answer", description="Column of the answer.")
-    reference: str = Field("reference", description="Column of a worked solution, used where a row has it.")
-    system: str = Field("system", description="Column of the system message, used where a row has it.")
+    reference: str = Field("reference", description="Column of a worked solution, used if a row has it.")
+    system: str = Field("system", description="Column of the system message, used if a row has it.")
 
     def faults(self, recipe: Any) -> Iterator[Fault]:
-        """Data sets on the hub change; a run that is to be repeated names a revision."""
+        """Data sets on the hub change; a reproducible run names a revision."""
         on_hub = {k: v for k in ("data", "eval_data") if (v := getattr(self, k)) and v.startswith(HUB)}
         for key, value in on_hub.items():
             if not re.fullmatch(HUB + r"[^/@]+/[^/@]+(@[^/@]+)?/.*[^/]", value):
                 remedy = "write hf://owner/name@revision/path of a file in it"
-                yield Fault(f"task.{key}", f"{value!r} names no file of a data set", remedy)
+                yield Fault(f"task.{key}", f"{value!r} does not name a file of a data set", remedy)
             elif "@" not in value and self.data_revision is None:
                 yield Fault(
                     f"task.{key}",
@@ -74,7 +75,7 @@ def read_rows(source: str, revision: str | None = None) -> list[tuple[str, Row]]
     `.json` holds a list of objects, or one object a line, as `.jsonl` does; `.csv` has a header, and all its values are text.
 
     Raises:
-        DataError: no such file, a suffix that is not known, broken content (with its place), or no rows at all.
+        DataError: no such file, an unknown suffix, broken content (with its place), or no rows at all.
     """
     path = _from_hub(source, revision) if source.startswith(HUB) else Path(source)
     if path.suffix not in READERS:
@@ -101,7 +102,7 @@ def read_split(cfg: DatasetSettings) -> tuple[tuple[Problem, ...], tuple[Problem
     """(training, held-out) problems. The split is by a hash of the row's content, so it never moves when rows are added.
 
     Raises:
-        DataError: a file or a row is unusable, one side of the split is empty, or a prompt stands on both sides.
+        DataError: a file or a row is unusable, one side of the split is empty, or a prompt is on both sides.
     """
     rows = [_problem(cfg, place, row) for place, row in read_rows(cfg.data, cfg.data_revision)]
     if cfg.eval_data is None:
@@ -124,7 +125,7 @@ def read_split(cfg: DatasetSettings) -> tuple[tuple[Problem, ...], tuple[Problem
 
 
 def fraction(text: str) -> float:
-    """Where in 0..1 a text falls, by its hash: the same on every machine and for ever."""
+    """A number in 0..1 from a text's hash: the same on every machine and for ever."""
     return int(hashlib.sha256(text.encode()).hexdigest()[:13], 16) / 16**13
 
 
@@ -154,10 +155,10 @@ def _csv(source: str, data: bytes) -> list[tuple[str, Any]]:
         for row in reader:
             place = f"{source}:{reader.line_num}"
             if None in row or None in row.values():
-                raise DataError(f"{place}: not as many values as the header has names; mend that line")
+                raise DataError(f"{place}: not as many values as the header has names; fix that line")
             rows.append((place, row))
     except csv.Error as error:
-        raise DataError(f"{source}:{reader.line_num}: broken CSV ({error}); mend that line") from None
+        raise DataError(f"{source}:{reader.line_num}: broken CSV ({error}); fix that line") from None
     return rows
 
 
@@ -170,7 +171,9 @@ def _parquet(source: str, data: bytes) -> list[tuple[str, Any]]:
     try:
         table = pyarrow.parquet.read_table(pyarrow.BufferReader(data))
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{source}: broken Parquet ({str(error).splitlines()[0]}); fetch or write it anew") from None
+        raise DataError(
+            f"{source}: broken Parquet ({str(error).splitlines()[0]}); download or write it again"
+        ) from None
     return _numbered(source, table.to_pylist())
 
 
@@ -194,8 +197,8 @@ def _parse(place: str, text: str, needed: str) -> Any:
 
 
 def _from_hub(source: str, revision: str | None) -> Path:
-    """The cached file, fetched where it is not there yet."""
-    import huggingface_hub  # here, since it takes a while, and local files need none of it
+    """The cached file, downloaded first if necessary."""
+    import huggingface_hub  # here, since the import is slow, and local files do not need it
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     owner, name, path = source.removeprefix(HUB).split("/", 2)

@@ -14,14 +14,14 @@ __all__ = ["Exact", "ExactSettings"]
 
 
 class ExactSettings(DatasetSettings):
-    """The completion must equal the answer, white space at the ends aside."""
+    """The completion must equal the answer, ignoring white space at the ends."""
 
     kind: Literal["exact"]
     ignore_case: bool = Field(False, description="Compare without regard to case.")
 
 
 class Exact:
-    """Equality of text, white space at the ends aside."""
+    """Equality of text, ignoring white space at the ends."""
 
     def __init__(self, cfg: ExactSettings) -> None:
         self.train, self.held_out = read_split(cfg)
@@ -31,7 +31,7 @@ class Exact:
                 raise DataError(f"row {problem.id}: no column {cfg.answer!r}; name the right one in task.answer")
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
-        """1 where the texts agree, else 0 with what was written; the answer is not given away."""
+        """1 for equal texts, else 0 with a text that does not give the answer away."""
         got, want = completion.strip(), (problem.answer or "").strip()
         if self._fold:
             got, want = got.casefold(), want.casefold()

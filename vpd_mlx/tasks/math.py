@@ -19,10 +19,10 @@ class MathSettings(DatasetSettings):
     r"""The final answer, in `\boxed{}` or after `####`, must equal the row's in value."""
 
     kind: Literal["math"]
-    timeout: float = Field(10.0, gt=0, description="Seconds for one comparison; a longer one is no verdict.")
+    timeout: float = Field(10.0, gt=0, description="Seconds for one comparison; after that there is no verdict.")
 
 
-# Signals stop what only Python holds up, and the process then lives on; all else is stopped from outside.
+# A signal interrupts pure Python, and the process survives; everything else is killed from outside.
 JUDGE = """
 import json
 from math_verify import parse, verify
@@ -40,7 +40,7 @@ def equal(gold, got, seconds):
 
 
 class Math:
-    """Numbers, fractions and expressions count as equal where their values are: 1/2, 0.5 and \\frac{1}{2}."""
+    """Numbers, fractions and expressions of equal value are equal: 1/2, 0.5 and \\frac{1}{2}."""
 
     def __init__(self, cfg: MathSettings) -> None:
         self._seconds = max(1, int(cfg.timeout / 3))  # for each of two readings and a comparison
@@ -54,7 +54,7 @@ class Math:
                 )
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
-        """1 for an equal value, else 0 with what was found; the answer is not given away."""
+        """1 for an equal value, else 0 with a text that does not give the answer away."""
         got = final_answer(spoken(completion))
         if got is None:
             return Verdict(0.0, "There is no final answer: it must stand in \\boxed{}, or after ####.")
@@ -68,11 +68,11 @@ class Math:
         return Verdict(1.0) if equal else Verdict(0.0, f"{got[:200]} is not the answer.")
 
     def answer_in(self, completion: str) -> str | None:
-        """The final answer as it is written; equal values in other words are other votes."""
+        """The final answer as it is written; equal values written differently are different votes."""
         return final_answer(spoken(completion))
 
     def reference_completion(self, problem: Problem) -> str | None:
-        """The reference or the answer where it ends in a final answer, else the answer in a box."""
+        """The reference or the answer if it has a final answer, else the answer in a box."""
         for text in (problem.reference, problem.answer):
             if text is not None and final_answer(text) is not None:
                 return text

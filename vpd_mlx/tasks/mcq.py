@@ -1,4 +1,4 @@
-"""Multiple choice in SciKnowEval's format: the letter of the right option, alone, inside `<answer>` tags."""
+"""Multiple choice in SciKnowEval's format: the letter of the right option, and nothing else, inside `<answer>` tags."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LETTER = re.compile(r"\(?([A-Z])\)?[.:]?", re.I)
 
 
 class Mcq:
-    """The letter counts, and its place: a right letter outside the tags is no answer."""
+    """Only a letter inside the tags is an answer."""
 
     def __init__(self, cfg: McqSettings) -> None:
         self.train, self.held_out = read_split(cfg)
@@ -32,18 +32,20 @@ class Mcq:
             if len(answer) != 1 or not answer.isascii() or not answer.isupper():
                 raise DataError(
                     f"row {problem.id}: the answer {problem.answer!r} is not a capital letter; "
-                    "name the column of the letters in task.answer, or mend the row"
+                    "name the column of the letters in task.answer, or fix the row"
                 )
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
-        """1 for the right letter, else 0 and what is wrong; the right letter is not given away."""
+        """1 for the right letter, else 0 with what is wrong, which does not give the right letter away."""
         inner = in_tag(completion, "answer")
         if inner is None:
             return Verdict(0.0, "There is no <answer>...</answer> with the letter of an option.")
         letter = _LETTER.fullmatch(inner)
         if letter is None:
             shown = inner if len(inner) <= 60 else inner[:60] + "..."
-            return Verdict(0.0, f"Inside <answer> stands {shown!r}; only the letter of one option may stand there.")
+            return Verdict(
+                0.0, f"<answer> contains {shown!r}; it must contain the letter of one option and nothing else."
+            )
         if letter[1].upper() == (problem.answer or "").strip():
             return Verdict(1.0)
         return Verdict(0.0, f"{letter[1].upper()} is not the right option.")
@@ -54,7 +56,7 @@ class Mcq:
         return None if letter is None else letter[1].upper()
 
     def reference_completion(self, problem: Problem) -> str | None:
-        """The reference where it ends in an answer, else the letter in its tags."""
+        """The reference if it has an answer in tags, else the letter in its tags."""
         if problem.reference is not None and in_tag(problem.reference, "answer") is not None:
             return problem.reference
         return f"<answer>\n{(problem.answer or '').strip()}\n</answer>"

@@ -1,4 +1,4 @@
-"""Problems made by the reasoning-gym library, judged by its own scorers."""
+"""Problems made by the reasoning-gym library, graded by its own scorers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["ReasoningGym", "ReasoningGymSettings"]
 
 
 class ReasoningGymSettings(Section):
-    """Any task of the reasoning-gym library, by name and settings, judged by that library's own scorer."""
+    """Any task of the reasoning-gym library, by name and settings, graded by the library's own scorer."""
 
     kind: Literal["reasoning_gym"]
     name: str = Field(description="The library's name of the task, e.g. `spell_backward`.")
@@ -28,13 +28,16 @@ class ReasoningGymSettings(Section):
     rows: Positive = Field(1000, description="Problems to make.")
     seed: int = Field(0, ge=0, description="Seed of the problems.")
     held_out: float = Field(0.1, gt=0, lt=1, description="Share held out for evaluation, by a hash of name and index.")
-    partial_credit: bool = Field(True, description="Take over the scorer's part marks; else only a full score counts.")
-    timeout: float = Field(10.0, gt=0, description="Seconds for scoring one answer; a longer one is no verdict.")
+    partial_credit: bool = Field(
+        True, description="Keep the scorer's partial scores; otherwise only a full score counts."
+    )
+    timeout: float = Field(10.0, gt=0, description="Seconds to score one answer; after that there is no verdict.")
 
 
 SYSTEM = "Solve the problem. Put the answer, and nothing else, between <answer> and </answer>."
 
-# Made and scored in there; it is told the question again, lest a task that is not made alike twice grade another one.
+# Makes and scores problems in a process of its own. Scoring compares the question: a task that makes a different problem each
+# time must not grade the wrong one.
 MAKER = """
 import json, reasoning_gym
 from reasoning_gym.factory import DATASETS
@@ -59,7 +62,7 @@ def score(name, settings, size, seed, i, question, answer):
         raise ValueError("the library makes another problem " + str(i) + " each time; it cannot be used")
     return json.dumps(float(made["set"].score_answer(answer=answer, entry=e)))
 """
-# Some scorers evaluate the answer. What could reach for the scorer's own verdict that way is no answer to any task.
+# Some scorers evaluate the answer as code. Code that could tamper with the verdict is not an answer to any task.
 REACHES = re.compile(
     r"__|\b(eval|exec|compile|open|input|print|getattr|setattr|delattr|globals|locals|vars|dir|type|object|super|lambda|"
     r"import|breakpoint|help|exit|quit|memoryview)\s*[(\[,)\]:.]|\.\s*[A-Za-z_]\w*\s*\("
@@ -67,7 +70,7 @@ REACHES = re.compile(
 
 
 class ReasoningGym:
-    """Rows are split by a hash of the task's name and the row's index. A question met twice is kept once.
+    """Rows are split by a hash of the task's name and the row's index. Repeated questions are dropped.
 
     Raises:
         ConfigError: the library is missing, has no such task, or refuses the settings.
@@ -107,12 +110,12 @@ class ReasoningGym:
         self.train, self.held_out = tuple(sides[0]), tuple(sides[1])
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
-        """The library's score; its scorers say nothing in words."""
+        """The library's score; its scorers give no text."""
         answer = in_tag(completion, "answer")
         if answer is None:
             return Verdict(0.0, "There is no <answer>...</answer>.")
         if answer != problem.answer and REACHES.search(answer):
-            return Verdict(0.0, "The answer holds code, which is no answer here.")
+            return Verdict(0.0, "The answer contains code, which is not allowed here.")
         try:
             score = self._library.call("score", *self._made, problem.data["index"], problem.prompt, answer)
         except SourceError as error:
@@ -125,7 +128,7 @@ class ReasoningGym:
         return Verdict(score) if score == 1.0 else Verdict(score, f"{answer[:200]!r} is not the right answer.")
 
     def reference_completion(self, problem: Problem) -> str | None:
-        """The library's answer, where it has one: some tasks have only a scorer."""
+        """The library's answer, if it has one: some tasks have only a scorer."""
         return None if problem.answer is None else f"<answer>{problem.answer}</answer>"
 
 

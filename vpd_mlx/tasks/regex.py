@@ -1,4 +1,4 @@
-"""The completion must match a regular expression, given for all rows or by each."""
+"""The completion must match a regular expression: one for all rows, or each row's own."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class RegexSettings(DatasetSettings):
     pattern: str | None = Field(None, description="Pattern of all rows; null takes each row's from the answer column.")
     match: Literal["whole", "anywhere"] = Field("whole", description="Where in the completion the pattern must match.")
     ignore_case: bool = Field(False, description="Match without regard to case.")
-    timeout: float = Field(1.0, gt=0, description="Seconds for one match; a longer one is no verdict.")
+    timeout: float = Field(1.0, gt=0, description="Seconds for one match; after that there is no verdict.")
 
 
 class Regex:
-    """White space around the completion does not count. `^` and `$` match at lines."""
+    """Ignores white space around the completion. `^` and `$` match at lines."""
 
     def __init__(self, cfg: RegexSettings) -> None:
         self._cfg = cfg
@@ -36,7 +36,7 @@ class Regex:
             try:
                 self._one = regex.compile(cfg.pattern, self._flags)
             except regex.error as error:
-                fault = Fault("task.pattern", f"{cfg.pattern!r} is not a pattern ({error})", "mend it")
+                fault = Fault("task.pattern", f"{cfg.pattern!r} is not a pattern ({error})", "fix it")
                 raise ConfigError([fault]) from None
         self.train, self.held_out = read_split(cfg)
         for problem in (*self.train, *self.held_out):
@@ -50,12 +50,12 @@ class Regex:
                 f"row {problem.id}: no column {self._cfg.answer!r} with a pattern; name it in task.answer, or set task.pattern"
             )
         try:
-            return self._regex.compile(problem.answer, self._flags)  # the library keeps the compiled ones
+            return self._regex.compile(problem.answer, self._flags)  # the library caches compiled patterns
         except self._regex.error as error:
-            raise DataError(f"row {problem.id}: {problem.answer!r} is not a pattern ({error}); mend it") from None
+            raise DataError(f"row {problem.id}: {problem.answer!r} is not a pattern ({error}); fix it") from None
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
-        """1 where it matches, else 0; the pattern is not given away."""
+        """1 for a match, else 0 with a text that does not give the pattern away."""
         pattern, text = self._pattern(problem), completion.strip()
         try:
             if self._cfg.match == "whole":
@@ -75,7 +75,7 @@ class Regex:
 
 
 def _library() -> Any:
-    # Not `re`: this one can be told to give up, where a pattern backtracks for ever on what a model wrote.
+    # Not `re`: this library has a timeout for patterns that backtrack for ever on a model's text.
     try:
         return importlib.import_module("regex")
     except ImportError:
