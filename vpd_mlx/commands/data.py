@@ -27,6 +27,7 @@ def check(
     """
     import numpy as np
 
+    from vpd_mlx.run.collect import check_prompt_lengths
     from vpd_mlx.run.setup import build_prompter, load_policy
     from vpd_mlx.tasks import build_task, prove
 
@@ -35,7 +36,7 @@ def check(
     rows = (*task.train, *task.held_out)
     prove(task, rows=len(rows))
     prompter = build_prompter(cfg, load_policy(cfg))
-    lengths = np.array([len(prompter.student(p)) for p in rows])
+    lengths = [len(prompter.student(p)) for p in rows]
     answers = [len(prompter.tokenizer.encode(a)) for p in rows if (a := task.reference_completion(p)) is not None]
     prompts = [json.dumps([m["content"] for m in p.messages]) for p in rows]
     typer.echo(f"rows: {len(task.train)} to train on, {len(task.held_out)} held out, none on both sides")
@@ -53,12 +54,7 @@ def check(
             raise DataError(
                 f"row {p.id}: answer {p.answer!r}, and row {other.id} has the same prompt with {other.answer!r}; fix one of them"
             )
-    over = [p.id for p, n in zip(rows, lengths, strict=True) if n > cfg.rollout.max_prompt_tokens]
-    if over:
-        raise DataError(
-            f"row {over[0]}: its prompt is longer than rollout.max_prompt_tokens {cfg.rollout.max_prompt_tokens}, as are "
-            f"{len(over) - 1} more; raise the limit or take them out"
-        )
+    check_prompt_lengths(rows, lengths, cfg.rollout.max_prompt_tokens)
 
 
 def _quantiles(name: str, values: Any, limit: int) -> None:

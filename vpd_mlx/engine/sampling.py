@@ -19,11 +19,9 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
 from vpd_mlx.engine.policy import Policy
-from vpd_mlx.errors import DataError
-from vpd_mlx.prompts import Prompter
-from vpd_mlx.types import FinishReason, Group, Problem, Rollout
+from vpd_mlx.types import FinishReason, Rollout
 
-__all__ = ["Sampling", "as_groups", "default_streams", "generate", "probe_batches", "roll_out", "student_prompts"]
+__all__ = ["Finished", "Sampling", "default_streams", "generate", "probe_batches"]
 
 PREFILL = 2048  # prompt tokens read at once
 CPU_STREAMS = 2  # one mlx stream keeps one core busy; a constant, so that a run is the same on any number of cores
@@ -298,38 +296,3 @@ def probe_batches(policy: Policy) -> None:
             f"{policy.architecture}: mlx-lm cannot decode it in batches ({str(error).splitlines()[0]}), so completions are "
             "sampled one by one: the same results, several times slower"
         )
-
-
-def student_prompts(prompter: Prompter, problems: Sequence[Problem]) -> list[tuple[int, ...]]:
-    """Prompt ids of each problem.
-
-    Raises:
-        DataError: a prompt is longer than the limit.
-    """
-    prompts = []
-    for problem in problems:
-        ids = prompter.student(problem)
-        if len(ids) > prompter.max_prompt_tokens:
-            raise DataError(
-                f"row {problem.id}: its prompt has {len(ids)} tokens, more than rollout.max_prompt_tokens "
-                f"{prompter.max_prompt_tokens}; raise the limit or take the row out"
-            )
-        prompts.append(ids)
-    return prompts
-
-
-def roll_out(
-    policy: Policy, prompter: Prompter, problems: Sequence[Problem], group_size: int, how: Sampling, seed: int
-) -> Iterator[tuple[int, int, Rollout]]:
-    """`generate` for problems."""
-    yield from generate(policy, student_prompts(prompter, problems), group_size, how, seed)
-
-
-def as_groups(
-    problems: Sequence[Problem], prompts: Sequence[tuple[int, ...]], rollouts: dict[tuple[int, int], Rollout], size: int
-) -> list[Group]:
-    """Groups from rollouts by (problem, sample); one left out for a failed verifier makes its group smaller."""
-    return [
-        Group(problem, prompt, tuple(rollouts[p, n] for n in range(size) if (p, n) in rollouts))
-        for p, (problem, prompt) in enumerate(zip(problems, prompts, strict=True))
-    ]

@@ -8,11 +8,12 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from vpd_mlx.engine.policy import Policy
-from vpd_mlx.engine.sampling import Sampling, as_groups, generate, student_prompts
+from vpd_mlx.engine.sampling import Sampling, generate
+from vpd_mlx.errors import DataError
 from vpd_mlx.prompts import Prompter
 from vpd_mlx.types import Group, Problem, Rollout, Verdict
 
-__all__ = ["Batch", "collect"]
+__all__ = ["Batch", "check_prompt_lengths", "collect", "student_prompts"]
 
 WORKERS = 4
 HEARTBEAT = 1.0  # seconds
@@ -30,6 +31,33 @@ class Batch:
     def rollouts(self) -> list[Rollout]:
         """All rollouts, in order."""
         return [r for g in self.groups for r in g.rollouts]
+
+
+def check_prompt_lengths(problems: Sequence[Problem], lengths: Sequence[int], limit: int) -> None:
+    """See that no prompt, of so many tokens each, exceeds `rollout.max_prompt_tokens`.
+
+    Raises:
+        DataError: some do; the message names the first and counts them.
+    """
+    over = [(p.id, n) for p, n in zip(problems, lengths, strict=True) if n > limit]
+    if over:
+        row, length = over[0]
+        count = f" ({len(over)} rows in all)" if len(over) > 1 else ""
+        raise DataError(
+            f"row {row}: its prompt has {length} tokens, more than rollout.max_prompt_tokens {limit}{count}; raise the limit "
+            "or remove such rows"
+        )
+
+
+def student_prompts(prompter: Prompter, problems: Sequence[Problem]) -> list[tuple[int, ...]]:
+    """Each problem's prompt as the student reads it, in ids.
+
+    Raises:
+        DataError: a prompt is longer than the limit.
+    """
+    prompts = [prompter.student(p) for p in problems]
+    check_prompt_lengths(problems, [len(ids) for ids in prompts], prompter.max_prompt_tokens)
+    return prompts
 
 
 def collect(
@@ -80,4 +108,8 @@ def collect(
         if r.verdict is not None and r.verdict.error is not None
     ]
     good = {at: r for at, r in graded.items() if r.verdict is not None and r.verdict.error is None}
-    return Batch(as_groups(problems, prompts, good, group_size), failures)
+    groups = [
+        Group(problem, prompt, tuple(good[p, n] for n in range(group_size) if (p, n) in good))
+        for p, (problem, prompt) in enumerate(zip(problems, prompts, strict=True))
+    ]
+    return Batch(groups, failures)

@@ -21,6 +21,7 @@ from vpd_mlx.errors import ConfigError, DataError, Fault
 from vpd_mlx.feedback import SOURCES, Generate, Host, Sources, build_sources
 from vpd_mlx.prompts import Prompter
 from vpd_mlx.recipe import Recipe
+from vpd_mlx.run.collect import student_prompts
 from vpd_mlx.run.plan import check_fits, memory_limit, plan
 from vpd_mlx.run.progress import Progress, Silent, Stop
 from vpd_mlx.tasks import Task, build_task, fingerprint, prove
@@ -162,22 +163,20 @@ def build_prompter(recipe: Recipe, policy: Policy) -> Prompter:
 
 
 def check_prompts(prompter: Prompter, problems: Sequence[Problem]) -> None:
-    """Every prompt must fit before anything is written.
+    """See that every prompt fits, before anything is written.
 
-    A prompt has at most one token a byte, template aside, so that short ones need not be encoded.
+    Raises:
+        DataError: a prompt is longer than the limit.
     """
     frame = len(prompter.encode([{"role": "user", "content": "x"}])) + 16
-    for problem in problems:
-        size = sum(len(m["content"].encode()) + frame for m in problem.messages)
-        size += len(prompter.template("student").encode())
-        if size <= prompter.max_prompt_tokens:
-            continue
-        length = len(prompter.student(problem))
-        if length > prompter.max_prompt_tokens:
-            raise DataError(
-                f"row {problem.id}: its prompt has {length} tokens, more than rollout.max_prompt_tokens "
-                f"{prompter.max_prompt_tokens}; raise the limit or take the row out"
-            )
+    template = len(prompter.template("student").encode())
+
+    def may_be_long(problem: Problem) -> bool:
+        # A prompt has at most one token per byte, its template aside: short ones need not be encoded.
+        size = template + sum(len(m["content"].encode()) + frame for m in problem.messages)
+        return size > prompter.max_prompt_tokens
+
+    student_prompts(prompter, [p for p in problems if may_be_long(p)])
 
 
 def check_ranks(recipe: Recipe, policy: Policy, task: Task) -> None:
