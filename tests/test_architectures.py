@@ -12,15 +12,18 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import QUICKSTART
+from fakes import tiny_policy
 from mlx.utils import tree_flatten
 from mlx_lm.utils import quantize_model
 
 from vpd_mlx import losses
+from vpd_mlx.engine.adapters import lora_of
 from vpd_mlx.engine.gradients import accumulate
 from vpd_mlx.engine.heads import target_logps
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.sampling import Sampling, generate, probe_batches
 from vpd_mlx.engine.settings import LoraSettings
+from vpd_mlx.errors import ModelError
 from vpd_mlx.types import TokenRow
 
 COMMON = {
@@ -104,3 +107,26 @@ def test_scores_and_gradients_are_those_of_the_plain_model(tmp_path: Path, kind,
         assert float(mx.abs(value - expected[name]).max()) < 1e-3 * scale, name
     for p, r in zip(prompts, rollouts, strict=True):
         np.testing.assert_allclose(policy.logps([TokenRow(p, r.tokens)])[0], r.logps, atol=1e-3)
+
+
+@pytest.mark.parametrize(("kind", "shares"), [("llama", True), ("gemma2", False)])
+def test_the_probe_shares_a_prompt_even_when_padding_leaves_nothing_to_save(kind: str, shares: bool):
+    """On a GPU lengths are padded to a multiple, and the probe's few tokens would be read separately twice."""
+    policy = tiny_policy(kind, **({"head_dim": 16} if kind == "gemma2" else {}))
+    policy._multiple = 32
+    policy._probe()
+    assert policy.shares_prompts == shares
+
+
+def test_an_adapter_folder_gives_back_tensors_and_settings(tmp_path: Path):
+    lora = LoraSettings(rank=3, scale=1.5, layers=1, keys=["self_attn.q_proj"])
+    policy = tiny_policy(lora=lora)
+    policy.set_adapter({k: v + 0.05 for k, v in policy.adapter.items()})
+    policy.save_adapter(tmp_path)
+    assert lora_of(tmp_path) == lora
+    other = tiny_policy(lora=lora)
+    before = other.fingerprint
+    other.load_adapter(tmp_path)
+    assert before != other.fingerprint == policy.fingerprint
+    with pytest.raises(ModelError, match="does not fit the model"):
+        tiny_policy(lora=lora.model_copy(update={"rank": 4})).load_adapter(tmp_path)

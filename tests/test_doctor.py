@@ -6,14 +6,12 @@ import json
 
 import mlx.core as mx
 import pytest
-from conftest import QUICKSTART
+from fakes import tiny_policy
 from typer.testing import CliRunner
 
 from vpd_mlx import losses
 from vpd_mlx.commands.app import app
 from vpd_mlx.engine.heads import weighted_token_loss
-from vpd_mlx.engine.policy import Policy
-from vpd_mlx.recipe import load_recipe
 from vpd_mlx.tools import doctor, selftest
 
 
@@ -97,7 +95,7 @@ def test_a_broken_prefix_is_caught(monkeypatch):
     monkeypatch.setattr(prefix.Extend, "__init__", shifted)
     # The self-test shares prompts whatever the probe at load says, and that would not have used it.
     assert any("shared prompts" in name for name in names_of_bad())
-    policy = Policy.load(load_recipe(QUICKSTART).model, None)
+    policy = tiny_policy()
     assert not policy.shares_prompts
     assert any("cannot share" in note for note in policy.notes)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fakes import tiny_policy
 
 from vpd_mlx.engine import sampling as rollout
 from vpd_mlx.engine.policy import Policy
@@ -23,7 +24,7 @@ MODEL = Path(__file__).parent.parent / "recipes" / "quickstart" / "model"
 
 @pytest.fixture(scope="module")
 def policy() -> Policy:
-    return Policy.load(str(MODEL), None)
+    return tiny_policy()
 
 
 @pytest.fixture(scope="module")

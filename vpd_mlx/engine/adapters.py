@@ -97,6 +97,6 @@ def save_adapter(folder: Path, adapter: Adapter, config: dict[str, Any]) -> None
     except (OSError, RuntimeError) as error:  # mlx reports a failed write as RuntimeError
         partial.unlink(missing_ok=True)
         raise RunError(
-            f"{folder}: the adapter cannot be written ({error}); free space or fix the permissions, then continue with "
+            f"{folder}: the adapter cannot be written ({error}); free space or fix the permissions, then go on with "
             "--resume"
         ) from error
