@@ -22,7 +22,7 @@ from vpd_mlx.errors import ConfigError, DataError, VpdError
 from vpd_mlx.recipe import load_recipe
 from vpd_mlx.report.page import choose, comparison_page, run_page
 from vpd_mlx.report.plots import run_plots
-from vpd_mlx.run.folder import Entry, labels, load_run
+from vpd_mlx.run.folder import LoggedRollout, load_run, short_names
 from vpd_mlx.run.loop import train
 from vpd_mlx.run.warnings import findings
 
@@ -41,14 +41,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def run(runs: dict[str, Path], tmp_path: Path) -> Path:
-    """A copy of the VPD run to do with as one likes."""
+    """A copy of the VPD run, for a test to change."""
     shutil.copytree(runs["vpd"], tmp_path / "run")
     return tmp_path / "run"
 
 
 @pytest.fixture
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures take most of a page's second."""
+    """Plots take most of the second that a page takes."""
     monkeypatch.setattr("vpd_mlx.report.page.run_plots", lambda run: {})
 
 
@@ -257,7 +257,9 @@ def test_long_completions_do_not_swell_the_page(runs, no_plots, monkeypatch):
 
 @pytest.mark.parametrize("most", [1, 3, 4, 10, 100, 399])
 def test_whole_groups_from_the_first_step_to_the_last(most):
-    entries = [Entry(0, step, f"p{p}", False, "none") for step in range(1, 11) for p in range(10) for _ in range(4)]
+    entries = [
+        LoggedRollout(0, step, f"p{p}", False, "none") for step in range(1, 11) for p in range(10) for _ in range(4)
+    ]
     chosen = choose(entries, most)
     assert 0 < len(chosen) <= most
     if most >= 8:
@@ -334,8 +336,8 @@ def test_a_gap_that_is_gone_and_a_student_that_got_worse(run):
 
 
 def test_short_names_tell_runs_apart():
-    assert labels([Path("/x/a"), Path("/x/b")]) == ["a", "b"]
-    assert labels([Path("/x/one/seed0"), Path("/x/two/seed0")]) == ["one/seed0", "two/seed0"]
+    assert short_names([Path("/x/a"), Path("/x/b")]) == ["a", "b"]
+    assert short_names([Path("/x/one/seed0"), Path("/x/two/seed0")]) == ["one/seed0", "two/seed0"]
 
 
 # --- commands

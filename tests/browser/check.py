@@ -1,4 +1,4 @@
-"""The report and the comparison in a real browser: every plot drawn, filters work, nothing leaves the page, no error.
+"""The report and the comparison in a real browser: every plot drawn, filters work, no request leaves the page, no error.
 
     python tests/browser/check.py [--shots FOLDER] [RUN...]
 
@@ -181,10 +181,10 @@ class Check:
         rows.sort(key=lambda r: -r["step"])
         self.that(rows, f"{name}: rollouts are there")
         kinds, steps = sorted({r["kind"] for r in rows}), sorted({r["step"] for r in rows})
-        told = self.browser.eval("[...document.querySelectorAll('#kind option')].map(o => o.value)")
-        self.that(told == ["", *kinds], f"{name}: kinds {told}, not {kinds}")
-        told = self.browser.eval("[...document.querySelectorAll('#step option')].map(o => o.value)")
-        self.that(told == ["", *map(str, steps)], f"{name}: steps {told}, not {steps}")
+        shown = self.browser.eval("[...document.querySelectorAll('#kind option')].map(o => o.value)")
+        self.that(shown == ["", *kinds], f"{name}: kinds {shown}, not {kinds}")
+        shown = self.browser.eval("[...document.querySelectorAll('#step option')].map(o => o.value)")
+        self.that(shown == ["", *map(str, steps)], f"{name}: steps {shown}, not {steps}")
         cases = [
             *(({"outcome": v}, lambda r, v=v: r["right"] == (v == "right")) for v in ("right", "wrong")),
             *(({"kind": k}, lambda r, k=k: r["kind"] == k) for k in kinds),
@@ -265,11 +265,11 @@ def main() -> None:
     browser = Browser()
     check = Check(browser)
     from vpd_mlx.report.page import comparison_page, run_page, save
-    from vpd_mlx.run.folder import labels, load_run
+    from vpd_mlx.run.folder import load_run, short_names
 
     with tempfile.TemporaryDirectory() as folder:
         own = not arguments.runs
-        paths = small_runs(Path(folder)) if own else dict(zip(labels(arguments.runs), arguments.runs, strict=True))
+        paths = small_runs(Path(folder)) if own else dict(zip(short_names(arguments.runs), arguments.runs, strict=True))
         runs = {name: load_run(path) for name, path in paths.items()}
         pages = {}
         for number, (name, run) in enumerate(runs.items()):
@@ -294,7 +294,7 @@ def main() -> None:
                     check.filters(f"{name}, {width} px, {scheme}")
                     if own and name == "vpd":
                         check.hostile(name)
-                    # Opened anew, the page is as its reader finds it.
+                    # Reload the page, so that the screenshot shows it as it opens.
                     browser.open(path, width, scheme)
                 check.that(not browser.errors(), f"{name}: {browser.errors()[:3]}")
                 if arguments.shots is not None:

@@ -79,7 +79,7 @@ def recipes() -> None:
 
 
 def main() -> None:
-    """Entry point: an error that is the user's to mend is one line on standard error."""
+    """Entry point: an error that the user can fix is one line on standard error."""
     try:
         app()
     except VpdError as error:

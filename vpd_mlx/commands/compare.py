@@ -13,7 +13,7 @@ from rich.text import Text
 from vpd_mlx.common.stats import paired
 from vpd_mlx.common.text import figures, points, points_range, steps
 from vpd_mlx.errors import ConfigError, Fault
-from vpd_mlx.run.folder import Run, labels, load_run
+from vpd_mlx.run.folder import Run, load_run, short_names
 
 __all__ = ["compare"]
 
@@ -30,7 +30,7 @@ def compare(
         raise ConfigError([Fault("RUN...", f"got {len(runs)} run, {runs[0]}", remedy)], "command line")
     if len({r.resolve() for r in runs}) < len(runs):
         raise ConfigError([Fault("RUN...", "names a run twice", "name each once")], "command line")
-    found = dict(zip(labels(runs), map(load_run, runs), strict=True))
+    found = dict(zip(short_names(runs), map(load_run, runs), strict=True))
     console = Console(highlight=False)
     console.print(_table(found))
     console.print(

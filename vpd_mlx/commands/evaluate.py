@@ -160,7 +160,7 @@ def _check_flags(greedy: bool, samples: int | None, temperature: float | None) -
 def _target(
     target: str, recipe: str | None, adapter: Path | None, overrides: list[tuple[str, Any]]
 ) -> tuple[Recipe, Path | None]:
-    """The recipe to evaluate by, and the adapter's folder where there is one."""
+    """The recipe to evaluate by, and the adapter's folder, if any."""
     folder = Path(target).expanduser()
     if (folder / RECIPE_FILE).is_file():
         own = load_recipe(folder / RECIPE_FILE, overrides)
@@ -230,8 +230,8 @@ def _difference(paired: dict[str, Any] | None) -> str:
 def _caption(out: dict[str, Any]) -> str:
     """What the table does not say."""
     where = f"rows of {out['data']}" if out["data"] else f"{out['split']} problems of task {out['task']}"
-    heard = " and ".join(str(s["teacher_problems"]) for s in (out.get("base"), out) if s is not None)
+    taught = " and ".join(str(s["teacher_problems"]) for s in (out.get("base"), out) if s is not None)
     return (
-        f"{out['problems']} {where}. Second lines are 95 % intervals over problems. The teacher heard feedback on {heard} of "
+        f"{out['problems']} {where}. Second lines are 95 % intervals over problems. The teacher had feedback on {taught} of "
         "them."
     )

@@ -15,7 +15,7 @@ from rich.text import Text
 from vpd_mlx.common.text import number, visible
 from vpd_mlx.errors import ConfigError, Fault
 from vpd_mlx.feedback import SOURCES
-from vpd_mlx.run.folder import NO_CONTEXT, Entry, Run, load_run
+from vpd_mlx.run.folder import NO_CONTEXT, LoggedRollout, Run, load_run
 
 __all__ = ["show"]
 
@@ -50,7 +50,7 @@ def show(
         console.print(f"{limit} of {len(entries):,} shown, newest first; --limit shows more.")
 
 
-def _chosen(run: Run, step: int | None, right: bool, wrong: bool, kind: str | None) -> list[Entry]:
+def _chosen(run: Run, step: int | None, right: bool, wrong: bool, kind: str | None) -> list[LoggedRollout]:
     faults = []
     steps, kinds = sorted({e.step for e in run.rollouts}), sorted({e.kind for e in run.rollouts})
     if step is not None and run.rollouts and step not in steps:

@@ -67,9 +67,9 @@ def train(
     from vpd_mlx.engine.ranks import Ranks  # late: it loads mlx, which `--help` does without
 
     ranks = Ranks.of_environment()
-    # Of several ranks the first one's recipe and folder hold for all: the others' machines need not have the run.
+    # The first rank's recipe and folder hold for all ranks: the other machines need not have the run.
     cfg, folder = ranks.from_first(asked)
-    # Late, so that a wrong recipe is told at once: mlx-lm and the tokenizers take two seconds to load.
+    # Late, so that a wrong recipe is reported at once: mlx-lm and the tokenizers take two seconds to load.
     from vpd_mlx.run.loop import train as run
     from vpd_mlx.run.progress import Stop
 

@@ -23,7 +23,7 @@ from vpd_mlx.common.stats import paired
 from vpd_mlx.common.text import duration, figures, number, percent, points, points_range, steps, without_surrogates
 from vpd_mlx.errors import ConfigError, Fault
 from vpd_mlx.report.plots import comparison_plots, legend_colors, run_plots
-from vpd_mlx.run.folder import NO_CONTEXT, Entry, Run, flat
+from vpd_mlx.run.folder import NO_CONTEXT, LoggedRollout, Run, by_dotted_key
 from vpd_mlx.run.warnings import findings
 
 __all__ = ["choose", "comparison_page", "run_page", "save"]
@@ -91,7 +91,7 @@ def run_page(run: Run, most: int) -> str:
         has_shifts=any(r["shift"] for r in rows),
         most_megabytes=MOST_BYTES >> 20,
         script=Markup((files("vpd_mlx.report") / "browser.js").read_text(encoding="utf-8")),
-        recipe=[(key, [value]) for key, value in flat(run.config).items()],
+        recipe=[(key, [value]) for key, value in by_dotted_key(run.config).items()],
         versions=[(key, [value]) for key, value in _mapping(run.summary.get("versions")).items()],
     )
 
@@ -148,7 +148,7 @@ def _headline(run: Run) -> str:
 # --- rollouts
 
 
-def choose(entries: Sequence[Entry], most: int) -> list[Entry]:
+def choose(entries: Sequence[LoggedRollout], most: int) -> list[LoggedRollout]:
     """At most `most` rollouts, whole groups, spread evenly over the run, the first and the last step's among them."""
     if len(entries) <= most:
         return list(entries)
@@ -257,6 +257,6 @@ def _not_comparable(runs: Mapping[str, Run]) -> list[str]:
 
 def _differences(runs: Mapping[str, Run]) -> list[tuple[str, list[Any]]]:
     """The recipe's keys that differ, with each run's value."""
-    recipes = [flat(run.config) for run in runs.values()]
+    recipes = [by_dotted_key(run.config) for run in runs.values()]
     rows = [(key, [r.get(key, "-") for r in recipes]) for key in dict.fromkeys(k for r in recipes for k in r)]
     return [(key, values) for key, values in rows if len({json.dumps(v) for v in values}) > 1]

@@ -17,13 +17,13 @@ from vpd_mlx.errors import ConfigError, DataError, Fault
 from vpd_mlx.run.log import RECIPE_FILE
 from vpd_mlx.run.records import FORMAT, MetricsRow, Summary, upgraded
 
-__all__ = ["NO_CONTEXT", "Entry", "Evaluation", "Run", "flat", "labels", "load_run"]
+__all__ = ["NO_CONTEXT", "Evaluation", "LoggedRollout", "Run", "by_dotted_key", "load_run", "short_names"]
 
 NO_CONTEXT = "none"
 
 
 @dataclass(frozen=True)
-class Entry:
+class LoggedRollout:
     """Where a rollout stands in `rollouts.jsonl`, and what it can be chosen by."""
 
     offset: int
@@ -61,7 +61,7 @@ class Run:
     metrics: list[MetricsRow]
     evals: list[Evaluation]
     summary: Summary
-    rollouts: list[Entry] = field(repr=False)
+    rollouts: list[LoggedRollout] = field(repr=False)
 
     @property
     def name(self) -> str:
@@ -145,7 +145,7 @@ class Run:
         rows = {int(number(e.get("step")) or 0): e for e in self.evals}
         return steps, values, [interval(rows[s], key) or (v, v) for s, v in zip(steps, values, strict=True)]
 
-    def read(self, entries: Sequence[Entry]) -> Iterator[dict[str, Any]]:
+    def read(self, entries: Sequence[LoggedRollout]) -> Iterator[dict[str, Any]]:
         """The rows of these rollouts, in the given order."""
         if not entries:
             return
@@ -197,12 +197,12 @@ def load_run(path: Path) -> Run:
     summary = upgraded(summary) if isinstance(summary, dict) else {}
     if (number(summary.get("format")) or 1) > FORMAT:
         raise DataError(f"{path}: written by a newer vpd-mlx (folder format {summary['format']}); update vpd-mlx")
-    entries: list[Entry] = []
+    entries: list[LoggedRollout] = []
     for offset, row in _rows(path / "rollouts.jsonl"):
         context = row.get("context")
         kind = str(context.get("kind")) if isinstance(context, dict) else NO_CONTEXT
         step = int(number(row.get("step")) or 0)
-        entries.append(Entry(offset, step, str(row.get("problem", "?")), bool(row.get("success")), kind))
+        entries.append(LoggedRollout(offset, step, str(row.get("problem", "?")), bool(row.get("success")), kind))
     return Run(
         path=path,
         config=config if isinstance(config, dict) else {},
@@ -258,18 +258,18 @@ def _by_problem(evaluation: Mapping[str, Any]) -> dict[str, float]:
     return {str(k): value for k, v in scores.items() if (value := number(v)) is not None}
 
 
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def by_dotted_key(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """A nested recipe by dotted keys."""
     out: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
-            out |= flat(value, f"{prefix}{key}.")
+            out |= by_dotted_key(value, f"{prefix}{key}.")
         else:
             out[f"{prefix}{key}"] = value
     return out
 
 
-def labels(paths: Sequence[Path]) -> list[str]:
+def short_names(paths: Sequence[Path]) -> list[str]:
     """A short name for each folder: as many of its last parts as tell all of them apart."""
     parts = [p.resolve().parts for p in paths]
     for n in range(1, max(len(p) for p in parts) + 1):
