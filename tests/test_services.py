@@ -1,4 +1,4 @@
-"""Services outside: they get a run's numbers, and nothing that they do reaches the run."""
+"""Logging services follow the run folder: they get a run's numbers, and nothing that they do reaches the run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import pytest
 from vpd_mlx.common.files import read_rows
 from vpd_mlx.errors import ConfigError
 from vpd_mlx.recipe import LoggingSettings, load_recipe
-from vpd_mlx.report import services as loggers
-from vpd_mlx.report.services import MODULES, SERVICES, Told, numbers
+from vpd_mlx.report.services import SERVICES, follow, numbers
+from vpd_mlx.run import followers as followers_module
+from vpd_mlx.run.followers import MODULES, Followers
 from vpd_mlx.run.loop import train
-from vpd_mlx.run.progress import Silent
+from vpd_mlx.run.progress import Silent, Stop
 
 # Each service's module, as far as it is used, written by its own documentation: what is called lands in a file.
 FAKE = """
@@ -54,13 +55,39 @@ class SummaryWriter:
 class Watcher(Silent):
     def __init__(self) -> None:
         self.notes: list[str] = []
-        self.steps: list[int] = []
 
     def note(self, text: str) -> None:
         self.notes.append(text)
 
-    def step(self, step: int, *_: Any) -> None:
-        self.steps.append(step)
+
+class Written:
+    """A run folder that a test writes, followed by services."""
+
+    def __init__(self, tmp_path: Path, *to: str) -> None:
+        self.folder = tmp_path / "run"
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / "config.yaml").write_text("steps: 2\nlogging: {project: p}\n")
+        self.watcher = Watcher()
+        self.followers = Followers(LoggingSettings(to=list(to), project="p"), self.watcher)  # type: ignore[arg-type]
+        self.followers.start(self.folder)
+
+    @property
+    def notes(self) -> list[str]:
+        return self.watcher.notes
+
+    def _append(self, name: str, row: dict[str, Any]) -> None:
+        with (self.folder / name).open("a") as f:
+            f.write(json.dumps(row) + "\n")
+        self.followers.check()
+
+    def step(self, step: int, **figures: Any) -> None:
+        self._append("metrics.jsonl", {"step": step, **figures})
+
+    def evaluation(self, step: int, **figures: Any) -> None:
+        self._append("evals.jsonl", {"step": step, **figures})
+
+    def close(self) -> None:
+        self.followers.close()
 
 
 @pytest.fixture
@@ -81,19 +108,11 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return write
 
 
-def told(tmp_path: Path, *to: str) -> tuple[Told, Watcher]:
-    watcher = Watcher()
-    found = Told(watcher, LoggingSettings(to=list(to), project="p"))  # type: ignore[arg-type]
-    (tmp_path / "run").mkdir(exist_ok=True)
-    found.open(tmp_path / "run", {"steps": 2})
-    return found, watcher
-
-
 def test_numbers_are_the_finite_ones_by_path():
     row = {
         "step": 3,
         "reward": 0.5,
-        "m_step/kl": float("nan"),
+        "student/kl": float("nan"),
         "contexts": {"sibling": 2},
         "student_interval": (0.1, 0.2),
         "greedy_by_problem": {"47+38": 1.0},
@@ -107,12 +126,11 @@ def test_numbers_are_the_finite_ones_by_path():
 @pytest.mark.parametrize("name", SERVICES)
 def test_a_service_gets_recipe_steps_and_evaluations(name: str, fake, tmp_path: Path):
     fake(name)
-    it, watcher = told(tmp_path, name)
-    it.evaluation(0, {"student": 0.25, "greedy_by_problem": {"a": 1.0}})
-    it.step(1, 2, {"step": 1, "reward": 0.5, "seconds": {"rollout": 2.0}}, 1.0)
-    it.close()
-    assert watcher.notes == []
-    assert watcher.steps == [1]
+    run = Written(tmp_path, name)
+    run.evaluation(0, student=0.25, greedy_by_problem={"a": 1.0})
+    run.step(1, reward=0.5, seconds={"rollout": 2.0})
+    run.close()
+    assert run.notes == []
     (kind, how), *logged, last = fake.calls(name)
     assert (kind, last) == ("init", ("finish", {}))
     values: dict[int, dict[str, float]] = {}
@@ -120,21 +138,61 @@ def test_a_service_gets_recipe_steps_and_evaluations(name: str, fake, tmp_path: 
         values.setdefault(call["step"], {}).update(call["values"])
     assert values == {0: {"evaluation/student": 0.25}, 1: {"reward": 0.5, "seconds/rollout": 2.0}}
     if name == "tensorboard":
-        assert how["folder"] == str(tmp_path / "run" / "tensorboard")
+        assert how["folder"] == str(run.folder / "tensorboard")
     else:
-        assert (how["project"], how["config"], how["tty"]) == ("p", {"steps": 2}, False)
+        assert (how["project"], how["tty"]) == ("p", False)
+        assert how["config"]["steps"] == 2
         assert how["name"].startswith("run")
-        assert "a line that a service prints" in (tmp_path / "run" / "logging" / f"{name}.log").read_text()
+        assert "a line that a service prints" in (run.folder / "logging" / f"{name}.log").read_text()
 
 
-def test_a_resumed_run_goes_on_under_its_id(fake, tmp_path: Path):
+def steps_logged(fake, name: str) -> list[int]:
+    return [v["step"] for what, v in fake.calls(name) if what == "log"]
+
+
+def test_a_resumed_run_goes_on_under_its_id_and_sends_nothing_twice(fake, tmp_path: Path):
     fake("wandb")
-    for _ in range(2):
-        told(tmp_path, "wandb")[0].close()
-    ids = [call["id"] for what, call in fake.calls("wandb") if what == "init"]
-    assert len(ids) == 2
-    assert len(set(ids)) == 1
-    assert [call["resume"] for what, call in fake.calls("wandb") if what == "init"] == ["allow", "allow"]
+    first = Written(tmp_path, "wandb")
+    for step in (1, 2, 3):
+        first.step(step, reward=0.5)
+    first.close()
+    metrics = first.folder / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:1]))  # back to the checkpoint of step 1
+    second = Written(tmp_path, "wandb")
+    for step in (2, 3, 4):
+        second.step(step, reward=0.5)
+    second.close()
+    starts = [call for what, call in fake.calls("wandb") if what == "init"]
+    assert len({call["id"] for call in starts}) == 1
+    assert [call["resume"] for call in starts] == ["allow", "allow"]
+    assert steps_logged(fake, "wandb") == [1, 2, 3, 4]
+
+
+def test_what_a_failed_service_missed_is_sent_after_a_resume(fake, tmp_path: Path):
+    fake("wandb", "Run.log = lambda self, values, step: 1 / 0")
+    first = Written(tmp_path, "wandb")
+    first.step(1, reward=0.5)
+    first.close()
+    fake("wandb")
+    second = Written(tmp_path, "wandb")
+    second.step(2, reward=0.5)
+    second.close()
+    assert steps_logged(fake, "wandb") == [1, 2]
+
+
+def test_rows_come_in_the_order_of_steps(tmp_path: Path):
+    over = [False]
+    found = follow(tmp_path, lambda: over[0])
+    (tmp_path / "evals.jsonl").write_text('{"step": 0, "student": 0.1}\n{"step": 2, "student": 0.2}\n')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "m_step/student_entropy": 0.5}\n{"step": 2, "rew')
+    assert [next(found), next(found)] == [
+        (0, "evals", {"evaluation/student": 0.1}),
+        (1, "metrics", {"student/entropy": 0.5}),
+    ]
+    with (tmp_path / "metrics.jsonl").open("a") as f:
+        f.write('ard": 1}\n')
+    over[0] = True
+    assert list(found) == [(2, "metrics", {"reward": 1.0}), (2, "evals", {"evaluation/student": 0.2})]
 
 
 @pytest.mark.parametrize(
@@ -151,30 +209,29 @@ def test_a_resumed_run_goes_on_under_its_id(fake, tmp_path: Path):
 def test_a_failure_is_one_note(extra: str, why: str, fake, tmp_path: Path):
     fake("wandb", extra)
     fake("trackio")
-    it, watcher = told(tmp_path, "wandb", "trackio")
+    run = Written(tmp_path, "wandb", "trackio")
     for step in range(1, 6):
-        it.step(step, 5, {"reward": 0.5}, 1.0)
+        run.step(step, reward=0.5)
         time.sleep(0.05)
-    it.close()
-    assert len(watcher.notes) == 1
-    assert watcher.notes[0].startswith("wandb gets no more figures")
-    assert why in watcher.notes[0]
-    assert "wandb.log" in watcher.notes[0]
-    assert watcher.steps == [1, 2, 3, 4, 5]
-    assert [v["step"] for what, v in fake.calls("trackio") if what == "log"] == [1, 2, 3, 4, 5]
+    run.close()
+    assert len(run.notes) == 1
+    assert run.notes[0].startswith("wandb gets no more figures")
+    assert why in run.notes[0]
+    assert "wandb.log" in run.notes[0]
+    assert steps_logged(fake, "trackio") == [1, 2, 3, 4, 5]
 
 
 def test_one_that_hangs_is_never_waited_for(fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(loggers, "PATIENCE", 0.2)
+    monkeypatch.setattr(followers_module, "PATIENCE", 0.2)
     fake("wandb", "def init(**how): time.sleep(3600)")
-    it, watcher = told(tmp_path, "wandb")
+    run = Written(tmp_path, "wandb")
     start = time.monotonic()
-    for step in range(200):  # far more than a pipe holds
-        it.step(step, 200, {f"metric/{i}": 0.5 for i in range(100)}, 1.0)
-    it.close()
+    for step in range(200):
+        run.step(step, **{f"metric/{i}": 0.5 for i in range(100)})
+    run.close()
     assert time.monotonic() - start < 3
-    assert "wandb is still sending" in watcher.notes[0]
-    process = it._pipes[0]._process
+    assert "wandb is still sending" in run.notes[0]
+    process = run.followers._followers[0].process
     assert process.poll() is None
     process.kill()
     process.wait()
@@ -182,26 +239,37 @@ def test_one_that_hangs_is_never_waited_for(fake, tmp_path: Path, monkeypatch: p
 
 def test_a_flood_arrives_whole(fake, tmp_path: Path):
     fake("wandb", "_init = init\ndef init(**how):\n    time.sleep(0.5)\n    return _init(**how)")
-    it, watcher = told(tmp_path, "wandb")
+    run = Written(tmp_path, "wandb")
     for step in range(200):
-        it.step(step, 200, {f"metric/{i}": 0.5 for i in range(50)}, 1.0)
-    it.close()
-    assert watcher.notes == []
-    assert [v["step"] for what, v in fake.calls("wandb") if what == "log"] == list(range(200))
+        run.step(step, **{f"metric/{i}": 0.5 for i in range(50)})
+    run.close()
+    assert run.notes == []
+    assert steps_logged(fake, "wandb") == list(range(200))
 
 
-def test_a_process_that_cannot_be_had_is_a_note(fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_service_ends_with_a_run_that_is_killed(fake, tmp_path: Path):
+    fake("wandb")
+    run = Written(tmp_path, "wandb")
+    run.step(1, reward=0.5)
+    process = run.followers._followers[0].process
+    assert process.stdin is not None
+    process.stdin.close()  # as the system does when a process dies
+    assert process.wait(timeout=20) == 0
+    assert fake.calls("wandb")[-1] == ("finish", {})
+
+
+def test_a_process_that_cannot_start_is_a_note(fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     fake("wandb")
 
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError("Cannot allocate memory")
 
-    monkeypatch.setattr(loggers.subprocess, "Popen", refuse)
-    it, watcher = told(tmp_path, "wandb")
-    it.step(1, 2, {"reward": 0.5}, 1.0)
-    it.close()
-    assert watcher.notes == [
-        "logging.to: no more services can be started (Cannot allocate memory); the run goes on without"
+    monkeypatch.setattr(followers_module.subprocess, "Popen", refuse)
+    run = Written(tmp_path, "wandb")
+    run.step(1, reward=0.5)
+    run.close()
+    assert run.notes == [
+        "logging.to: no more services can be started (Cannot allocate memory); the run goes on without them"
     ]
 
 
@@ -217,7 +285,7 @@ def test_a_folder_of_that_name_is_no_package(tmp_path: Path, monkeypatch: pytest
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setitem(MODULES, "wandb", "folder_not_package")
     with pytest.raises(ConfigError):
-        Told(Silent(), LoggingSettings(to=["wandb"]))
+        Followers(LoggingSettings(to=["wandb"]), Silent())
 
 
 def test_a_run_learns_the_same_with_and_without(small, fake, tmp_path: Path):
@@ -235,6 +303,21 @@ def test_a_run_learns_the_same_with_and_without(small, fake, tmp_path: Path):
     assert not (tmp_path / "a" / "logging").exists()
 
 
+def test_a_stopped_run_sends_each_step_once(small, fake, tmp_path: Path):
+    fake("trackio")
+
+    class StopAfterOne(Silent):
+        def step(self, step: int, *_: Any) -> None:
+            stop.signal = 15 if step == 1 else None
+
+    stop, recipe = Stop(), small(steps=3, logging__to=["trackio"], evaluation__every=1)
+    train(recipe, tmp_path / "run", progress=StopAfterOne(), stop=stop)
+    train(recipe, tmp_path / "run", resume=True)
+    logged = [v for what, v in fake.calls("trackio") if what == "log"]
+    assert [v["step"] for v in logged if "reward" in v["values"]] == [1, 2, 3]
+    assert [v["step"] for v in logged if "evaluation/student" in v["values"]] == [0, 1, 2, 3]
+
+
 def test_a_service_named_twice_and_one_that_is_none(own_task):
     with pytest.raises(ConfigError, match="names a service twice"):
         load_recipe(own_task(extra="logging: {to: [wandb, wandb]}\n"))
@@ -244,11 +327,11 @@ def test_a_service_named_twice_and_one_that_is_none(own_task):
 
 def test_tensorboard_for_real(tmp_path: Path):
     event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
-    it, watcher = told(tmp_path, "tensorboard")
-    it.step(1, 2, {"reward": 0.25}, 1.0)
-    it.step(2, 2, {"reward": 0.75}, 1.0)
-    it.close()
-    assert watcher.notes == []
+    run = Written(tmp_path, "tensorboard")
+    run.step(1, reward=0.25)
+    run.step(2, reward=0.75)
+    run.close()
+    assert run.notes == []
     (path,) = (tmp_path / "run" / "tensorboard").glob("events*")
     data, found = path.read_bytes(), []
     while data:  # length, its checksum, the event, its checksum

@@ -12,8 +12,9 @@ from typing import Any, TextIO
 
 from vpd_mlx.common.files import file_errors, plain, read_rows, write_atomic
 from vpd_mlx.errors import RunError
+from vpd_mlx.run.records import upgraded
 
-__all__ = ["LOGS", "NoLog", "RunLog", "free_run_folder"]
+__all__ = ["LOGS", "RECIPE_FILE", "RunLog", "free_run_folder", "json_lines"]
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl", "evals.jsonl")
 RECIPE_FILE = "config.yaml"  # a folder that holds it is a run
@@ -30,9 +31,9 @@ def free_run_folder(parent: Path, name: str) -> Path:
 
 
 class RunLog:
-    """One run's files, open for appending, held by one process."""
+    """One run's files, open for appending, held by one process. `RunLog()` is that of a rank that writes nothing."""
 
-    def __init__(self, path: Path, lock: TextIO) -> None:
+    def __init__(self, path: Path = Path(), lock: TextIO | None = None) -> None:
         self.path = path
         self._lock = lock
         self._files: dict[str, TextIO] = {}
@@ -81,23 +82,20 @@ class RunLog:
     def _open(self, name: str) -> None:
         self._files[name] = (self.path / name).open("a", encoding="utf-8")
 
-    def read(self, name: str) -> list[dict[str, Any]]:
-        """The rows of a log as it stands."""
-        return read_rows(self.path / name)
-
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """The run's last word."""
-        write_atomic(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of `metrics.jsonl` as it stands."""
+        return [upgraded(row) for row in read_rows(self.path / "metrics.jsonl")] if self._files else []
 
     def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add rows to a log and see them to the disk's cache.
+        """Add rows to a log, so that other processes can read them at once.
 
         Raises:
             RunError: the disk is full or the folder cannot be written.
         """
+        if (f := self._files.get(name)) is None:
+            return
         with file_errors(self.path):
-            f = self._files[name]
-            f.write("".join(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in rows))
+            f.write(json_lines(rows))
             f.flush()
 
     def offsets(self) -> dict[str, int]:
@@ -105,21 +103,21 @@ class RunLog:
         return {name: os.fstat(f.fileno()).st_size for name, f in self._files.items()}
 
     def cut_back(self, offsets: Mapping[str, int]) -> None:
-        """Cut each log to the given bytes, so that no step stands twice."""
+        """Cut each log to the given bytes, so that no step is logged twice."""
         with file_errors(self.path):
             for name, f in self._files.items():
                 f.truncate(offsets.get(name, 0))
                 os.fsync(f.fileno())
 
-    def keep(self, folder: str, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write rows as a file of their own in a folder of the run."""
-        with file_errors(self.path):
-            (self.path / folder).mkdir(exist_ok=True)
-        lines = "".join(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in rows)
-        write_atomic(self.path / folder / name, lines)
+    def write(self, name: str, text: str) -> None:
+        """Write a file of the run, whole or not at all."""
+        if self._files:
+            with file_errors(self.path):
+                (self.path / name).parent.mkdir(exist_ok=True)
+            write_atomic(self.path / name, text)
 
     def sync(self) -> None:
-        """See the logs to the disk."""
+        """Write the logs through to the disk."""
         with file_errors(self.path):
             for f in self._files.values():
                 os.fsync(f.fileno())
@@ -130,6 +128,8 @@ class RunLog:
         Raises:
             RunError: less than 64 MB are free.
         """
+        if not self._files:
+            return
         free = shutil.disk_usage(self.path).free
         if free < LEAST_FREE:
             raise RunError(
@@ -141,42 +141,13 @@ class RunLog:
         """Close the files and let the folder go."""
         for f in self._files.values():
             f.close()
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
 
-class NoLog:
-    """The log of a rank that does not write."""
-
-    path = Path()
-
-    def read(self, _name: str) -> list[dict[str, Any]]:
-        """Nothing was written."""
-        return []
-
-    def offsets(self) -> dict[str, int]:
-        """Nothing was written."""
-        return {}
-
-    def append(self, _name: str, _rows: Sequence[Mapping[str, Any]]) -> None:
-        """The first rank does it."""
-
-    def cut_back(self, _offsets: Mapping[str, int]) -> None:
-        """The first rank does it."""
-
-    def keep(self, _folder: str, _name: str, _rows: Sequence[Mapping[str, Any]]) -> None:
-        """The first rank does it."""
-
-    def finish(self, _summary: Mapping[str, Any]) -> None:
-        """The first rank does it."""
-
-    def sync(self) -> None:
-        """The first rank does it."""
-
-    def check_space(self) -> None:
-        """The first rank does it."""
-
-    def close(self) -> None:
-        """There is nothing to close."""
+def json_lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as a file has them."""
+    return "".join(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in rows)
 
 
 def _hold(path: Path) -> TextIO:
