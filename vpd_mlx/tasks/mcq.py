@@ -43,9 +43,7 @@ class Mcq:
         letter = _LETTER.fullmatch(inner)
         if letter is None:
             shown = inner if len(inner) <= 60 else inner[:60] + "..."
-            return Verdict(
-                0.0, f"<answer> contains {shown!r}; it must contain the letter of one option and nothing else."
-            )
+            return Verdict(0.0, f"Inside <answer> stands {shown!r}; only the letter of one option may stand there.")
         if letter[1].upper() == (problem.answer or "").strip():
             return Verdict(1.0)
         return Verdict(0.0, f"{letter[1].upper()} is not the right option.")

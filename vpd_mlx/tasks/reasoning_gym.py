@@ -115,7 +115,7 @@ class ReasoningGym:
         if answer is None:
             return Verdict(0.0, "There is no <answer>...</answer>.")
         if answer != problem.answer and REACHES.search(answer):
-            return Verdict(0.0, "The answer contains code, which is not allowed here.")
+            return Verdict(0.0, "The answer holds code, which is no answer here.")
         try:
             score = self._library.call("score", *self._made, problem.data["index"], problem.prompt, answer)
         except SourceError as error:
