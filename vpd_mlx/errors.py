@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from vpd_mlx.common.text import one_line
 
-__all__ = ["ConfigError", "DataError", "Fault", "ModelError", "RunError", "SourceError", "VpdError"]
+__all__ = ["ConfigError", "DataError", "Fault", "ModelError", "RunError", "SourceError", "VpdError", "wrong_option"]
 
 
 class VpdError(Exception):
-    """Base of all errors that are the user's to mend. What a file or a server said may stand in it: it stays one line."""
+    """Base of all errors that the user can fix. A message may quote a file or a server; it stays one line."""
 
     exit_code = 2
 
@@ -46,6 +46,11 @@ class ConfigError(VpdError):
         else:
             text = f"{where}: {len(lines)} faults\n" + "\n".join(f"  {line}" for line in lines)
         Exception.__init__(self, text)  # several faults stand on lines of their own
+
+
+def wrong_option(name: str, problem: str, remedy: str) -> ConfigError:
+    """A single fault of the command line."""
+    return ConfigError([Fault(name, problem, remedy)], "command line")
 
 
 class DataError(VpdError):

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from vpd_mlx.common.stats import paired
 from vpd_mlx.common.text import figures, points, points_range, steps
-from vpd_mlx.errors import ConfigError, Fault
+from vpd_mlx.errors import wrong_option
 from vpd_mlx.run.folder import Run, load_run, short_names
 
 __all__ = ["compare"]
@@ -27,9 +27,9 @@ def compare(
     """Compare runs: held-out accuracy with 95 % intervals, and differences paired problem by problem."""
     if len(runs) < 2:
         remedy = "name two or more; for a single run use `vpd-mlx report`"
-        raise ConfigError([Fault("RUN...", f"got {len(runs)} run, {runs[0]}", remedy)], "command line")
+        raise wrong_option("RUN...", f"got {len(runs)} run, {runs[0]}", remedy)
     if len({r.resolve() for r in runs}) < len(runs):
-        raise ConfigError([Fault("RUN...", "names a run twice", "name each once")], "command line")
+        raise wrong_option("RUN...", "names a run twice", "name each once")
     found = dict(zip(short_names(runs), map(load_run, runs), strict=True))
     console = Console(highlight=False)
     console.print(_table(found))

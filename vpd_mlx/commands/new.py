@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from vpd_mlx.errors import ConfigError, Fault
+from vpd_mlx.errors import wrong_option
 from vpd_mlx.recipe import builtin_recipes
 
 __all__ = ["RECIPE", "SUMS", "VERIFIER", "new"]
@@ -73,12 +73,9 @@ def new(name: Annotated[str, typer.Argument(help="Name of the folder, and of the
     """Write a folder with a commented recipe, ten rows and a verifier: a task of your own that runs as it is."""
     folder = Path(name)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", folder.name):
-        raise ConfigError(
-            [Fault("NAME", f"{folder.name!r} cannot name a run", "use letters, digits, dots and dashes")],
-            "command line",
-        )
+        raise wrong_option("NAME", f"{folder.name!r} cannot name a run", "use letters, digits, dots and dashes")
     if folder.exists() and any(folder.iterdir()):
-        raise ConfigError([Fault("NAME", f"{folder} holds something already", "give another name")], "command line")
+        raise wrong_option("NAME", f"{folder} holds something already", "give another name")
     model = builtin_recipes()["quickstart"].parent / "model"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -87,8 +84,6 @@ def new(name: Annotated[str, typer.Argument(help="Name of the folder, and of the
         rows = "".join(json.dumps({"prompt": f"{a}+{b}=", "answer": str(a + b)}) + "\n" for a, b in SUMS)
         (folder / "rows.jsonl").write_text(rows, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(
-            [Fault("NAME", f"{folder} cannot be written ({error.strerror})", "choose another place")], "command line"
-        ) from None
+        raise wrong_option("NAME", f"{folder} cannot be written ({error.strerror})", "choose another place") from None
     typer.echo(f"written: {folder}/{folder.name}.yaml, verifier.py, rows.jsonl")
     typer.echo(f"try it: vpd-mlx train {folder}/{folder.name}.yaml")

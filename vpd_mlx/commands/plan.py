@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vpd_mlx.commands.options import SetOption, overridden
-from vpd_mlx.common.text import duration
+from vpd_mlx.common.text import duration, size
 from vpd_mlx.recipe import load_recipe, resolve_recipe_path
 
 __all__ = ["plan"]
@@ -55,16 +55,12 @@ def plan(
             f"{planned.rows} sequences a step, prompts to {planned.prompt} tokens (teacher's to {planned.teacher_prompt}), "
             f"completions to {planned.completion}"
         )
-        typer.echo(f"weights  {_size(planned.weights)}   adapter  {_size(planned.adapter)}")
-        for phase, size in planned.phases.items():
-            typer.echo(f"{phase:8} {_size(size)} at most")
-        typer.echo(f"limit    {_size(limit)}")
+        typer.echo(f"weights  {size(planned.weights)}   adapter  {size(planned.adapter)}")
+        for phase, peak in planned.phases.items():
+            typer.echo(f"{phase:8} {size(peak)} at most")
+        typer.echo(f"limit    {size(limit)}")
         if probe_time:
             typer.echo(
                 f"time     {duration(float(seconds[-1]) * cfg.steps)} for {cfg.steps} steps, without evaluations"
             )
     check_fits(cfg, planned, limit)
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GB" if count >= 2**30 else f"{count / 2**20:.1f} MB"

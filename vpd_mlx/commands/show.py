@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vpd_mlx.common.text import number, visible
-from vpd_mlx.errors import ConfigError, Fault
+from vpd_mlx.errors import ConfigError, Fault, wrong_option
 from vpd_mlx.feedback import SOURCES
 from vpd_mlx.run.folder import NO_CONTEXT, LoggedRollout, Run, load_run
 
@@ -37,7 +37,7 @@ def show(
 ) -> None:
     """Show rollouts of a run: prompt, completion, verdict, and how the teacher, given the feedback, rates each token."""
     if right and wrong:
-        raise ConfigError([Fault("--right", "contradicts --wrong", "leave one out, or both for all")], "command line")
+        raise wrong_option("--right", "contradicts --wrong", "leave one out, or both for all")
     found = load_run(run)
     entries = _chosen(found, step, right, wrong, kind)
     console = Console(highlight=False)

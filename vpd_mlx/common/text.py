@@ -20,6 +20,7 @@ __all__ = [
     "percent",
     "points",
     "points_range",
+    "size",
     "steps",
     "visible",
     "without_surrogates",
@@ -106,6 +107,11 @@ def duration(seconds: float) -> str:
         return f"{minutes} min {rest:02d} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min"
+
+
+def size(count: float) -> str:
+    """Bytes in GB (2**30) or MB (2**20)."""
+    return f"{count / 2**30:.2f} GB" if count >= 2**30 else f"{count / 2**20:.1f} MB"
 
 
 def mlx_lm_command(program: str, model: str, adapters: Path | None = None, *options: str) -> str:

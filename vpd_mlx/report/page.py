@@ -21,7 +21,7 @@ from markupsafe import Markup
 from vpd_mlx.common.files import write_atomic
 from vpd_mlx.common.stats import paired
 from vpd_mlx.common.text import duration, figures, number, percent, points, points_range, steps, without_surrogates
-from vpd_mlx.errors import ConfigError, Fault
+from vpd_mlx.errors import wrong_option
 from vpd_mlx.report.plots import comparison_plots, legend_colors, run_plots
 from vpd_mlx.run.folder import NO_CONTEXT, LoggedRollout, Run, by_dotted_key
 from vpd_mlx.run.warnings import findings
@@ -40,8 +40,7 @@ def save(path: Path, page: str) -> str:
     """
     reason = "it is a folder" if path.is_dir() else "" if path.parent.is_dir() else "its folder does not exist"
     if reason:
-        fault = Fault("--out", f"{path} cannot be written ({reason})", "give a file in a folder that exists")
-        raise ConfigError([fault], "command line")
+        raise wrong_option("--out", f"{path} cannot be written ({reason})", "give a file in a folder that exists")
     write_atomic(path, page)
     return f"{path} ({path.stat().st_size / 1000:,.0f} kB)"
 

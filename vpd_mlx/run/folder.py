@@ -13,7 +13,7 @@ import yaml
 
 from vpd_mlx.common.stats import Paired, paired
 from vpd_mlx.common.text import interval, number
-from vpd_mlx.errors import ConfigError, DataError, Fault
+from vpd_mlx.errors import DataError, wrong_option
 from vpd_mlx.run.log import RECIPE_FILE
 from vpd_mlx.run.records import FORMAT, MetricsRow, Summary, upgraded
 
@@ -172,15 +172,8 @@ def load_run(path: Path) -> Run:
     """
     if not (path / RECIPE_FILE).is_file():
         there = "holds no run" if path.is_dir() else "does not exist, so holds no run"
-        raise ConfigError(
-            [
-                Fault(
-                    "RUN",
-                    f"{path} {there} ({RECIPE_FILE} is missing)",
-                    "give the folder of a run, e.g. runs/quickstart",
-                )
-            ],
-            "command line",
+        raise wrong_option(
+            "RUN", f"{path} {there} ({RECIPE_FILE} is missing)", "give the folder of a run, e.g. runs/quickstart"
         )
     try:
         config = yaml.safe_load(_text(path / RECIPE_FILE))
