@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import vpd_mlx
+from vpd_mlx.algos import ALGORITHMS
 
 ROOT = Path(vpd_mlx.__file__).parent
 LAYERS = [
@@ -96,6 +97,18 @@ def loaded_by(statement: str) -> set[str]:
 )
 def test_recipes_help_and_reports_stand_without_mlx(statement: str):
     assert not {"mlx", "mlx_lm", "transformers"} & loaded_by(statement)
+
+
+def test_only_algos_names_an_algorithm():
+    """Everything else follows from the list; the recipe alone has a default."""
+    named = {
+        (str(path.relative_to(ROOT)), node.value)
+        for path in MODULES
+        if unit(path) != "algos"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and node.value in ALGORITHMS
+    }
+    assert named == {("recipe.py", "vpd")}
 
 
 def test_few_rooms():

@@ -44,9 +44,9 @@ class Grpo:
     def __call__(self, policy: Policy, groups: Sequence[Group], step: Step) -> Metrics:
         """One update."""
         seed = phase_seed(step.seed, step.number, "update")
-        with step.clock("policy_gradient"):
+        with step.clock("student"):
             metrics, _ = policy_gradient_update(policy, gather(groups), self.learner, self.cfg, seed=seed)
-        return prefixed("policy_gradient", metrics)
+        return prefixed("student", metrics)
 
 
 def advantages_of(samples: Sequence[Sample], cfg: GrpoSettings) -> Floats:
@@ -92,7 +92,7 @@ class GrpoLoss:
             clip_high=self.cfg.clip_high,
             dual_clip=self.cfg.dual_clip,
         )
-        metrics["student_entropy"] = losses.entropy_from_logps(mx.stop_gradient(student))
+        metrics["entropy"] = losses.entropy_from_logps(mx.stop_gradient(student))
         if "reference" in fixed:
             kl = losses.k3_kl(logp, fixed["reference"])
             loss = loss + self.cfg.kl * kl
@@ -207,7 +207,7 @@ def policy_gradient_update(
         "advantage_std": float(batch.advantages.std()) if len(samples) else None,
         "ratio_min": float(spread.min()),
         "ratio_max": float(spread.max()),
-        **{name: token_mean(seen.values(), name) for name in ("clipped", "dual_clipped", "student_entropy", "kl")},
+        **{name: token_mean(seen.values(), name) for name in ("clipped", "dual_clipped", "entropy", "kl")},
         **update_metrics(updates),
     }, seen
 

@@ -66,7 +66,7 @@ class _Hybrid:
                     out.append(self.portion(policy, step.number, batch, minibatch, part, taught))
             return out
 
-        with step.clock("policy_gradient"):
+        with step.clock("student"):
             self.teacher.begin_batch(policy)
             metrics, seen = policy_gradient_update(
                 policy,
@@ -80,7 +80,7 @@ class _Hybrid:
         step.tokens.update({i: t for i, t in seen.items() if "teacher_logp" in t})
         distilled = {i: {**c, "loss": c["divergence"]} for i, c in seen.items() if "divergence" in c}
         metrics |= {k: v for k, v in divergence_metrics(samples, distilled).items() if v is not None}
-        return prefixed("policy_gradient", metrics)
+        return prefixed("student", metrics)
 
 
 class Joint(_Hybrid):

@@ -50,7 +50,7 @@ class Distillation:
         return loss, {
             "student_logp": mx.stop_gradient(student_logp),
             "teacher_logp": mx.take_along_axis(teacher, ids, axis=-1)[:, 0],
-            "student_entropy": losses.entropy_from_logps(frozen),
+            "entropy": losses.entropy_from_logps(frozen),
             "teacher_entropy": losses.entropy_from_logps(teacher),
             "mass": mx.topk(mx.exp(frozen), k, axis=-1).sum(-1),
         }
@@ -108,7 +108,7 @@ def divergence_metrics(samples: Sequence[Sample], seen: Mapping[int, Mapping[str
         "divergence": token_mean(seen.values(), "loss"),
         "divergence_right": token_mean(right, "loss"),
         "divergence_wrong": token_mean(wrong, "loss"),
-        **{name: token_mean(seen.values(), name) for name in ("student_entropy", "teacher_entropy", "mass")},
+        **{name: token_mean(seen.values(), name) for name in ("entropy", "teacher_entropy", "mass")},
         **_margin(right, wrong),
     }
 

@@ -40,11 +40,11 @@ class Sdpo:
     def __call__(self, policy: Policy, groups: Sequence[Group], step: Step) -> Metrics:
         """One M-step."""
         seed = phase_seed(step.seed, step.number, "update")
-        with step.clock("m_step"):
+        with step.clock("student"):
             self.teacher.begin_batch(policy)
             metrics, tokens = divergence_update(
                 policy, gather(groups), self.learner, self.m_step, self.teacher, seed=seed
             )
             self.teacher.end_batch(policy)
         step.tokens.update(tokens)
-        return prefixed("m_step", metrics)
+        return prefixed("student", metrics)

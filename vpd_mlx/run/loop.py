@@ -14,7 +14,7 @@ from vpd_mlx.recipe import Recipe, dump
 from vpd_mlx.run.followers import Followers
 from vpd_mlx.run.log import RECIPE_FILE, RunLog, json_lines
 from vpd_mlx.run.progress import Interrupted, Progress, Silent, Stop
-from vpd_mlx.run.records import Summary, upgraded
+from vpd_mlx.run.records import Summary
 from vpd_mlx.run.setup import refuse_what_cannot_fit
 from vpd_mlx.run.state import RunState
 from vpd_mlx.run.step import Trainer
@@ -109,7 +109,6 @@ def _advance(state: RunState, warnings: Warnings) -> None:
     """One more step, logged and counted."""
     log, progress, recipe = state.log, state.trainer.progress, state.trainer.recipe
     row, rollouts = state.trainer.step(state.done + 1)
-    row = upgraded(row)
     state.done += 1
     sources = state.settle()
     log.append("metrics.jsonl", [row])
