@@ -1,3 +1,3 @@
-"""One file per command beyond the first ones; `cli` registers them."""
+"""One file per command; `app` registers them."""
 
 __all__: list[str] = []

@@ -1,3 +1,3 @@
-"""What stands beside a run: the lab, exports, the doctor and its self-test."""
+"""Tools around a run: the lab, exports, the doctor and its self-test."""
 
 __all__: list[str] = []
