@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 FLOOR = -1e9
-LOG_RATIO_BOUND = 20.0  # beyond it exp() says nothing but overflow
+LOG_RATIO_BOUND = 20.0  # exp() of a larger difference would only overflow
 STD_EPSILON = 1e-6
 TAIL_EPSILON = 1e-7
 

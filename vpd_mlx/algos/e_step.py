@@ -31,7 +31,7 @@ from vpd_mlx.types import TokenRow
 
 __all__ = ["EStepResult", "RewardShift", "bco_update", "crossed"]
 
-SATURATED = 5.0  # |r~ - delta| beyond which the BCO gradient is all but gone
+SATURATED = 5.0  # |r~ - delta| beyond which the BCO gradient is nearly 0
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ class GrpoLoss:
 class Batch:
     """What stays the same over all updates of a batch.
 
-    By sample: `advantages` (B,), log-probabilities `old` and `reference` (T_i,) each, where they are needed.
+    By sample: `advantages` (B,), log-probabilities `old` and `reference` (T_i,) each, or None if not needed.
     """
 
     samples: Sequence[Sample]

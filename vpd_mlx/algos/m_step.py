@@ -77,7 +77,7 @@ def divergence_update(
     for number, indices in epochs(batches, cfg.epochs):
         chosen = [i for i in indices if samples[i].teacher is not None]
         if not chosen:
-            continue  # nobody here has a context: nothing to learn from
+            continue  # without a context there is no teacher
         part = [samples[i] for i in chosen]
         rows = [s.student for s in part]
         lengths = [len(r.completion) for r in rows]

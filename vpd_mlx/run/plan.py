@@ -1,15 +1,14 @@
 """How much memory a run will take at most, phase by phase, from the model's config alone.
 
-Nothing of the model is loaded: networks of two and of three of its blocks, with random weights of its shapes, type and bits, go
-through the very code of an update at the recipe's longest prompts and completions. What the third block adds, every further
-block adds, so the whole follows; the caches of the rollout phase follow from the shapes of keys and values.
+The model itself is not loaded. Networks of two and of three of its blocks, with random weights of its shapes, type and bits, take
+a step of the recipe's own algorithm on made-up rollouts, at the longest prompts and completions. Every further block adds what
+the third one adds; the caches of the rollout phase follow from the shapes of keys and values.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ CACHE_STEP = 256  # mlx-lm's caches grow by so many positions
 
 @dataclass(frozen=True)
 class Plan:
-    """Peak bytes of each phase, the weights' among them, and what the longest sequences are."""
+    """Peak bytes of each phase, weights included, and the lengths in tokens that they hold for."""
 
     weights: int
     adapter: int
@@ -46,19 +45,13 @@ class Plan:
     prompt: int
     teacher_prompt: int
     completion: int
-    probe_seconds: float
-
-    @property
-    def peak(self) -> int:
-        """The largest of all phases."""
-        return max(self.phases.values())
 
 
 def read_model_config(recipe: Recipe) -> dict[str, Any]:
     """The model's config.json, from its folder or alone from the hub.
 
     Raises:
-        ModelError: it cannot be had.
+        ModelError: there is none, or it cannot be read.
     """
     try:
         local = Path(recipe.model)
@@ -158,13 +151,12 @@ def plan(recipe: Recipe, *, prompt: int | None = None, context: int | None = Non
 
     Args:
         recipe: the run.
-        prompt: longest student prompt in tokens, where known; else `rollout.max_prompt_tokens`.
-        context: longest context in tokens, where known; else `feedback.max_tokens`.
+        prompt: longest student prompt in tokens, if known; otherwise `rollout.max_prompt_tokens`.
+        context: longest context in tokens, if known; otherwise `feedback.max_tokens`.
 
     Raises:
         ModelError: no config, or an architecture that mlx-lm does not know.
     """
-    start = time.perf_counter()
     config = read_model_config(recipe)
     rollout = recipe.rollout
     longest = min(prompt or rollout.max_prompt_tokens, rollout.max_prompt_tokens)
@@ -206,7 +198,6 @@ def plan(recipe: Recipe, *, prompt: int | None = None, context: int | None = Non
         prompt=longest,
         teacher_prompt=teacher_prompt,
         completion=rollout.max_completion_tokens,
-        probe_seconds=time.perf_counter() - start,
     )
 
 
