@@ -343,7 +343,7 @@ def test_updates_that_are_never_finite_stop_the_run_with_a_checkpoint(small, tmp
         train(recipe, tmp_path / "run")
     found, _ = find_checkpoint(tmp_path / "run" / "checkpoints")
     assert found is not None
-    # what was sampled before an update that came to nothing is kept for whoever looks for the reason
+    # the completions of a step whose update was left out are kept: they may show the reason
     dumped = sorted((tmp_path / "run" / "nonfinite").iterdir())
     assert next(p.name for p in dumped) == "step-000002.jsonl"
     assert len(dumped[0].read_text().splitlines()) == 16

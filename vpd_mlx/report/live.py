@@ -1,4 +1,4 @@
-"""What the terminal shows of a run: a live table where there is a terminal, plain lines where there is none."""
+"""What the terminal shows of a run: a live table, or plain lines if the output is no terminal."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from vpd_mlx.types import Rollout
 
 __all__ = ["LiveView", "PlainView", "QuietView", "make_view", "step_line"]
 
-PLAIN_EVERY = 10.0  # seconds between lines when nobody watches a terminal
-WORTH_SAYING = 3.0  # seconds: of shorter phases nobody wants to know how long they take
+PLAIN_EVERY = 10.0  # seconds between two lines in a pipe
+WORTH_SAYING = 3.0  # seconds: a shorter phase gets no remaining time
 SAMPLE_LINES = 14
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -177,7 +177,7 @@ class LiveView(Progress):
             self._live.start(refresh=True)
 
     def _phase_text(self) -> str:
-        """The phase, how far it is, and the time that it still takes, where that is worth saying."""
+        """The phase, how far it is, and the time left if the phase is long."""
         name, done, total = self._phase
         spent = time.monotonic() - self._began
         text, left = name, None
@@ -209,7 +209,7 @@ class LiveView(Progress):
         return Group(head, bar, table, Text(speed, style="dim"), *sample)
 
     def _draw_sample(self, width: int, height: int) -> list[RenderableType]:
-        """One completion with what was asked and what was said of it, in no more than `height` lines; none where they are few."""
+        """One completion with its prompt, verdict and feedback in at most `height` lines; nothing if there is no room."""
         if self._sample is None or height < 4:
             return []
         prompt, rollout = self._sample
@@ -230,7 +230,7 @@ class LiveView(Progress):
         return [Text(), table]
 
     def _cut(self, text: str, width: int, lines: int) -> list[str]:
-        """The first `lines` lines of the text, wrapped; the last ends in an ellipsis where there were more."""
+        """The first `lines` lines of the text, wrapped; the last one ends in an ellipsis if lines are missing."""
         whole = [str(line).rstrip() for line in Text(text.strip()).wrap(self._console, max(8, width))]
         if len(whole) <= lines:
             return whole
@@ -238,7 +238,7 @@ class LiveView(Progress):
 
 
 def make_view(title: str, *, quiet: bool) -> QuietView | PlainView | LiveView:
-    """The right view for where the output goes."""
+    """The view that suits the output: a terminal, a pipe, or quiet."""
     if quiet:
         return QuietView()
     console = Console(highlight=False)

@@ -1,7 +1,7 @@
 """Everything that a resume needs, written so that a crash at any moment leaves the last good one.
 
 A checkpoint is a folder `step-000020`: one safetensors file, one JSON file, and a manifest with their hashes. It is written
-under another name, synced, and renamed; one whose manifest does not hold is passed over.
+under another name, synced, and renamed; one whose files do not match its manifest is skipped.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     except (OSError, RuntimeError) as error:  # mlx reports a failed write as RuntimeError
         shutil.rmtree(partial, ignore_errors=True)
         raise RunError(
-            f"{final}: the checkpoint cannot be written ({error}); free space or mend the permissions, then go on with "
+            f"{final}: the checkpoint cannot be written ({error}); free space or fix the permissions, then go on with "
             "--resume"
         ) from error
     for old in _folders(folder)[keep:]:
@@ -72,7 +72,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 
 def find_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint whose manifest holds, and a line for every newer one that had to be passed over.
+    """The newest whole checkpoint, and a line for every newer one that is damaged.
 
     Raises:
         RunError: there are checkpoints, but none of them is whole, or one was written by a newer version.

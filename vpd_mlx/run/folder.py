@@ -34,7 +34,7 @@ class LoggedRollout:
 
 
 class Evaluation(dict[str, Any]):
-    """A row of `evals.jsonl`, empty where there was no evaluation; its main figures are attributes, None where missing."""
+    """A row of `evals.jsonl`, empty if there was no evaluation; its main figures are attributes, None if missing."""
 
     @property
     def student(self) -> float | None:
@@ -155,7 +155,7 @@ class Run:
                 yield json.loads(f.readline())
 
     def greedy(self) -> dict[str, float]:
-        """Greedy score by held-out problem at `evaluation`, trained or not; empty where it was not logged."""
+        """Greedy score by held-out problem at `evaluation`, before or after training; empty if it was not logged."""
         return _by_problem(self.evaluation)
 
     def change(self) -> Paired | None:
