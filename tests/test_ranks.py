@@ -270,7 +270,7 @@ def test_shares_are_whole_and_balanced():
 def test_a_recipe_that_is_not_for_so_many_is_refused(small: Callable[..., Recipe]):
     recipe = small(rollout__prompts=4, feedback__sources=["human", "verifier"])
     policy: Any = type("Policy", (), {"ranks": Pretended(0, 5)})
-    with pytest.raises(ConfigError, match=r"rollout.prompts: 4 for 5 ranks(.|\n)*feedback.sources: human sits"):
+    with pytest.raises(ConfigError, match=r"rollout.prompts: 4 for 5 ranks(.|\n)*feedback.sources: human cannot serve"):
         check_ranks(recipe, policy, Trainer.build(small()).task)
 
 
