@@ -8,7 +8,7 @@ are put together: those of the engine and the run by name, those of tasks, feedb
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar, Union
 
@@ -28,9 +28,11 @@ __all__ = [
     "RECIPE_VERSION",
     "Recipe",
     "builtin_recipes",
+    "check_recipe",
     "dump",
     "json_schema",
     "load_recipe",
+    "merged",
     "model_fields",
     "resolve_recipe_path",
 ]
@@ -205,16 +207,37 @@ def load_recipe(path: Path, overrides: list[tuple[str, Any]] | None = None) -> R
         raise ConfigError([newer], str(path))
     for key, value in overrides or []:
         faults += assign(raw, key, value)
-    recipe, found = validate(Recipe, raw)
-    faults += found
-    if recipe is not None:
-        known = {f.path for f in faults}  # a key that was dropped as faulty is not reported a second time
-        faults += [f for f in recipe.contradictions() if f.path not in known]
-    if faults or recipe is None:
+    try:
+        return check_recipe(raw, str(path), path.parent, faults)
+    except ConfigError as error:
         overridden = {key for key, _ in overrides or []}
-        blamed = any(f.path in overridden for f in faults)
-        raise ConfigError(faults, f"{path}, as overridden" if blamed else str(path))
-    return recipe.located(path.parent)
+        blamed = any(f.path in overridden for f in error.faults)
+        raise ConfigError(error.faults, f"{path}, as overridden" if blamed else str(path)) from None
+
+
+def check_recipe(raw: dict[str, Any], where: str, folder: Path, faults: Sequence[Fault] = ()) -> Recipe:
+    """The recipe of these values; paths in it, which are relative to `folder`, become absolute.
+
+    Raises:
+        ConfigError: every fault found, `faults` among them; `where` says what is wrong.
+    """
+    recipe, found = validate(Recipe, raw)
+    found = [*faults, *found]
+    if recipe is not None:
+        known = {f.path for f in found}  # a key that was dropped as faulty is not reported a second time
+        found += [f for f in recipe.contradictions() if f.path not in known]
+    if found or recipe is None:
+        raise ConfigError(found, where)
+    return recipe.located(folder)
+
+
+def merged(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with changes; sections of the same name are merged key by key."""
+    out = dict(raw)
+    for key, value in changes.items():
+        both = isinstance(out.get(key), Mapping) and isinstance(value, Mapping)
+        out[key] = merged(out[key], value) if both else value
+    return out
 
 
 def dump(recipe: Recipe) -> str:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vpd_mlx.algos.settings import EStepSettings, GrpoSettings, HybridSettings, MStepSettings, TeacherSettings
+from vpd_mlx.common.functions import PREFIX, Listed, not_handed_over
 from vpd_mlx.common.settings import Section
 
 __all__ = ["ALGORITHMS", "Entry"]
@@ -43,15 +44,31 @@ class Entry:
         return getattr(importlib.import_module(module), name)
 
 
+class HandedOver(Entry):
+    """The algorithm `function:NAME`, a function of a Python program (`vpd.train`)."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, {})
+
+    def load(self) -> Any:
+        """Only the program has it.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise not_handed_over("algorithm", repr(self.target.removeprefix(PREFIX)))
+
+
 _M: Mapping[str, type[Section]] = {"m_step": MStepSettings, "teacher": TeacherSettings}
 _HYBRID: Mapping[str, type[Section]] = {**_M, "grpo": GrpoSettings, "hybrid": HybridSettings}
 
-ALGORITHMS: dict[str, Entry] = {
-    "vpd": Entry("vpd_mlx.algos.vpd:Vpd", {"e_step": EStepSettings, **_M}),
-    "sdpo": Entry("vpd_mlx.algos.sdpo:Sdpo", _M),
-    "opsd": Entry("vpd_mlx.algos.sdpo:Sdpo", _M, source="reference"),
-    "grpo": Entry("vpd_mlx.algos.grpo:Grpo", {"grpo": GrpoSettings}, contexts=False),
-    "joint": Entry("vpd_mlx.algos.hybrids:Joint", _HYBRID),
-    "reshape": Entry("vpd_mlx.algos.hybrids:Reshape", _HYBRID),
-    "reweight": Entry("vpd_mlx.algos.hybrids:Reweight", _HYBRID),
-}
+ALGORITHMS: dict[str, Entry] = Listed(
+    HandedOver,
+    vpd=Entry("vpd_mlx.algos.vpd:Vpd", {"e_step": EStepSettings, **_M}),
+    sdpo=Entry("vpd_mlx.algos.sdpo:Sdpo", _M),
+    opsd=Entry("vpd_mlx.algos.sdpo:Sdpo", _M, source="reference"),
+    grpo=Entry("vpd_mlx.algos.grpo:Grpo", {"grpo": GrpoSettings}, contexts=False),
+    joint=Entry("vpd_mlx.algos.hybrids:Joint", _HYBRID),
+    reshape=Entry("vpd_mlx.algos.hybrids:Reshape", _HYBRID),
+    reweight=Entry("vpd_mlx.algos.hybrids:Reweight", _HYBRID),
+)

@@ -5,28 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vpd_mlx.common.files import read_rows
 from vpd_mlx.common.settings import HUB, parse_set
 from vpd_mlx.common.text import figures, points, points_range
-from vpd_mlx.errors import ConfigError, DataError, Fault
+from vpd_mlx.errors import ConfigError, Fault
 from vpd_mlx.recipe import Recipe, builtin_recipes, load_recipe, resolve_recipe_path
 from vpd_mlx.report.live import make_view
 from vpd_mlx.run.log import RECIPE_FILE
-from vpd_mlx.run.progress import Progress
-from vpd_mlx.types import Problem
-
-if TYPE_CHECKING:
-    from vpd_mlx.run.evaluate import Measured
 
 __all__ = ["evaluate"]
 
@@ -77,72 +69,20 @@ def evaluate(
     cfg, folder = _target(target, recipe, adapter, overrides)
     if data is not None:
         cfg = _with_data(cfg, data, split)
-    # What the user's own verifier prints is no part of the JSON.
+    # Late: MLX and the tokenizers take two seconds to load.
+    from vpd_mlx.run.change import evaluate_change
+
+    # Standard output holds the JSON alone: what the user's own verifier prints goes to standard error.
     aside = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
     with aside, make_view(target, quiet=as_json) as view:
-        before, found = _measure(cfg, target, folder, split, base, greedy, view)
-    where = {"target": target, "model": cfg.model, "adapter": None if folder is None else str(folder)}
-    what = {"task": cfg.task.kind, "split": split, "data": data, "seed": cfg.seed}
-    how = {"temperature": 0.0 if greedy else cfg.evaluation.temperature}
-    out = {**where, **what, **how, **_summed(before, found)}
+        found = evaluate_change(cfg, folder, Path(target), split, base=base, greedy=greedy, progress=view)
+    out = {"target": target, "data": data, **found}
     if as_json:
         typer.echo(json.dumps(out, indent=2))
         return
     console = Console(highlight=False)
-    console.print(_table(out, list(found.figures)))
+    console.print(_table(out))
     console.print(_caption(out))
-
-
-def _measure(
-    cfg: Recipe, target: str, folder: Path | None, split: Split, base: bool, greedy: bool, view: Progress
-) -> tuple[Measured | None, Measured]:
-    """The base model where it is to be compared with, and the model in question."""
-    # Late: MLX and the tokenizers take two seconds to load.
-    from vpd_mlx.engine.adapters import lora_of
-    from vpd_mlx.run.step import Trainer
-
-    if folder is not None:
-        cfg = cfg.model_copy(update={"lora": lora_of(folder)})
-    trainer = Trainer.build(cfg, view)
-    problems = (trainer.task.train if split == "train" else trainer.task.held_out)[: cfg.evaluation.problems]
-    if split != "train":
-        _refuse_trained(Path(target), problems)
-    before = None
-    try:
-        if folder is not None:
-            trainer.policy.load_adapter(folder)
-            if base:
-                with trainer.policy.adapter_off():
-                    before = trainer.measure(problems, greedy_only=greedy)
-        return before, trainer.measure(problems, greedy_only=greedy)
-    finally:
-        trainer.sources.close()
-
-
-def _refuse_trained(run: Path, problems: Sequence[Problem]) -> None:
-    """What a run was trained on is no test of it, whatever its data file says by now.
-
-    Raises:
-        DataError: a problem's prompt stands among the run's rollouts.
-    """
-    log = run / "rollouts.jsonl"
-    if not log.is_file():
-        return
-    trained = {row["prompt"] for row in read_rows(log)}
-    for problem in problems:
-        # Of a conversation only the last message is logged, which several may share.
-        if len(problem.messages) == 1 and problem.prompt in trained:
-            raise DataError(f"row {problem.id}: {run} was trained on this prompt; take it out")
-
-
-def _summed(before: Measured | None, found: Measured) -> dict[str, Any]:
-    from vpd_mlx.run.evaluate import compared, summed
-
-    out = {**summed(found), "greedy_by_problem": found.figures["student_greedy"]}
-    if before is not None:
-        out["base"] = {**summed(before), "greedy_by_problem": before.figures["student_greedy"]}
-        out["difference"] = {k: {**asdict(p), "verdict": p.verdict} for k, p in compared(before, found).items()}
-    return out
 
 
 def _check_flags(greedy: bool, samples: int | None, temperature: float | None) -> None:
@@ -202,8 +142,9 @@ def _with_data(cfg: Recipe, data: str, split: Split) -> Recipe:
 NAMES = {"student_greedy": "student, greedy", "teacher": "teacher under feedback"}
 
 
-def _table(out: dict[str, Any], names: list[str]) -> Table:
+def _table(out: dict[str, Any]) -> Table:
     """A line a figure: base, trained, difference."""
+    names = [key.removesuffix("_interval") for key in out if key.endswith("_interval") and key != "gap_interval"]
     table = Table()
     table.add_column("")
     base = out.get("base")

@@ -17,15 +17,15 @@ from rich.console import Console
 from rich.table import Table
 
 from vpd_mlx.commands.options import SetOption, overridden
-from vpd_mlx.common.files import read_rows
 from vpd_mlx.common.text import duration, mlx_lm_command, percent
 from vpd_mlx.errors import ConfigError, Fault
 from vpd_mlx.recipe import Recipe, load_recipe, resolve_recipe_path
 from vpd_mlx.report.live import make_view
 from vpd_mlx.run.log import RECIPE_FILE, free_run_folder
 from vpd_mlx.run.records import Summary
+from vpd_mlx.run.resume import check_resume
 
-__all__ = ["MAY_CHANGE", "MOMENT", "train"]
+__all__ = ["MOMENT", "train"]
 
 
 def train(
@@ -113,42 +113,9 @@ def _resumed(
             [Fault("--resume", f"{folder} holds no run ({RECIPE_FILE} is missing)", "give the folder of a run")],
             "command line",
         )
-    before = load_recipe(folder / RECIPE_FILE)
     after = load_recipe(folder / RECIPE_FILE, overrides)
-    if after.steps < before.steps and after.steps < _logged(folder):
-        short = f"{after.steps}, and {_logged(folder)} are done"
-        raise ConfigError([Fault("steps", short, "ask for more, or take an earlier checkpoint's adapter")], "--resume")
-    changed = [key for key in _changed(before.model_dump(), after.model_dump()) if not key.startswith(MAY_CHANGE)]
-    if changed:
-        remedy = "start a new run for that; on resume only these may change: " + ", ".join(
-            k.removesuffix(".") for k in MAY_CHANGE
-        )
-        raise ConfigError([Fault(key, "differs from the run's recipe", remedy) for key in changed], "--resume")
+    check_resume(folder, load_recipe(folder / RECIPE_FILE), after, "--resume")
     return after
-
-
-def _logged(folder: Path) -> int:
-    rows = read_rows(folder / "metrics.jsonl")
-    return int(rows[-1]["step"]) if rows else 0
-
-
-MAY_CHANGE = (
-    "steps",
-    "evaluation.every",
-    "checkpoint.",
-    "memory.limit_gb",
-    "memory.cache_limit_gb",
-    "memory.wired_limit_gb",
-    "description",
-    "logging.",
-)
-
-
-def _changed(before: Any, after: Any, path: str = "") -> list[str]:
-    if isinstance(before, dict) and isinstance(after, dict):
-        keys = [*before, *(k for k in after if k not in before)]
-        return [c for k in keys for c in _changed(before.get(k), after.get(k), f"{path}.{k}" if path else k)]
-    return [] if before == after else [path]
 
 
 MOMENT = 2.0  # seconds

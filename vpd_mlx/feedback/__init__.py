@@ -17,18 +17,20 @@ A run calls, in this order:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
+from vpd_mlx.common.functions import Listed
 from vpd_mlx.common.settings import OneOf
 from vpd_mlx.errors import Fault
 from vpd_mlx.feedback.base import Answer, Failed, Generate, Host, Source, SourceEntry, SourceParts
 from vpd_mlx.feedback.command import COMMAND
 from vpd_mlx.feedback.critique import CRITIQUE
+from vpd_mlx.feedback.function import function_entry
 from vpd_mlx.feedback.human import HUMAN
 from vpd_mlx.feedback.outside import Outside
 from vpd_mlx.feedback.reference import REFERENCE
@@ -57,16 +59,17 @@ __all__ = [
     "choose_contexts",
 ]
 
-SOURCES: dict[str, SourceEntry] = {
-    "sibling": SIBLING,
-    "verifier": VERIFIER,
-    "critique": CRITIQUE,
-    "reference": REFERENCE,
-    "command": COMMAND,
-    "server": SERVER,
-    "human": HUMAN,
-    "replay": REPLAY,
-}
+SOURCES: dict[str, SourceEntry] = Listed(
+    function_entry,
+    sibling=SIBLING,
+    verifier=VERIFIER,
+    critique=CRITIQUE,
+    reference=REFERENCE,
+    command=COMMAND,
+    server=SERVER,
+    human=HUMAN,
+    replay=REPLAY,
+)
 
 BOTH = "both"  # the kind of a context that `feedback.with_solution` makes of a sibling's solution and verifier text
 
@@ -92,7 +95,7 @@ class FeedbackSettings(*reversed(_KEYS), CommonKeys):  # type: ignore[misc]
     def faults(self, recipe: Any) -> Iterator[Fault]:
         """Some sources have no feedback on a success."""
         yield from super().faults(recipe)
-        if self.on_success and not set(_ON_SUCCESS) & set(self.sources):
+        if self.on_success and not any(SOURCES[name].on_success for name in self.sources):
             yield Fault(
                 "feedback.on_success",
                 f"means nothing for {self.sources}",
@@ -157,6 +160,7 @@ def build_sources(
     generate: Generate | None = None,
     host: Host | None = None,
     problems: Collection[str] = (),
+    functions: Mapping[str, Callable[..., str | None]] | None = None,
 ) -> Sources:
     """The recipe's sources. Without a prompter and a model, only those that need nothing (`SourceEntry.needs`).
 
@@ -165,7 +169,7 @@ def build_sources(
         DataError: the feedback to replay cannot be read.
     """
     solutions = (BOTH, *(name for name, entry in SOURCES.items() if entry.solution))
-    parts = SourceParts(cfg, host or Host(), problems, solutions, prompter, generate)
+    parts = SourceParts(cfg, host or Host(), problems, solutions, prompter, generate, functions or {})
     alone = prompter is None
     return Sources({name: SOURCES[name].build(parts) for name in cfg.sources if not (alone and SOURCES[name].needs)})
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vpd_mlx.common.settings import Section
@@ -61,6 +61,7 @@ class SourceParts:
         solutions: names of the sources that show a solution.
         prompter: the `Prompter`, and
         generate: the model itself (`Generate`); both None where a source that needs something is left out.
+        functions: those of a Python program by name, `function:NAME`.
     """
 
     cfg: Any
@@ -69,6 +70,7 @@ class SourceParts:
     solutions: Collection[str] = ()
     prompter: Any = None
     generate: Any = None
+    functions: Mapping[str, Callable[..., str | None]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

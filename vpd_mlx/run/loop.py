@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from vpd_mlx.common.functions import NOTHING, Handed
 from vpd_mlx.engine.heartbeat import Heartbeat
 from vpd_mlx.engine.ranks import ALONE, Ranks
 from vpd_mlx.errors import RunError, SourceError
@@ -33,6 +34,7 @@ def train(
     progress: Progress | None = None,
     stop: Stop | None = None,
     ranks: Ranks = ALONE,
+    handed: Handed = NOTHING,
 ) -> Summary:
     """Train as the recipe says, into the folder `out`; returns the summary. Of several ranks only the first writes there.
 
@@ -46,7 +48,7 @@ def train(
     progress = progress or Silent()
     followers = Followers(recipe.logging, progress)
     refuse_what_cannot_fit(recipe)
-    trainer = Trainer.build(recipe, progress, stop, ranks)
+    trainer = Trainer.build(recipe, progress, stop, ranks, handed)
     for note in (*trainer.policy.notes, *notices(trainer.task)):
         progress.note(note)
     trainer.sources.ready()
@@ -56,6 +58,8 @@ def train(
     try:
         if resume:
             log.write(RECIPE_FILE, dump(recipe))
+        for name, text in handed.files.items():
+            log.write(name, text)
         ranks.gather(None)  # the first rank has the folder
         if ranks.first:
             trainer.sources.open(out)

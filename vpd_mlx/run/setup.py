@@ -13,6 +13,8 @@ import mlx.core as mx
 
 from vpd_mlx import __version__
 from vpd_mlx.algos.base import Algorithm
+from vpd_mlx.algos.function import Function
+from vpd_mlx.common.functions import NOTHING, PREFIX, Handed
 from vpd_mlx.common.seeds import phase_seed
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.ranks import ALONE, Ranks
@@ -53,7 +55,12 @@ class Parts:
 
     @classmethod
     def build(
-        cls, recipe: Recipe, progress: Progress | None = None, stop: Stop | None = None, ranks: Ranks = ALONE
+        cls,
+        recipe: Recipe,
+        progress: Progress | None = None,
+        stop: Stop | None = None,
+        ranks: Ranks = ALONE,
+        handed: Handed = NOTHING,
     ) -> Self:
         """Load and check everything that a run needs; writes nothing.
 
@@ -61,7 +68,7 @@ class Parts:
             VpdError: data, model or recipe are unusable; the message gives the place and the remedy.
         """
         progress, stop = progress or Silent(), stop or Stop()
-        task = build_task(recipe)
+        task = build_task(recipe, handed)
         if not task.train or not task.held_out:
             side = "train on" if not task.train else "evaluate on"
             raise DataError(f"task: no problem to {side}; widen the task's filter or add rows")
@@ -74,8 +81,8 @@ class Parts:
         problems = (*task.train, *task.held_out)
         check_prompts(prompter, problems)
         ask, host = _critic(recipe, policy), _host(progress, stop)
-        sources = build_sources(recipe.feedback, prompter, ask, host, {p.id for p in problems})
-        algorithm = recipe.entry.load()(recipe, policy)
+        sources = build_sources(recipe.feedback, prompter, ask, host, {p.id for p in problems}, handed.sources)
+        algorithm = recipe.entry.load()(recipe, policy) if handed.algorithm is None else Function(handed.algorithm)
         return cls(recipe, policy, prompter, task, sources, algorithm, progress, stop)
 
 
@@ -111,6 +118,8 @@ def refuse_what_cannot_fit(recipe: Recipe) -> None:
     Raises:
         ConfigError: a phase needs more memory than there is, with the key to lower.
     """
+    if recipe.algorithm.startswith(PREFIX):
+        return  # a function of a Python program: only a run of it would tell
     limit, folder = memory_limit(recipe), Path(recipe.model)
     size = sum(p.stat().st_size for p in folder.glob("*.safetensors")) if folder.is_dir() else None
     if size is None or (size and size * 50 < limit and limit > 2**30):

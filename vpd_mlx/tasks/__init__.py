@@ -22,12 +22,14 @@ import hashlib
 from collections.abc import Callable
 from typing import Any
 
+from vpd_mlx.common.functions import NOTHING, Handed
 from vpd_mlx.common.settings import Section
 from vpd_mlx.errors import DataError
 from vpd_mlx.tasks.addition import Addition, AdditionSettings
 from vpd_mlx.tasks.base import Answering, Exam, Task, answer_of, examine
 from vpd_mlx.tasks.code import Code, CodeSettings
 from vpd_mlx.tasks.exact import Exact, ExactSettings
+from vpd_mlx.tasks.function import Function, FunctionSettings
 from vpd_mlx.tasks.json_schema import JsonSchema, JsonSchemaSettings
 from vpd_mlx.tasks.math import Math, MathSettings
 from vpd_mlx.tasks.mcq import Mcq, McqSettings
@@ -58,12 +60,13 @@ TASKS: list[tuple[type[Section], Callable[[Any], Task]]] = [
     (CodeSettings, Code),
     (ReasoningGymSettings, ReasoningGym),
     (PythonSettings, PythonFile),
+    (FunctionSettings, Function),
 ]
 """(section of the recipe, class of the task) for every kind of task."""
 
 
-def build_task(recipe: Any) -> Task:
-    """The task that the recipe names, its data read and split.
+def build_task(recipe: Any, handed: Handed = NOTHING) -> Task:
+    """The task that the recipe names, its data read and split. A verifier of a Python program comes in `handed`.
 
     Raises:
         DataError: a data file is missing, empty or broken.
@@ -71,7 +74,7 @@ def build_task(recipe: Any) -> Task:
         SourceError: programs cannot be run, or not as strictly as the recipe asks.
     """
     kind = next(task for settings, task in TASKS if isinstance(recipe.task, settings))
-    found: Task = kind(recipe.task)
+    found: Task = kind(recipe.task) if handed.verify is None else Function(recipe.task, handed.verify, handed.files)
     return found
 
 

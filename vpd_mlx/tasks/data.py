@@ -12,7 +12,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -98,16 +98,29 @@ def read_rows(source: str, revision: str | None = None) -> list[tuple[str, Row]]
     return rows
 
 
-def read_split(cfg: DatasetSettings) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
+def read_split(
+    cfg: DatasetSettings, given: Mapping[str, str] | None = None, *, reuse: bool = False
+) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
     """(training, held-out) problems. The split is by a hash of the row's content, so it never moves when rows are added.
+
+    `given` has the lines of .jsonl files that are not on the disk, by path. With `reuse` all rows serve on both sides of a split
+    that would leave a side empty.
 
     Raises:
         DataError: a file or a row is unusable, one side of the split is empty, or a prompt is on both sides.
     """
-    rows = [_problem(cfg, place, row) for place, row in read_rows(cfg.data, cfg.data_revision)]
+
+    def read(path: str) -> list[Problem]:
+        lines = (given or {}).get(path)
+        found = read_rows(path, cfg.data_revision) if lines is None else _lines(path, lines.encode())
+        return [_problem(cfg, place, row) for place, row in found]
+
+    rows = read(cfg.data)
     if cfg.eval_data is None:
         train = [p for p in rows if fraction(_content(p)) >= cfg.held_out]
         held = [p for p in rows if fraction(_content(p)) < cfg.held_out]
+        if reuse and not (held and train):
+            return tuple(rows), tuple(rows)
         if not held or not train:
             side = "evaluation" if not held else "training"
             raise DataError(
@@ -116,7 +129,7 @@ def read_split(cfg: DatasetSettings) -> tuple[tuple[Problem, ...], tuple[Problem
             )
     else:
         train = rows
-        held = [_problem(cfg, place, row) for place, row in read_rows(cfg.eval_data, cfg.data_revision)]
+        held = read(cfg.eval_data)
     seen = {_content(p): p.id for p in train}
     for p in held:
         if _content(p) in seen:

@@ -9,13 +9,13 @@ import importlib.util
 import math
 import numbers
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from vpd_mlx.common.functions import failure
 from vpd_mlx.errors import ConfigError, Fault
 from vpd_mlx.tasks.data import DatasetSettings, read_split
 from vpd_mlx.types import Problem, Verdict
@@ -47,8 +47,7 @@ class PythonFile:
         try:
             result = self._verify(problem, completion)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - foreign code: any exception is its own failure
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            return Verdict(0.0, error=f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})")
+            return Verdict(0.0, error=failure(error))
         return as_verdict(result)
 
     def reference_completion(self, problem: Problem) -> str | None:
