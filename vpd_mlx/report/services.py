@@ -150,7 +150,7 @@ def _until_the_end() -> Callable[[], bool]:
     over, parent = threading.Event(), os.getppid()
 
     def watch() -> None:
-        sys.stdin.buffer.read()
+        os.read(0, 1)  # not sys.stdin, whose lock this thread would hold when the process ends
         over.set()
         time.sleep(LIFETIME)
         os._exit(1)
