@@ -2,6 +2,13 @@
 
 An error says the value received, the place and the remedy, in one line. The command line prints `str(error)` and exits
 with `exit_code`; nothing else decides how an error ends.
+
+    VpdError            2  every error that the user can fix
+    |-- ConfigError     2  a recipe, a flag or an argument; it carries all its faults (`Fault`)
+    |-- DataError       2  a data file
+    |-- ModelError      2  a model that cannot be found, loaded or adapted
+    |-- SourceError     3  a verifier or a feedback source that fails
+    `-- RunError        3  a run that cannot start, go on or be read
 """
 
 from __future__ import annotations

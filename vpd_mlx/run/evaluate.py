@@ -106,7 +106,7 @@ def evaluate(
 ) -> Result:
     """A row of `evals.jsonl`: the held-out problems' figures with their intervals.
 
-    `student_there` is the student's avg@k on the problems where the teacher heard feedback, so that `gap`, teacher less student,
+    `student_there` is the student's avg@k on the problems where the teacher had feedback, so that `gap`, teacher less student,
     compares like with like.
 
     Raises:
