@@ -17,7 +17,16 @@ from vpd_mlx.errors import DataError, wrong_option
 from vpd_mlx.run.log import RECIPE_FILE
 from vpd_mlx.run.records import FORMAT, MetricsRow, Summary, upgraded
 
-__all__ = ["NO_CONTEXT", "Evaluation", "LoggedRollout", "Run", "by_dotted_key", "load_run", "short_names"]
+__all__ = [
+    "NO_CONTEXT",
+    "Evaluation",
+    "LoggedRollout",
+    "Run",
+    "by_dotted_key",
+    "greedy_by_problem",
+    "load_run",
+    "short_names",
+]
 
 NO_CONTEXT = "none"
 
@@ -135,13 +144,13 @@ class Run:
         """The largest peak of any step, in MiB."""
         return max(self.series("peak_memory_mb")[1], default=None)
 
-    def series(self, *keys: str) -> tuple[list[int], list[float]]:
-        """(steps, values) of a metric: of each row the first of `keys` that has a number."""
-        return _series(self.metrics, keys)
+    def series(self, key: str) -> tuple[list[int], list[float]]:
+        """(steps, values) of a metric, from the rows that have a number for it."""
+        return _series(self.metrics, key)
 
     def evaluations(self, key: str) -> tuple[list[int], list[float], list[tuple[float, float]]]:
         """(steps, values, 95 % intervals) of an evaluation's figure; without an interval it is the value twice."""
-        steps, values = _series(self.evals, (key,))
+        steps, values = _series(self.evals, key)
         rows = {int(number(e.get("step")) or 0): e for e in self.evals}
         return steps, values, [interval(rows[s], key) or (v, v) for s, v in zip(steps, values, strict=True)]
 
@@ -156,11 +165,11 @@ class Run:
 
     def greedy(self) -> dict[str, float]:
         """Greedy score by held-out problem at `evaluation`, before or after training; empty if it was not logged."""
-        return _by_problem(self.evaluation)
+        return greedy_by_problem(self.evaluation)
 
     def change(self) -> Paired | None:
         """Greedy accuracy after training less before, paired by problem."""
-        return paired(_by_problem(self.before), _by_problem(self.after))
+        return paired(greedy_by_problem(self.before), greedy_by_problem(self.after))
 
 
 def load_run(path: Path) -> Run:
@@ -233,18 +242,14 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{path}:{count}: broken JSON ({error}); remove the line") from None
 
 
-def _series(rows: Sequence[Mapping[str, object]], keys: Sequence[str]) -> tuple[list[int], list[float]]:
-    steps, values = [], []
-    for row in rows:
-        value = next((v for k in keys if (v := number(row.get(k))) is not None), None)
-        step = number(row.get("step"))
-        if value is not None and step is not None:
-            steps.append(int(step))
-            values.append(value)
-    return steps, values
+def _series(rows: Sequence[Mapping[str, object]], key: str) -> tuple[list[int], list[float]]:
+    both = [(number(row.get("step")), number(row.get(key))) for row in rows]
+    found = [(int(step), value) for step, value in both if step is not None and value is not None]
+    return [step for step, _ in found], [value for _, value in found]
 
 
-def _by_problem(evaluation: Mapping[str, Any]) -> dict[str, float]:
+def greedy_by_problem(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """The scores of an evaluation's greedy completions by problem; empty if they were not logged."""
     scores = evaluation.get("greedy_by_problem")
     if not isinstance(scores, dict):
         return {}

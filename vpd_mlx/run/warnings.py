@@ -5,21 +5,20 @@ Each check has one threshold. Those on steps look at the last ten, since one bad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from vpd_mlx.common.stats import paired
 from vpd_mlx.common.text import interval, number, percent
-
-if TYPE_CHECKING:
-    from vpd_mlx.run.folder import Run
+from vpd_mlx.run.folder import Run, greedy_by_problem
 
 __all__ = ["Warnings", "findings", "warnings"]
 
 Row = Mapping[str, Any]
-Check = Callable[[Sequence[Row]], str | None]
+Finding = tuple[str, str]  # a short name, and what goes wrong with its remedy
 
 WINDOW = 10  # steps
 UNIFORM = 0.95  # of the groups
@@ -38,14 +37,17 @@ def _values(rows: Sequence[Row], key: str) -> list[float]:
     return [value for row in rows if (value := number(row.get(key))) is not None]
 
 
-def _recent(rows: Sequence[Row], key: str) -> list[float]:
-    return _values(rows[-WINDOW:], key)
+def _recent(rows: Sequence[Row], key: str, least: int = WINDOW) -> float:
+    """Mean of the last steps; NaN, which is beyond no threshold, if fewer than `least` of them have the figure."""
+    values = _values(rows[-WINDOW:], key)
+    return float(np.mean(values)) if len(values) >= least else math.nan
 
 
-def _change(rows: Sequence[Row], key: str) -> tuple[float, float] | None:
-    """Means of the first and the last steps, once there are enough of them."""
-    first, last = _values(rows[:WINDOW], key), _recent(rows, key)
-    return (float(np.mean(first)), float(np.mean(last))) if len(rows) >= 2 * WINDOW and first and last else None
+def _change(rows: Sequence[Row], key: str) -> tuple[float, float]:
+    """Means of the first and the last steps; NaN until there are enough of them."""
+    if len(rows) < 2 * WINDOW or not (first := _values(rows[:WINDOW], key)):
+        return math.nan, math.nan
+    return float(np.mean(first)), _recent(rows, key, 1)
 
 
 def _contexts(row: Row) -> float:
@@ -54,189 +56,127 @@ def _contexts(row: Row) -> float:
     return sum(number(n) or 0.0 for n in kinds.values()) if isinstance(kinds, Mapping) else 0.0
 
 
-def _nonfinite(rows: Sequence[Row]) -> str | None:
+def _on_groups(rows: Sequence[Row]) -> Iterator[Finding]:
+    """Whether there is something to learn from, and whether it is learned."""
     bad = sum(number(v) or 0.0 for row in rows for k, v in row.items() if k.endswith("/nonfinite"))
-    return (
-        f"{bad:.0f} update(s) were left out because loss or gradient was not finite; lower optimizer.learning_rate"
-        if bad
-        else None
-    )
-
-
-def _verifier(rows: Sequence[Row]) -> str | None:
-    failed = sum(_values(rows, "verifier_failures"))
-    return f"the verifier failed on {failed:.0f} completions, which were left out; fix the verifier" if failed else None
-
-
-def _all_right(rows: Sequence[Row]) -> str | None:
-    values = _recent(rows, "groups_all_right")
-    if len(values) == WINDOW and np.mean(values) > UNIFORM:
-        return (
-            f"all completions are right in {percent(float(np.mean(values)))} of the last groups: nothing is left to learn; "
-            "give harder problems, or stop"
+    if bad:
+        yield (
+            "nonfinite",
+            f"{bad:.0f} update(s) were left out because loss or gradient was not finite; lower optimizer.learning_rate",
         )
-    return None
-
-
-def _all_wrong(rows: Sequence[Row]) -> str | None:
-    values = _recent(rows, "groups_all_wrong")
-    if len(values) < WINDOW or np.mean(values) <= UNIFORM:
-        return None
-    rest = (
-        "only feedback teaches anything; give easier problems, or raise rollout.group_size"
-        if any(_contexts(row) for row in rows[-WINDOW:])
-        else "and without feedback nothing is learned; add a source to feedback.sources, or give easier problems"
-    )
-    return f"all completions are wrong in {percent(float(np.mean(values)))} of the last groups: {rest}"
-
-
-def _no_feedback(rows: Sequence[Row]) -> str | None:
+    if failed := sum(_values(rows, "verifier_failures")):
+        yield "verifier", f"the verifier failed on {failed:.0f} completions, which were left out; fix the verifier"
+    if (wrong := _recent(rows, "groups_all_wrong")) > UNIFORM:
+        rest = (
+            "only feedback teaches anything; give easier problems, or raise rollout.group_size"
+            if any(_contexts(row) for row in rows[-WINDOW:])
+            else "and without feedback nothing is learned; add a source to feedback.sources, or give easier problems"
+        )
+        yield "all wrong", f"all completions are wrong in {percent(wrong)} of the last groups: {rest}"
+    if (right := _recent(rows, "groups_all_right")) > UNIFORM:
+        yield (
+            "all right",
+            f"all completions are right in {percent(right)} of the last groups: nothing is left to learn; give harder "
+            "problems, or stop",
+        )
     # A divergence from the teacher is all that such a step has to learn from, so it is logged even if there is none.
     silent = [row for row in rows[-SILENT_STEPS:] if "student/divergence" in row and not _contexts(row)]
     if len(silent) == SILENT_STEPS and np.mean(_values(silent, "groups_all_right") or [0.0]) < UNIFORM:
-        return (
-            f"no completion of the last {SILENT_STEPS} steps got feedback: nothing is learned; check feedback.sources"
+        yield (
+            "no feedback",
+            f"no completion of the last {SILENT_STEPS} steps got feedback: nothing is learned; check feedback.sources",
         )
-    return None
-
-
-def _entropy(rows: Sequence[Row]) -> str | None:
-    change, reward = _change(rows, "student/entropy"), _recent(rows, "reward")
-    if change is None or change[1] >= ENTROPY_LEFT * change[0] or change[1] >= ENTROPY_LOW:
-        return None
-    if not reward or np.mean(reward) >= SOLVED:
-        return None
-    return (
-        f"entropy collapse: {change[0]:.3f} -> {change[1]:.3f} nats at a reward of {np.mean(reward):.2f}; lower "
-        "optimizer.learning_rate, raise rollout.temperature, or return to an earlier checkpoint"
-    )
-
-
-def _length(rows: Sequence[Row]) -> str | None:
-    change = _change(rows, "length")
-    if change is None or SHORTER * change[0] <= change[1] <= LONGER * change[0]:
-        return None
-    how, remedy = (
-        ("collapse", "check what the verifier rewards")
-        if change[1] < change[0]
-        else ("growth", "read some completions: they may ramble or repeat")
-    )
-    return f"length {how}: {change[0]:.1f} -> {change[1]:.1f} tokens; {remedy}"
-
-
-def _truncated(rows: Sequence[Row]) -> str | None:
-    recent, change = _recent(rows, "truncated"), _change(rows, "truncated")
-    if change is not None and change[1] > RUNAWAY and change[1] > 2 * change[0]:
-        return (
-            f"{change[1]:.0%} of completions are cut off at the limit: the model no longer stops; lower "
-            "optimizer.learning_rate, or raise rollout.max_completion_tokens if the task needs it"
+    skipped = _values(rows, "e_step/skipped")
+    if len(skipped) >= NEGATIVE_MARGINS and np.mean(skipped) > SKIPPED:
+        yield (
+            "skipped",
+            f"{sum(skipped):.0f} of {len(skipped)} E-steps were skipped because all their completions were right, or all "
+            "wrong; raise rollout.prompts, or choose problems that the student sometimes solves",
         )
-    if len(recent) == WINDOW and np.mean(recent) > CUT_OFF:
-        return (
-            f"{np.mean(recent):.0%} of completions are cut off: the model learns from unfinished answers; raise "
-            "rollout.max_completion_tokens"
-        )
-    return None
 
 
-def _margin(rows: Sequence[Row]) -> str | None:
+def _on_figures(rows: Sequence[Row]) -> Iterator[Finding]:
+    """The teacher's margin, the student's entropy, lengths."""
     e_steps = _values(rows, "e_step/margin")[-NEGATIVE_MARGINS:]
     if len(e_steps) == NEGATIVE_MARGINS and max(e_steps) < 0:
-        return (
+        yield (
+            "margin",
             f"the E-step's margin has been negative three times (last {e_steps[-1]:.2f}): the teacher prefers wrong "
-            "completions; lower e_step.learning_rate_ratio, or check the feedback"
+            "completions; lower e_step.learning_rate_ratio, or check the feedback",
         )
-    values = [] if e_steps else _recent(rows, "student/margin")
-    if len(values) == WINDOW and np.mean(values) < 0:
-        return (
-            f"the teacher's margin is negative ({np.mean(values):.2f}): it prefers wrong completions, and teaches them; "
-            "check the feedback"
+    elif not e_steps and (margin := _recent(rows, "student/margin")) < 0:
+        yield (
+            "margin",
+            f"the teacher's margin is negative ({margin:.2f}): it prefers wrong completions, and teaches them; check the "
+            "feedback",
         )
-    return None
-
-
-def _skipped(rows: Sequence[Row]) -> str | None:
-    values = _values(rows, "e_step/skipped")
-    if len(values) >= NEGATIVE_MARGINS and np.mean(values) > SKIPPED:
-        return (
-            f"{sum(values):.0f} of {len(values)} E-steps were skipped because all their completions were right, or all "
-            "wrong; raise rollout.prompts, or choose problems that the student sometimes solves"
+    (before, after), reward = _change(rows, "student/entropy"), _recent(rows, "reward", 1)
+    if after < ENTROPY_LEFT * before and after < ENTROPY_LOW and reward < SOLVED:
+        yield (
+            "entropy",
+            f"entropy collapse: {before:.3f} -> {after:.3f} nats at a reward of {reward:.2f}; lower "
+            "optimizer.learning_rate, raise rollout.temperature, or return to an earlier checkpoint",
         )
-    return None
-
-
-def _cut(rows: Sequence[Row]) -> str | None:
+    before, after = _change(rows, "length")
+    if after < SHORTER * before:
+        yield "length", f"length collapse: {before:.1f} -> {after:.1f} tokens; check what the verifier rewards"
+    elif after > LONGER * before:
+        growth = f"length growth: {before:.1f} -> {after:.1f} tokens"
+        yield "length", f"{growth}; read some completions: they may ramble or repeat"
+    before, after = _change(rows, "truncated")
+    if after > RUNAWAY and after > 2 * before:
+        yield (
+            "truncated",
+            f"{after:.0%} of completions are cut off at the limit: the model no longer stops; lower "
+            "optimizer.learning_rate, or raise rollout.max_completion_tokens if the task needs it",
+        )
+    elif (share := _recent(rows, "truncated")) > CUT_OFF:
+        yield (
+            "truncated",
+            f"{share:.0%} of completions are cut off: the model learns from unfinished answers; raise "
+            "rollout.max_completion_tokens",
+        )
     cut, given = sum(_values(rows, "contexts_cut")), sum(map(_contexts, rows))
     if given and cut > CONTEXTS_CUT * given:
-        return f"{percent(cut / given)} of the feedback was cut; raise feedback.max_tokens if memory allows"
-    return None
+        yield "cut", f"{percent(cut / given)} of the feedback was cut; raise feedback.max_tokens if memory allows"
 
 
-def _worse(evaluations: Sequence[Row]) -> str | None:
-    before, after = evaluations[0], evaluations[-1]
-    scores = [e.get("greedy_by_problem") for e in (before, after)]
-    if number(before.get("step")) or before is after or not all(isinstance(s, Mapping) for s in scores):
-        return None
-    a, b = ({k: v for k, v in s.items() if number(v) is not None} for s in scores if isinstance(s, Mapping))
-    change = paired(a, b)
-    if change is None or change.verdict != "worse":
-        return None
-    return (
-        f"the student got worse: greedy {percent(before.get('student_greedy'))} before, "
-        f"{percent(after.get('student_greedy'))} after; lower optimizer.learning_rate, or take an earlier checkpoint"
-    )
-
-
-def _past_best(evaluations: Sequence[Row]) -> str | None:
-    last, bounds = evaluations[-1], interval(evaluations[-1], "student")
+def _on_evaluations(evaluations: Sequence[Row]) -> Iterator[Finding]:
+    if len(evaluations) < 2:
+        return
+    first, last, bounds = evaluations[0], evaluations[-1], interval(evaluations[-1], "student")
+    change = None if number(first.get("step")) else paired(greedy_by_problem(first), greedy_by_problem(last))
+    if change is not None and change.verdict == "worse":
+        yield (
+            "worse",
+            f"the student got worse: greedy {percent(first.get('student_greedy'))} before, "
+            f"{percent(last.get('student_greedy'))} after; lower optimizer.learning_rate, or take an earlier checkpoint",
+        )
     best = max(evaluations, key=lambda e: number(e.get("student")) or 0.0)
     value = number(best.get("student"))
-    if len(evaluations) < 3 or bounds is None or value is None or value <= bounds[1]:
-        return None
-    return (
-        f"the best evaluation was after step {best.get('step')} ({percent(value)}), the last is at "
-        f"{percent(last.get('student'))}; set evaluation.keep_best, or lower optimizer.learning_rate"
-    )
-
-
-def _gap(evaluations: Sequence[Row]) -> str | None:
+    if len(evaluations) > 2 and bounds is not None and value is not None and value > bounds[1]:
+        yield (
+            "past best",
+            f"the best evaluation was after step {best.get('step')} ({percent(value)}), the last is at "
+            f"{percent(last.get('student'))}; set evaluation.keep_best, or lower optimizer.learning_rate",
+        )
     measured = [e for e in evaluations if number(e.get("gap")) is not None]
-    if len(measured) < 2 or measured[0]["gap"] <= GAP_BEFORE:
-        return None
-    last = measured[-1]
-    if last["gap"] >= GAP_LEFT or (number(last.get("student")) or 0.0) >= SOLVED:
-        return None
-    teacher, student = (percent(last.get(key)) for key in ("teacher", "student_there"))
-    return (
-        f"the teacher's gap is gone ({teacher} against the student's {student}): feedback no longer helps; stop here, or "
-        "give better feedback"
-    )
+    gone = len(measured) > 1 and measured[0]["gap"] > GAP_BEFORE and measured[-1]["gap"] < GAP_LEFT
+    if gone and (number(measured[-1].get("student")) or 0.0) < SOLVED:
+        teacher, student = (percent(measured[-1].get(key)) for key in ("teacher", "student_there"))
+        yield (
+            "gap",
+            f"the teacher's gap is gone ({teacher} against the student's {student}): feedback no longer helps; stop here, "
+            "or give better feedback",
+        )
 
 
-ON_STEPS: Mapping[str, Check] = {
-    "nonfinite": _nonfinite,
-    "verifier": _verifier,
-    "all wrong": _all_wrong,
-    "all right": _all_right,
-    "no feedback": _no_feedback,
-    "skipped": _skipped,
-    "margin": _margin,
-    "entropy": _entropy,
-    "length": _length,
-    "truncated": _truncated,
-    "cut": _cut,
-}
-ON_EVALUATIONS: Mapping[str, Check] = {"worse": _worse, "past best": _past_best, "gap": _gap}
 NOTED = ("nonfinite", "verifier")  # the loop says so at the step itself
-
-
-def _found(checks: Mapping[str, Check], rows: Sequence[Row]) -> dict[str, str]:
-    return {name: text for name, check in checks.items() if rows and (text := check(rows)) is not None}
 
 
 def warnings(rows: Sequence[Row], evaluations: Sequence[Row] = ()) -> dict[str, str]:
     """What goes wrong, by a short name: rows of `metrics.jsonl` and `evals.jsonl`, oldest first."""
-    return _found(ON_EVALUATIONS, evaluations) | _found(ON_STEPS, rows)
+    return {**dict(_on_evaluations(evaluations)), **dict(_on_groups(rows)), **dict(_on_figures(rows))}
 
 
 def findings(run: Run) -> list[str]:
@@ -255,8 +195,8 @@ class Warnings:
     def new(self, rows: Sequence[Row], evaluations: Sequence[Row] = ()) -> list[str]:
         """The warnings that were not there the last time."""
         if self._of_evaluations[0] != len(evaluations):
-            self._of_evaluations = len(evaluations), _found(ON_EVALUATIONS, evaluations)
-        now = self._of_evaluations[1] | _found(ON_STEPS, rows)
+            self._of_evaluations = len(evaluations), warnings([], evaluations)
+        now = self._of_evaluations[1] | warnings(rows)
         fresh = [text for name, text in now.items() if name not in self._known and name not in NOTED]
         self._known = set(now)
         return fresh
