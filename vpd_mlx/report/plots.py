@@ -25,12 +25,9 @@ from vpd_mlx.run.folder import NO_CONTEXT, Run
 __all__ = ["comparison_plots", "legend_colors", "run_plots"]
 
 # Placeholders for matplotlib, which `_svg` replaces by the page's variables.
-INK, GRID = "#010203", "#010204"
-BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#010205", "#010206", "#010207", "#010208", "#010209", "#01020a"
-NAMES = {
-    **{INK: "ink", GRID: "grid", BLUE: "blue", ORANGE: "orange"},
-    **{GREEN: "green", RED: "red", PURPLE: "purple", GREY: "grey"},
-}
+STAND_INS = [f"#0102{i:02x}" for i in range(3, 11)]
+INK, GRID, BLUE, ORANGE, GREEN, RED, PURPLE, GREY = STAND_INS
+NAMES = dict(zip(STAND_INS, ("ink", "grid", "blue", "orange", "green", "red", "purple", "grey"), strict=True))
 CYCLE = (BLUE, ORANGE, GREEN, PURPLE, RED, GREY)
 DASHES = ("-", "--", "-.", ":")
 STYLE: Any = {
@@ -38,34 +35,23 @@ STYLE: Any = {
     "svg.hashsalt": "vpd-mlx",
     "text.parse_math": False,  # a `$` in a label is a dollar
     "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
     "axes.titlesize": 9,
+    "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "text.color": INK,
-    "axes.labelcolor": INK,
     "axes.edgecolor": GREY,
-    "xtick.color": INK,
-    "ytick.color": INK,
     "grid.color": GRID,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
+    "grid.linewidth": 0.6,
+    "legend.fontsize": 8.5,
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
 }
 MOST_POINTS = 300  # of a line; longer ones are averaged in bins, which keeps the page small
 FEW_POINTS = 30  # or fewer: every point gets a mark, so that a run of one step shows
-PHASES = {
-    "rollout": "rollout (sampling)",
-    "e_step": "E-step",
-    "student": "student's update",
-    "log": "logging",
-}
+PHASES = {"rollout": "rollout (sampling)", "e_step": "E-step", "student": "student's update", "log": "logging"}
 
 Series = tuple[Sequence[int], Sequence[float]]
+Curve = tuple[str, str, str]  # metric, colour, label
 
 
 def _drawn(plots: Mapping[str, Callable[[Figure], bool]]) -> dict[str, Markup]:
@@ -83,14 +69,9 @@ def _svg(figure: Figure, name: str) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(
-        r'<svg [^>]*?viewBox="([^"]*)"[^>]*>',
-        rf'<svg viewBox="\1" role="img" aria-labelledby="title-{name}">',
-        text,
-        count=1,
-    )
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    head = rf'<svg viewBox="\1" role="img" aria-labelledby="title-{name}">'
+    text = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', head, text, count=1)
     # Several plots share one page: each needs ids of its own.
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = text.replace("url(#", f"url(#{name}-").replace('xlink:href="#', f'href="#{name}-')
@@ -110,14 +91,7 @@ def _thin(steps: Sequence[int], values: Sequence[float]) -> tuple[list[float], l
     return [float(x[p].mean()) for p in parts], [float(y[p].mean()) for p in parts]
 
 
-def _line(
-    axis: Axes,
-    data: Series,
-    color: str,
-    label: str,
-    style: str = "-",
-    few: int = FEW_POINTS,
-) -> bool:
+def _line(axis: Axes, data: Series, color: str, label: str, style: str = "-", few: int = FEW_POINTS) -> bool:
     """A line with marks if there are few points; else their running mean, and a thin line through the points themselves."""
     x, y = _thin(*data)
     if not x:
@@ -199,24 +173,38 @@ def _two_rows(figure: Figure, **options: Any) -> tuple[Axes, Axes]:
     return top, bottom
 
 
-def _accuracy_axis(axis: Axes, legend: bool) -> None:
+def _curves(
+    axis: Axes, run: Run, y: str, *curves: Curve, x: str = "step", scale: float = 1.0, legend: bool = True
+) -> bool:
+    """A line for each metric, the second one dashed."""
+    drawn = []
+    for (key, color, label), style in zip(curves, DASHES, strict=False):
+        steps, values = run.series(key)
+        drawn.append(_line(axis, (steps, [scale * v for v in values]), color, label, style))
+    _finish(axis, y=y, x=x, legend=legend)
+    return any(drawn)
+
+
+def _accuracies(axis: Axes, bands: Sequence[tuple[Run, str, str, str, str]], *, legend: bool) -> bool:
+    """Held-out accuracies: (run, figure, colour, label, style) of each."""
+    drawn = [_band(axis, *band) for band in bands]
     _finish(axis, y="held-out problems right, %", legend=legend)
     axis.set_ylim(-2, 102)
+    return any(drawn)
 
 
 # --- one run
 
 
 def _accuracy(run: Run, figure: Figure) -> bool:
-    axis = figure.subplots()
     samples = number(run.evals[-1].get("samples")) if run.evals else None
-    drawn = [
-        _band(axis, run, "student", BLUE, "student" if samples is None else f"student, avg@{samples:.0f}"),
-        _band(axis, run, "student_greedy", GREEN, "student, greedy", "--"),
-        _band(axis, run, "teacher", ORANGE, "teacher"),
+    sampled = "student" if samples is None else f"student, avg@{samples:.0f}"
+    bands = [
+        (run, "student", BLUE, sampled, "-"),
+        (run, "student_greedy", GREEN, "student, greedy", "--"),
+        (run, "teacher", ORANGE, "teacher", "-"),
     ]
-    _accuracy_axis(axis, legend=True)
-    return any(drawn)
+    return _accuracies(figure.subplots(), bands, legend=True)
 
 
 def _gap(run: Run, figure: Figure) -> bool:
@@ -265,12 +253,9 @@ def _contexts(run: Run, figure: Figure) -> bool:
 def _length(run: Run, figure: Figure) -> bool:
     top, bottom = _two_rows(figure, height_ratios=[3, 2])
     drawn = [
-        _line(top, run.series("length"), BLUE, "mean"),
-        _line(top, run.series("length_max"), GREY, "longest", "--"),
-        _line(bottom, _percents(run.series("truncated")), RED, "cut off"),
+        _curves(top, run, "tokens", ("length", BLUE, "mean"), ("length_max", GREY, "longest"), x=""),
+        _curves(bottom, run, "cut off, %", ("truncated", RED, "cut off"), scale=100, legend=False),
     ]
-    _finish(top, y="tokens", x="")
-    _finish(bottom, y="cut off, %", legend=False)
     bottom.set_ylim(bottom=-0.2, top=max(5.0, bottom.get_ylim()[1]))
     return any(drawn)
 
@@ -280,43 +265,29 @@ def _margin(run: Run, figure: Figure) -> bool:
     top, bottom = _two_rows(figure)
     top.axhline(0, color=GREY, lw=1)
     bottom.axhline(0.5, color=GREY, lw=1)
-    before, after = run.series("e_step/margin"), run.series("e_step/margin_after")
-    if before[0]:
-        drawn = [
-            _line(top, before, BLUE, "before the E-step"),
-            _line(top, after, ORANGE, "after it", "--"),
-            _line(bottom, run.series("e_step/auc"), BLUE, "AUC"),
-        ]
-    else:
-        drawn = [
-            _line(top, run.series("student/margin"), BLUE, "margin"),
-            _line(bottom, run.series("student/auc"), BLUE, "AUC"),
-        ]
-    _finish(top, y="margin", x="", legend=bool(before[0]))
-    _finish(bottom, y="AUC", legend=False)
+    e_step = bool(run.series("e_step/margin")[0])
+    curves = [("e_step/margin", BLUE, "before the E-step"), ("e_step/margin_after", ORANGE, "after it")]
+    part = "e_step" if e_step else "student"
+    drawn = [
+        _curves(top, run, "margin", *(curves if e_step else [("student/margin", BLUE, "margin")]), x="", legend=e_step),
+        _curves(bottom, run, "AUC", (f"{part}/auc", BLUE, "AUC"), legend=False),
+    ]
     bottom.set_ylim(min(0.45, bottom.get_ylim()[0]), 1.03)
     return any(drawn)
 
 
 def _divergence(run: Run, figure: Figure) -> bool:
-    axis = figure.subplots()
-    drawn = [
-        _line(axis, run.series("student/divergence_right"), GREEN, "right completions"),
-        _line(axis, run.series("student/divergence_wrong"), RED, "wrong completions", "--"),
-    ]
-    _finish(axis, y="nats a token")
-    return any(drawn)
+    right = ("student/divergence_right", GREEN, "right completions")
+    wrong = ("student/divergence_wrong", RED, "wrong completions")
+    return _curves(figure.subplots(), run, "nats a token", right, wrong)
 
 
 def _entropy(run: Run, figure: Figure) -> bool:
     axis = figure.subplots()
-    drawn = [
-        _line(axis, run.series("student/entropy"), BLUE, "student"),
-        _line(axis, run.series("student/teacher_entropy"), ORANGE, "teacher", "--"),
-    ]
-    _finish(axis, y="nats a token")
+    student, teacher = ("student/entropy", BLUE, "student"), ("student/teacher_entropy", ORANGE, "teacher")
+    drawn = _curves(axis, run, "nats a token", student, teacher)
     axis.set_ylim(bottom=0)
-    return any(drawn)
+    return drawn
 
 
 def _seconds(run: Run, figure: Figure) -> bool:
@@ -339,34 +310,18 @@ def _seconds(run: Run, figure: Figure) -> bool:
 def _memory(run: Run, figure: Figure) -> bool:
     top, bottom = _two_rows(figure)
     drawn = [
-        _line(top, run.series("peak_memory_mb"), PURPLE, "peak"),
-        _line(bottom, run.series("tokens_per_s"), BLUE, "speed"),
+        _curves(top, run, "peak, MiB", ("peak_memory_mb", PURPLE, "peak"), x="", legend=False),
+        _curves(bottom, run, "tokens/s", ("tokens_per_s", BLUE, "speed"), legend=False),
     ]
-    _finish(top, y="peak, MiB", x="", legend=False)
-    _finish(bottom, y="tokens/s", legend=False)
     top.set_ylim(bottom=0)
     bottom.set_ylim(bottom=0)
     return any(drawn)
 
 
-RUN_PLOTS: dict[str, Callable[[Run, Figure], bool]] = {
-    "accuracy": _accuracy,
-    "gap": _gap,
-    "reward": _reward,
-    "groups": _groups,
-    "margin": _margin,
-    "length": _length,
-    "divergence": _divergence,
-    "entropy": _entropy,
-    "contexts": _contexts,
-    "seconds": _seconds,
-    "memory": _memory,
-}
-
-
 def run_plots(run: Run) -> dict[str, Markup]:
     """All plots for which the run has figures, as SVG by name."""
-    return _drawn({name: partial(draw, run) for name, draw in RUN_PLOTS.items()})
+    plots = (_accuracy, _gap, _reward, _groups, _margin, _length, _divergence, _entropy, _contexts, _seconds, _memory)
+    return _drawn({draw.__name__.removeprefix("_"): partial(draw, run) for draw in plots})
 
 
 # --- several runs
@@ -377,10 +332,8 @@ def comparison_plots(runs: Mapping[str, Run]) -> dict[str, Markup]:
     looks = [(CYCLE[i % 6], label, DASHES[i // 6 % 4]) for i, label in enumerate(runs)]
 
     def evaluation(key: str, figure: Figure) -> bool:
-        axis = figure.subplots()
-        drawn = [_band(axis, run, key, *look) for run, look in zip(runs.values(), looks, strict=True)]
-        _accuracy_axis(axis, legend=False)
-        return any(drawn)
+        bands = [(run, key, *look) for run, look in zip(runs.values(), looks, strict=True)]
+        return _accuracies(figure.subplots(), bands, legend=False)
 
     def metric(key: str, y: str, figure: Figure) -> bool:
         axis = figure.subplots()

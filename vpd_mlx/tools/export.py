@@ -27,17 +27,7 @@ from vpd_mlx.run.folder import Run, load_run
 from vpd_mlx.run.log import RECIPE_FILE
 from vpd_mlx.run.setup import build_prompter, load_policy
 
-__all__ = [
-    "Export",
-    "TrainedRun",
-    "export_adapters",
-    "export_fused",
-    "export_peft",
-    "model_card",
-    "open_run",
-    "reserve",
-    "upload",
-]
+__all__ = ["export_adapters", "export_fused", "export_peft", "model_card", "open_run", "reserve", "upload"]
 
 PROMPTS = 16  # prompts on which an export is compared with the trained model
 
@@ -103,12 +93,6 @@ def _difference(a: Sequence[mx.array], b: Sequence[mx.array]) -> float:
     return max(float(mx.abs(x - y).max()) for x, y in zip(a, b, strict=True))
 
 
-def _tolerance(run: TrainedRun) -> float:
-    half = any(v.dtype in (mx.float16, mx.bfloat16) for _, v in tree_flatten(run.policy.model.parameters()))
-    scale = max(float(mx.abs(x).max()) for x in run.trained)
-    return (5e-2 if half else 1e-3) * scale
-
-
 def _make_folder(out: Path) -> None:
     if out.exists() and any(out.iterdir()):
         raise RunError(f"{out}: is not empty; give another --out")
@@ -118,10 +102,12 @@ def _make_folder(out: Path) -> None:
 def _compared(run: TrainedRun, loaded: Sequence[mx.array], out: Path) -> tuple[float, float]:
     """(largest difference, KL) of the logits that were loaded back; too large a difference is an error."""
     difference = _difference(run.trained, loaded)
-    if difference > _tolerance(run):
+    half = any(v.dtype in (mx.float16, mx.bfloat16) for _, v in tree_flatten(run.policy.model.parameters()))
+    allowed = (5e-2 if half else 1e-3) * max(float(mx.abs(x).max()) for x in run.trained)
+    if difference > allowed:
         raise RunError(
-            f"{out}: loaded back, its logits differ by {difference:.2g} from the trained model's (allowed "
-            f"{_tolerance(run):.2g}); it is not a faithful export, use the run's own adapters"
+            f"{out}: loaded back, its logits differ by {difference:.2g} from the trained model's (allowed {allowed:.2g}); "
+            "it is not a faithful export, use the run's own adapters"
         )
     return difference, _kl(run.trained, loaded)
 
@@ -267,11 +253,8 @@ def _hub_errors(repo: str) -> Iterator[None]:
 
 
 def _commands(model: str, adapters: Path | None = None) -> tuple[str, ...]:
-    return (
-        mlx_lm_command("generate", model, adapters, "--prompt", "…"),
-        mlx_lm_command("chat", model, adapters),
-        mlx_lm_command("server", model, adapters),
-    )
+    options = {"generate": ("--prompt", "…"), "chat": (), "server": ()}
+    return tuple(mlx_lm_command(program, model, adapters, *more) for program, more in options.items())
 
 
 def model_card(run: TrainedRun, what: str) -> str:

@@ -28,22 +28,7 @@ from vpd_mlx.errors import ConfigError, Fault, RunError
 from vpd_mlx.recipe import load_recipe
 from vpd_mlx.run.records import upgraded
 
-__all__ = [
-    "Cell",
-    "ClaimResult",
-    "Grid",
-    "Result",
-    "best_rates",
-    "check_recipe",
-    "claim_results",
-    "curves",
-    "load_grid",
-    "mean_interval",
-    "results",
-    "run_grid",
-    "sweep_table",
-    "table",
-]
+__all__ = ["best_rates", "check_recipe", "curves", "load_grid", "results", "run_grid", "sweep_table", "table"]
 
 mpl.use("Agg")
 
@@ -158,12 +143,8 @@ class Result:
         `drop` is best minus final. `margin_change` is the mean margin of the last tenth of the steps minus that of the first
         tenth; a margin is r~ of right minus r~ of wrong completions, over beta.
         """
-        if name == "final":
-            return self.final
-        if name == "best":
-            return self.best
-        if name == "drop":
-            return self.best - self.final
+        if name != "margin_change":
+            return {"final": self.final, "best": self.best, "drop": self.best - self.final}[name]
         if len(self.margins) < 2:
             return math.nan
         n = max(1, len(self.margins) // 10)
@@ -182,12 +163,9 @@ def load_grid(path: Path) -> Grid:
         fault = Fault(str(path), f"cannot be read ({error.strerror})", "give a grid's .yaml file")
         raise ConfigError([fault]) from None
     except ValidationError as error:
-        faults = [
-            Fault(".".join(map(str, e["loc"])) or "grid", e["msg"], "see recipes/lab/README.md") for e in error.errors()
-        ]
-        raise ConfigError(faults, str(path)) from None
-    faults = list(_undefined(grid))
-    if faults:
+        places = [(".".join(map(str, e["loc"])) or "grid", e["msg"]) for e in error.errors()]
+        raise ConfigError([Fault(*p, "see recipes/lab/README.md") for p in places], str(path)) from None
+    if faults := list(_undefined(grid)):
         raise ConfigError(faults, str(path))
     return grid
 
@@ -225,27 +203,23 @@ def run_grid(grid: Grid, recipe: Path, out: Path, *, jobs: int, say: Callable[[s
     Raises:
         RunError: a run failed; the others are finished first, and the next call tries it again.
     """
-    sweeps = [cell for pair in grid.tuned for rate in grid.tune.rates for cell in grid.sweep(*pair, rate)]
-    _run_all(grid, recipe, out, sweeps, jobs, say, "sweep")
+
+    def finish(cells: Sequence[Cell], title: str) -> None:
+        waiting = [c for c in cells if not (out / c.folder / "summary.json").exists()]
+        say(f"{title}: {len(cells) - len(waiting)} of {len(cells)} runs are finished, {len(waiting)} to go")
+        failed = []
+        with ThreadPoolExecutor(jobs) as pool:
+            for i, (cell, error) in enumerate(pool.map(lambda c: (c, _run_one(grid, recipe, out, c)), waiting), 1):
+                say(f"{title}: {i}/{len(waiting)} {cell.folder}{f' FAILED: {error}' if error else ''}")
+                if error:
+                    failed.append(f"{cell.folder}: {error}")
+        if failed:
+            raise RunError(f"{len(failed)} of {len(waiting)} runs failed, first {failed[0]}")
+
+    finish([cell for pair in grid.tuned for rate in grid.tune.rates for cell in grid.sweep(*pair, rate)], "sweep")
     rates = best_rates(grid, out)
     write_atomic(out / "rates.json", json.dumps({f"{s}/{m}": r for (s, m), r in rates.items()}, indent=1))
-    cells = [Cell(s, m, seed, rates[s, m], False) for seed in grid.seeds for s, m in grid.pairs]
-    _run_all(grid, recipe, out, cells, jobs, say, "seeds")
-
-
-def _run_all(
-    grid: Grid, recipe: Path, out: Path, cells: Sequence[Cell], jobs: int, say: Callable[[str], None], title: str
-) -> None:
-    waiting = [c for c in cells if not (out / c.folder / "summary.json").exists()]
-    say(f"{title}: {len(cells) - len(waiting)} of {len(cells)} runs are finished, {len(waiting)} to go")
-    failed = []
-    with ThreadPoolExecutor(jobs) as pool:
-        for i, (cell, error) in enumerate(pool.map(lambda c: (c, _run_one(grid, recipe, out, c)), waiting), 1):
-            say(f"{title}: {i}/{len(waiting)} {cell.folder}{f' FAILED: {error}' if error else ''}")
-            if error:
-                failed.append(f"{cell.folder}: {error}")
-    if failed:
-        raise RunError(f"{len(failed)} of {len(waiting)} runs failed, first {failed[0]}")
+    finish([Cell(*pair, seed, rates[pair], False) for seed in grid.seeds for pair in grid.pairs], "seeds")
 
 
 def _run_one(grid: Grid, recipe: Path, out: Path, cell: Cell) -> str | None:
@@ -340,11 +314,12 @@ class ClaimResult:
 def claim_results(grid: Grid, found: Sequence[Result]) -> list[ClaimResult]:
     """What the runs say about each claim."""
     by = {(r.cell.setting, r.cell.method, r.cell.seed): r for r in found}
-    tested = []
-    for c in grid.findings:
-        pairs = [(by[c.setting, c.better, seed], by[c.setting, c.worse, seed]) for seed in grid.seeds]
-        tested.append(ClaimResult(c, *mean_interval([a.measure(c.measure) - b.measure(c.measure) for a, b in pairs])))
-    return tested
+
+    def difference(c: Claim, seed: int) -> float:
+        better, worse = (by[c.setting, method, seed].measure(c.measure) for method in (c.better, c.worse))
+        return better - worse
+
+    return [ClaimResult(c, *mean_interval([difference(c, seed) for seed in grid.seeds])) for c in grid.findings]
 
 
 # --- tables and curves
