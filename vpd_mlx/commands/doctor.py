@@ -30,15 +30,9 @@ def doctor(
     checks, seconds = self_test()
     bad = [c for c in checks if not c.ok]
     if as_json:
+        rows = [{**asdict(c), "ok": c.ok} for c in checks]
         typer.echo(
-            json.dumps(
-                {
-                    "facts": [asdict(f) for f in known],
-                    "checks": [{**asdict(c), "ok": c.ok} for c in checks],
-                    "seconds": round(seconds, 2),
-                },
-                indent=2,
-            )
+            json.dumps({"facts": list(map(asdict, known)), "checks": rows, "seconds": round(seconds, 2)}, indent=2)
         )
         raise typer.Exit(1 if bad else 0)
     console = Console(highlight=False)

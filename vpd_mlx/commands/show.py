@@ -61,14 +61,8 @@ def _chosen(run: Run, step: int | None, right: bool, wrong: bool, kind: str | No
         faults.append(Fault("--kind", problem, f"give one of {', '.join(kinds)}"))
     if faults:
         raise ConfigError(faults, "command line")
-    chosen = [
-        e
-        for e in run.rollouts
-        if (step is None or e.step == step)
-        and (kind is None or e.kind == kind)
-        and (not right or e.right)
-        and (not wrong or not e.right)
-    ]
+    fitting = (e for e in run.rollouts if step in (None, e.step) and kind in (None, e.kind))
+    chosen = [e for e in fitting if (e.right or not right) and not (e.right and wrong)]
     return sorted(chosen, key=lambda e: -e.step)  # stable: within a step they stay in logged order
 
 

@@ -6,8 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -25,6 +24,7 @@ PLAIN_EVERY = 10.0  # seconds between two lines in a pipe
 WORTH_SAYING = 3.0  # seconds: a shorter phase gets no remaining time
 SAMPLE_LINES = 14
 BARS = "▁▂▃▄▅▆▇█"
+CURVES = {"reward": "reward", "divergence": "student/divergence", "margin": "e_step/margin", "length": "length"}
 
 
 def spark(values: list[float], width: int) -> str:
@@ -42,21 +42,15 @@ def _number(value: Any, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The figures of one step that are worth a line."""
-    divergence = metrics.get("student/divergence")
-    figures = [("reward", _number(metrics.get("reward"))), ("length", _number(metrics.get("length"), 1))]
-    if divergence is not None:
-        figures.append(("divergence", _number(divergence)))
-    if metrics.get("e_step/margin") is not None:
-        figures.append(("margin", _number(metrics["e_step/margin"], 2)))
-    figures.append(("tokens/s", f"{metrics.get('tokens_per_s', 0):,.0f}"))
-    return figures
-
-
 def step_line(step: int, steps: int, metrics: Mapping[str, Any], seconds_left: float) -> str:
     """One step in one line."""
-    figures = "  ".join(f"{name} {value}" for name, value in _figures(metrics))
+    shown = {"reward": _number(metrics.get("reward")), "length": _number(metrics.get("length"), 1)}
+    if metrics.get("student/divergence") is not None:
+        shown["divergence"] = _number(metrics["student/divergence"])
+    if metrics.get("e_step/margin") is not None:
+        shown["margin"] = _number(metrics["e_step/margin"], 2)
+    shown["tokens/s"] = f"{metrics.get('tokens_per_s', 0):,.0f}"
+    figures = "  ".join(f"{name} {value}" for name, value in shown.items())
     return f"step {step}/{steps}  {figures}  {duration(seconds_left)} left"
 
 
@@ -72,7 +66,7 @@ def evaluation_line(step: int, result: Mapping[str, Any]) -> str:
 class QuietView(Progress):
     """Warnings only, on standard error."""
 
-    def __enter__(self) -> QuietView:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -89,9 +83,6 @@ class PlainView(QuietView):
     def __init__(self, every: float = PLAIN_EVERY) -> None:
         self._every = every
         self._last = -every
-
-    def __enter__(self) -> PlainView:
-        return self
 
     def note(self, text: str) -> None:
         """A line."""
@@ -122,14 +113,12 @@ class LiveView(Progress):
         self._curves: dict[str, list[float]] = {}
         self._live = Live(console=console, get_renderable=self._draw, refresh_per_second=8, transient=True)
 
-    def __enter__(self) -> LiveView:
+    def __enter__(self) -> Self:
         self._live.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._live.__exit__(kind, error, trace)
+    def __exit__(self, *error: Any) -> None:
+        self._live.__exit__(*error)
 
     def note(self, text: str) -> None:
         """A line above the table."""
@@ -151,15 +140,9 @@ class LiveView(Progress):
     def step(self, step: int, steps: int, metrics: Mapping[str, Any], seconds_left: float) -> None:
         """New figures."""
         self._step = (step, steps, metrics, seconds_left)
-        curves = {
-            "reward": metrics.get("reward"),
-            "divergence": metrics.get("student/divergence"),
-            "margin": metrics.get("e_step/margin"),
-            "length": metrics.get("length"),
-        }
-        for name, value in curves.items():
-            if value is not None:
-                self._curves.setdefault(name, []).append(float(value))
+        for name, key in CURVES.items():
+            if metrics.get(key) is not None:
+                self._curves.setdefault(name, []).append(float(metrics[key]))
 
     def evaluation(self, step: int, result: Mapping[str, Any]) -> None:
         """A line above the table; the teacher's gap becomes a curve."""
@@ -191,8 +174,7 @@ class LiveView(Progress):
     def _draw(self) -> RenderableType:
         width = self._console.width
         if self._step is None:
-            head = Text(f"{self._title}  {self._phase_text()}", style="bold", overflow="ellipsis", no_wrap=True)
-            return Group(head)
+            return Text(f"{self._title}  {self._phase_text()}", style="bold", overflow="ellipsis", no_wrap=True)
         step, steps, metrics, left = self._step
         head = Text(overflow="ellipsis", no_wrap=True)
         head.append(f"{self._title}  step {step}/{steps}", style="bold").append(f"  {self._phase_text()}")
@@ -201,12 +183,10 @@ class LiveView(Progress):
         table = Table.grid(padding=(0, 2))
         for curve, values in self._curves.items():
             table.add_row(curve, f"{values[-1]:.3f}", spark(values, max(8, width - 30)))
-        speed = (
-            f"{metrics.get('tokens_per_s', 0):,.0f} tokens/s, peak memory {metrics.get('peak_memory_mb', 0):,.0f} MB"
-        )
-        taken = 3 + len(self._curves)
-        sample = self._draw_sample(width, self._console.height - taken - 2)
-        return Group(head, bar, table, Text(speed, style="dim"), *sample)
+        tokens, memory = (f"{metrics.get(key, 0):,.0f}" for key in ("tokens_per_s", "peak_memory_mb"))
+        speed = Text(f"{tokens} tokens/s, peak memory {memory} MB", style="dim")
+        sample = self._draw_sample(width, self._console.height - len(self._curves) - 5)
+        return Group(head, bar, table, speed, *sample)
 
     def _draw_sample(self, width: int, height: int) -> list[RenderableType]:
         """One completion with its prompt, verdict and feedback in at most `height` lines; nothing if there is no room."""

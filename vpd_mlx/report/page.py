@@ -54,14 +54,8 @@ def _render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
-    environment.filters |= {
-        "duration": duration,
-        "grouped": lambda count: f"{count:,.0f}",
-        "percent": percent,
-        "plain": _plain,
-        "points": points,
-        "steps": steps,
-    }
+    environment.filters |= {form.__name__: form for form in (duration, percent, points, steps)}
+    environment.filters |= {"grouped": "{:,.0f}".format, "plain": _plain}
     environment.globals |= {"figures": figures, "number": number, "points_range": points_range}
     # Half a surrogate pair is legal in JSON's escapes but cannot be written to a UTF-8 file.
     return without_surrogates(environment.get_template(template).render(values))

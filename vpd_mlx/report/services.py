@@ -49,34 +49,29 @@ def numbers(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, flo
 # --- the run folder
 
 
-class _Tail:
-    """A log, read as it grows."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = 0
-
-    def rows(self) -> list[dict[str, Any]]:
-        """The whole rows since the last call."""
-        if not self._path.exists():
-            return []
-        with self._path.open("rb") as f:
-            f.seek(self._offset)
-            data = f.read()
+def _tail(path: Path) -> Iterator[list[dict[str, Any]]]:
+    """A log as it grows: each time, the whole rows since the last time."""
+    offset = 0
+    while True:
+        data = b""
+        if path.exists():
+            with path.open("rb") as f:
+                f.seek(offset)
+                data = f.read()
         end = data.rfind(b"\n") + 1
-        self._offset += end
-        return [json.loads(line) for line in data[:end].split(b"\n") if line]
+        offset += end
+        yield [json.loads(line) for line in data[:end].split(b"\n") if line]
 
 
 def follow(folder: Path, over: Callable[[], bool]) -> Iterator[tuple[int, str, dict[str, float]]]:
     """(step, log, figures) of a run's steps and evaluations in the order of steps, until `over` and all is read."""
-    metrics, evaluations = _Tail(folder / "metrics.jsonl"), _Tail(folder / "evals.jsonl")
+    metrics, evaluations = _tail(folder / "metrics.jsonl"), _tail(folder / "evals.jsonl")
     step, waiting, ended = 0, list[dict[str, Any]](), False
     while not ended:
         ended = over()
         # Evaluations second: those before the newest step are there once its row is. Later ones wait for their step.
-        new = [(row["step"], "metrics", dict(numbers(upgraded(row)))) for row in metrics.rows()]
-        waiting += evaluations.rows()
+        new = [(row["step"], "metrics", dict(numbers(upgraded(row)))) for row in next(metrics)]
+        waiting += next(evaluations)
         step = max([step, *(s for s, *_ in new)])
         ready = [row for row in waiting if ended or row["step"] <= step]
         waiting = [row for row in waiting if row not in ready]

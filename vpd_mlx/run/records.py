@@ -8,6 +8,7 @@ A field is `Annotated[type, unit, meaning]`. In a name, KIND stands for a kind o
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
@@ -236,12 +237,8 @@ def rollout_metrics(batch: Batch, groups: Sequence[Group]) -> MetricsRow:
     scores = [r.verdict.score for r in rollouts if r.verdict is not None]
     full = [g for g in groups if g.rollouts]
     right = [sum(r.success for r in g.rollouts) for g in full]
-    kinds: dict[str, int] = {}
-    copied = []
-    for r in rollouts:
-        if r.context is not None:
-            kinds[r.context.kind] = kinds.get(r.context.kind, 0) + 1
-            copied.append(overlap(r.text, r.context.text))
+    kinds = Counter(r.context.kind for r in rollouts if r.context is not None)
+    copied = [overlap(r.text, r.context.text) for r in rollouts if r.context is not None]
     n = max(1, len(full))
     return {
         "reward": float(np.mean(scores)) if scores else None,
@@ -252,7 +249,7 @@ def rollout_metrics(batch: Batch, groups: Sequence[Group]) -> MetricsRow:
         "groups_mixed": sum(0 < k < len(g.rollouts) for k, g in zip(right, full, strict=True)) / n,
         "groups_all_right": sum(k == len(g.rollouts) for k, g in zip(right, full, strict=True)) / n,
         "groups_all_wrong": sum(k == 0 for k in right) / n,
-        "contexts": kinds,
+        "contexts": dict(kinds),
         "contexts_none": sum(r.context is None for r in rollouts),
         "contexts_cut": sum(r.context is not None and r.context.cut for r in rollouts),
         "contexts_failed": sum(bool(r.source_errors) for r in rollouts),

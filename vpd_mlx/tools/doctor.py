@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,7 +21,7 @@ from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.settings import LoraSettings
 from vpd_mlx.recipe import builtin_recipes, load_recipe
 from vpd_mlx.sandbox import Limits, Sandbox
-from vpd_mlx.tools.selftest import Check, run_checks
+from vpd_mlx.tools.selftest import Check, checks
 
 __all__ = ["Fact", "facts", "self_test"]
 
@@ -79,13 +80,15 @@ def _hub() -> Fact:
     try:
         HfApi().model_info("mlx-community/Qwen3-0.6B-4bit", timeout=HUB_SECONDS)
     except Exception as error:  # noqa: BLE001 - whatever fails, the hub is not reachable from here
-        return Fact(
-            "hub", f"not reachable ({type(error).__name__})", "models must be in the cache or in a local folder"
-        )
+        remedy = "models must be in the cache or in a local folder"
+        return Fact("hub", f"not reachable ({type(error).__name__})", remedy)
     return Fact("hub", "reachable")
 
 
 def self_test() -> tuple[list[Check], float]:
     """The numerics self-test on the embedded model: (checks, seconds)."""
-    recipe = load_recipe(builtin_recipes()["quickstart"])
-    return run_checks(Policy.load(recipe.model, LoraSettings(rank=4)))
+    policy, start = (
+        Policy.load(load_recipe(builtin_recipes()["quickstart"]).model, LoraSettings(rank=4)),
+        time.perf_counter(),
+    )
+    return list(checks(policy)), time.perf_counter() - start

@@ -7,7 +7,6 @@ which no backend's vjp has a part in.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -30,9 +29,10 @@ from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.sampling import Sampling, generate
 from vpd_mlx.types import TokenRow
 
-__all__ = ["Check", "checks", "run_checks"]
+__all__ = ["Check", "checks"]
 
 Parameters = dict[str, mx.array]
+Scalar = Callable[[Parameters], mx.array]
 DEVICE_TOLERANCE = 2e-3  # relative: GPUs sum in another order, and in less than float32 where kernels allow it
 DIFFERENCE_TOLERANCE = 3e-2  # relative: a central difference in float32
 STEP = 3e-2
@@ -56,37 +56,29 @@ def _normal(shape: tuple[int, ...], seed: int, scale: float = 1.0) -> mx.array:
     return mx.array(np.random.default_rng(seed).normal(size=shape).astype(np.float32) * scale)
 
 
-def _divergence(
-    teacher: mx.array, weights: mx.array, alpha: float, top_k: int | None, tail: bool, p: Parameters
-) -> mx.array:
-    return (losses.divergence(p["x"], teacher, alpha=alpha, top_k=top_k, tail=tail) * weights).sum()
-
-
-def _loss_cases() -> Iterator[tuple[str, Callable[[Parameters], mx.array], Parameters]]:
+def _loss_cases() -> Iterator[tuple[str, Scalar, Parameters]]:
     """(name, scalar function, parameters): every public loss, its gradient in the parameters."""
     student, teacher = _normal((2, 5, 64), 0), _normal((2, 5, 64), 1, 2.0)
     # Eight tokens stand clear of the others, so that a small step does not change which are the top k.
     student = student + mx.where(mx.arange(64) % 8 == 3, 6.0, 0.0)
     ids = mx.array(np.random.default_rng(2).integers(0, 64, (2, 5)))
     weights = _normal((2, 5), 3)
+
+    def divergence(p: Parameters, alpha: float, top_k: int | None, tail: bool) -> mx.array:
+        return (losses.divergence(p["x"], teacher, alpha=alpha, top_k=top_k, tail=tail) * weights).sum()
+
     for alpha in (0.0, 0.5, 1.0):
         for top_k, tail in ((None, True), (8, True), (8, False)):
-            name = f"divergence alpha={alpha:g}" + (
-                "" if top_k is None else f" top_k={top_k}{'' if tail else ' no tail'}"
-            )
-            yield name, partial(_divergence, teacher, weights, alpha, top_k, tail), {"x": student}
+            kept = "" if top_k is None else f" top_k={top_k}{'' if tail else ' no tail'}"
+            weighted = partial(divergence, alpha=alpha, top_k=top_k, tail=tail)
+            yield f"divergence alpha={alpha:g}{kept}", weighted, {"x": student}
     yield "token log-probabilities", lambda p: (losses.token_logps(p["x"], ids) * weights).sum(), {"x": student}
     sums, anchor = _normal((8,), 4, 3.0), _normal((8,), 5, 3.0)
     labels = mx.array([1, 0, 1, 0, 0, 1, 0, 0])
     yield "BCO", lambda p: losses.bco_loss(p["x"], anchor, labels, beta=0.3, delta=0.1)[0], {"x": sums}
     old, advantages, mask = _normal((2, 5), 6, 0.3), _normal((2,), 7), mx.ones((2, 5))
-    yield (
-        "policy gradient",
-        lambda p: losses.policy_gradient_loss(
-            p["x"], old, advantages, mask, clip_low=0.9, clip_high=9.0, dual_clip=None
-        )[0],
-        {"x": old + 0.05},
-    )
+    policy_gradient = partial(losses.policy_gradient_loss, clip_low=0.9, clip_high=9.0, dual_clip=None)
+    yield "policy gradient", lambda p: policy_gradient(p["x"], old, advantages, mask)[0], {"x": old + 0.05}
     yield "k3 KL", lambda p: losses.k3_kl(p["x"], old).sum(), {"x": old + 0.2}
 
     inputs = _normal((6, 64), 12)
@@ -107,16 +99,14 @@ def _relative(a: mx.array, b: mx.array) -> float:
     return float(np.abs(np.array(a) - np.array(b)).max()) / scale
 
 
-def _value_and_grad(
-    f: Callable[[Parameters], mx.array], parameters: Parameters, device: mx.Device
-) -> tuple[mx.array, Parameters]:
+def _value_and_grad(f: Scalar, parameters: Parameters, device: mx.Device) -> tuple[mx.array, Parameters]:
     with mx.stream(device):
         value, gradient = mx.value_and_grad(f)(parameters)
         mx.eval(value, gradient)
     return value, gradient
 
 
-def _check_loss(name: str, f: Callable[[Parameters], mx.array], parameters: Parameters) -> Iterator[Check]:
+def _check_loss(name: str, f: Scalar, parameters: Parameters) -> Iterator[Check]:
     device = mx.default_device()
     value, gradient = _value_and_grad(f, parameters, device)
     cpu_value, cpu_gradient = _value_and_grad(f, parameters, mx.Device(mx.cpu))
@@ -221,10 +211,3 @@ def checks(policy: Policy) -> Iterator[Check]:
     yield _check_update()
     yield from _check_head(policy)
     yield from _check_model(policy)
-
-
-def run_checks(policy: Policy) -> tuple[list[Check], float]:
-    """(all checks, seconds they took)."""
-    start = time.perf_counter()
-    found = list(checks(policy))
-    return found, time.perf_counter() - start
