@@ -16,6 +16,7 @@ from typing import Literal
 import mlx.core as mx
 
 __all__ = [
+    "LossAndMetrics",
     "bco_gradient",
     "bco_loss",
     "class_midpoint",
@@ -36,6 +37,8 @@ __all__ = [
     "token_logps",
     "topk_mass",
 ]
+
+LossAndMetrics = tuple[mx.array, dict[str, mx.array]]
 
 FLOOR = -1e9
 LOG_RATIO_BOUND = 20.0  # exp() of a larger difference would only overflow
@@ -69,24 +72,16 @@ def entropy_from_logps(logps: mx.array) -> mx.array:
     return -(mx.exp(logps) * logps).sum(axis=-1)
 
 
-def topk_mass(logits: mx.array, k: int) -> mx.array:
-    """Probability of the k likeliest tokens together: (..., V) -> (...), float32."""
-    logps = log_softmax(logits)
-    if k >= logits.shape[-1]:
-        return mx.ones(logits.shape[:-1])
-    return mx.exp(mx.topk(logps, k, axis=-1)).sum(axis=-1)
+def topk_mass(logps: mx.array, k: int) -> mx.array:
+    """Probability of the k likeliest tokens together, from normalised log-probabilities: (..., V) -> (...)."""
+    return mx.topk(mx.exp(logps), min(k, logps.shape[-1]), axis=-1).sum(axis=-1)
 
 
 # --- M-step: distillation
 
 
 def divergence(
-    student_logits: mx.array,
-    teacher_logits: mx.array,
-    *,
-    alpha: float,
-    top_k: int | None = None,
-    tail: bool = True,
+    student_logits: mx.array, teacher_logits: mx.array, *, alpha: float, top_k: int | None = None, tail: bool = True
 ) -> mx.array:
     """D_alpha(student, sg[teacher]) of every token: (B, T, V) twice -> (B, T), float32.
 
@@ -149,8 +144,7 @@ def sampled_token_loss(student_logits: mx.array, teacher_logits: mx.array, token
     Its value is sg[log p_S - log p_T] * log p_S of the token, so that its gradient's expectation under the student is
     that of KL(student|teacher).
     """
-    student = token_logps(student_logits, token_ids)
-    teacher = token_logps(teacher_logits, token_ids)
+    student, teacher = token_logps(student_logits, token_ids), token_logps(teacher_logits, token_ids)
     return mx.stop_gradient(student - teacher) * student
 
 
@@ -189,13 +183,8 @@ def class_midpoint(rewards: mx.array, labels: mx.array) -> mx.array:
 
 
 def bco_loss(
-    teacher_logps: mx.array,
-    student_logps: mx.array,
-    labels: mx.array,
-    *,
-    beta: float,
-    delta: mx.array | float | None = None,
-) -> tuple[mx.array, dict[str, mx.array]]:
+    teacher_logps: mx.array, student_logps: mx.array, labels: mx.array, *, beta: float, delta: float | None = None
+) -> LossAndMetrics:
     """Binary Classifier Optimization of the teacher (arXiv 2605.15113, Eq. 7 to 9).
 
     mean over successes of -log sigmoid(r~ - delta), plus mean over failures of -log sigmoid(delta - r~): the sum of two
@@ -219,8 +208,7 @@ def bco_loss(
         usable = ((positive.sum() > 0) & (positive.sum() < positive.size)).astype(mx.float32)
     else:
         shift, usable = mx.stop_gradient(mx.array(delta, mx.float32)), mx.array(1.0)
-    n_pos = mx.maximum(positive.sum(), 1.0)
-    n_neg = mx.maximum((1.0 - positive).sum(), 1.0)
+    n_pos, n_neg = mx.maximum(positive.sum(), 1.0), mx.maximum((1.0 - positive).sum(), 1.0)
     per_sample = mx.where(positive > 0, _softplus(shift - rewards) / n_pos, _softplus(rewards - shift) / n_neg)
     return usable * per_sample.sum(), {"rewards": mx.stop_gradient(rewards), "delta": shift}
 
@@ -250,24 +238,16 @@ def group_advantages(rewards: mx.array, *, scale: Literal["none", "group", "batc
     """A = r - group mean: (P, G) -> (P, G), float32.
 
     `scale` divides by nothing, by each group's, or by the whole batch's standard deviation (n - 1 in the denominator),
-    plus 1e-6.
-
-    Raises:
-        ValueError: another `scale`.
+    plus 1e-6; another one is a ValueError.
     """
     rewards = rewards.astype(mx.float32)
     centred = rewards - rewards.mean(axis=1, keepdims=True)
-    if scale == "none":
+    if scale not in ("none", "group", "batch"):
+        raise ValueError(f"scale is {scale!r}; use 'none', 'group' or 'batch'")
+    axis, count = (1, rewards.shape[1]) if scale == "group" else (None, rewards.size)
+    if scale == "none" or count < 2:
         return centred
-    if scale == "group":
-        if rewards.shape[1] < 2:
-            return centred
-        return centred / (mx.std(rewards, axis=1, keepdims=True, ddof=1) + STD_EPSILON)
-    if scale == "batch":
-        if rewards.size < 2:
-            return centred
-        return centred / (mx.std(rewards, ddof=1) + STD_EPSILON)
-    raise ValueError(f"scale is {scale!r}; use 'none', 'group' or 'batch'")
+    return centred / (mx.std(rewards, axis=axis, keepdims=True, ddof=1) + STD_EPSILON)
 
 
 def policy_gradient_tokens(
@@ -278,7 +258,7 @@ def policy_gradient_tokens(
     clip_low: float,
     clip_high: float,
     dual_clip: float | None = None,
-) -> tuple[mx.array, dict[str, mx.array]]:
+) -> LossAndMetrics:
     """The clipped surrogate of every token, all of one shape: -> (loss, {"ratio", "clipped", "dual_clipped"}).
 
     max(-A rho, -A clip(rho, 1 - low, 1 + high)); for A < 0 bounded above by -A * dual_clip (arXiv 1912.09729).
@@ -305,7 +285,7 @@ def policy_gradient_loss(
     clip_low: float,
     clip_high: float,
     dual_clip: float | None = None,
-) -> tuple[mx.array, dict[str, mx.array]]:
+) -> LossAndMetrics:
     """Token mean of the clipped surrogate.
 
     Args:

@@ -35,10 +35,12 @@ class Stateful(Protocol):
     """A part of an algorithm that a checkpoint must keep."""
 
     def arrays(self) -> dict[str, mx.array]:
-        """Its tensors by name; their bytes also count as memory held between updates."""
+        """Its tensors by name, by default none; their bytes also count as memory held between updates."""
+        return {}
 
     def scalars(self) -> Any:
-        """The rest of its state, as JSON."""
+        """The rest of its state, as JSON, by default nothing."""
+        return None
 
     def restore(self, arrays: Mapping[str, mx.array], scalars: Any) -> None:
         """Take up what `arrays` and `scalars` returned."""

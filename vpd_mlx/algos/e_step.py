@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vpd_mlx import losses
+from vpd_mlx.algos.base import Stateful
 from vpd_mlx.algos.samples import Sample, minibatches, teacher_row
 from vpd_mlx.algos.settings import EStepSettings
 from vpd_mlx.algos.teacher import Teacher
@@ -45,14 +46,10 @@ class EStepResult:
 
 
 @dataclass
-class RewardShift:
+class RewardShift(Stateful):
     """The newest E-step's delta, which `e_step.delta: ema` goes on from; None before the first."""
 
     delta: float | None = None
-
-    def arrays(self) -> dict[str, mx.array]:
-        """It has none."""
-        return {}
 
     def scalars(self) -> float | None:
         """For a checkpoint."""
@@ -85,28 +82,17 @@ def crossed(samples: Sequence[Sample]) -> list[Sample]:
     return [*samples, *extra]
 
 
+@dataclass
 class _Bco:
-    """Rewards, delta and weights of one batch of B contexted samples.
+    """Rewards, reward shift and weights of one batch of B contexted samples."""
 
-    Attributes:
-        first: (B,) implicit rewards before the first update.
-        delta: the reward shift.
-    """
-
-    first: Floats
-    delta: float
-
-    def __init__(
-        self,
-        cfg: EStepSettings,
-        labels: npt.NDArray[np.bool_],
-        lengths: Floats,
-        base: Floats,
-        previous_delta: float | None,
-    ) -> None:
-        """(B,) each: success, tokens, log-probability under the prior."""
-        self.cfg, self.labels, self.lengths, self.base = cfg, labels, lengths, base
-        self.previous_delta = previous_delta
+    cfg: EStepSettings
+    labels: npt.NDArray[np.bool_]  # (B,) success
+    lengths: Floats  # (B,) tokens
+    base: Floats  # (B,) log-probability under the prior
+    previous_delta: float | None
+    first: Floats = field(init=False)  # (B,) implicit rewards before the first update
+    delta: float = field(init=False)
 
     def rewards(self, indices: Sequence[int], teacher: Sequence[Floats]) -> Floats:
         """Implicit rewards of these samples from the teacher's log-probabilities of their tokens."""
@@ -129,25 +115,18 @@ class _Bco:
     @property
     def loss(self) -> float:
         """The BCO loss before the first update."""
-        rewards, labels = mx.array(self.first / self.cfg.beta), mx.array(self.labels)
-        return float(
-            losses.bco_loss(rewards, mx.zeros(len(self.first)), labels, beta=self.cfg.beta, delta=self.delta)[0]
-        )
+        beta, sums, labels = self.cfg.beta, mx.array(self.first / self.cfg.beta), mx.array(self.labels)
+        return float(losses.bco_loss(sums, mx.zeros(len(labels)), labels, beta=beta, delta=self.delta)[0])
 
     def weights(self, indices: Sequence[int], rewards: Floats) -> list[Floats]:
         """dL/dlog q of every token of a minibatch, (T_i,) each."""
         right, lengths = self.labels[indices], self.lengths[indices]
-        slopes = losses.bco_gradient(
-            mx.array(rewards),
-            mx.array(right),
-            self.delta,
-            beta=self.cfg.beta,
-            n_pos=int(right.sum()),
-            n_neg=int((~right).sum()),
-        )
+        n_pos, n_neg = int(right.sum()), int((~right).sum())
+        shown, labels = mx.array(rewards), mx.array(right)
+        slopes = losses.bco_gradient(shown, labels, self.delta, beta=self.cfg.beta, n_pos=n_pos, n_neg=n_neg)
         scale = lengths if self.cfg.length_normalise else np.ones(len(indices), np.float32)
         # The anchor: -log q per token of each success, a mean over successes.
-        pull = np.where(right, -self.cfg.anchor / (lengths * max(1, int(right.sum()))), 0.0)
+        pull = np.where(right, -self.cfg.anchor / (lengths * max(1, n_pos)), 0.0)
         return [
             np.full(int(length), slope / n + hold, np.float32)
             for length, slope, n, hold in zip(lengths, np.array(slopes), scale, pull, strict=True)

@@ -25,6 +25,7 @@ from vpd_mlx.engine.gradients import Constants, Floats, Pass, accumulate, scored
 from vpd_mlx.engine.heads import Head, TokenLoss
 from vpd_mlx.engine.optimizer import Learner, update_metrics
 from vpd_mlx.engine.policy import Policy
+from vpd_mlx.losses import LossAndMetrics
 from vpd_mlx.types import Group
 
 if TYPE_CHECKING:
@@ -78,9 +79,7 @@ class GrpoLoss:
 
     cfg: GrpoSettings
 
-    def __call__(
-        self, logits: mx.array, fixed: Mapping[str, mx.array], _head: Head
-    ) -> tuple[mx.array, dict[str, mx.array]]:
+    def __call__(self, logits: mx.array, fixed: Mapping[str, mx.array], _head: Head) -> LossAndMetrics:
         """Loss of each token and what is logged of it."""
         student = losses.log_softmax(logits)
         logp = mx.take_along_axis(student, fixed["targets"][:, None], axis=-1)[:, 0]
@@ -113,10 +112,11 @@ class Batch:
     old: Sequence[Floats] | None
     reference: Sequence[Floats] | None
 
-    def weights(self, indices: Sequence[int]) -> list[Floats]:
-        """Weights of all tokens of a minibatch, sample by sample."""
+    def weights(self, indices: Sequence[int]) -> dict[int, Floats]:
+        """Weights of all tokens of a minibatch, by sample."""
         lengths = [len(self.samples[i].student.completion) for i in indices]
-        return token_weights(lengths, self.cfg.weighting, sequences=len(indices), tokens=sum(lengths))
+        found = token_weights(lengths, self.cfg.weighting, sequences=len(indices), tokens=sum(lengths))
+        return dict(zip(indices, found, strict=True))
 
     def constants(self, indices: Sequence[int]) -> list[dict[str, mx.array]]:
         """What the token loss needs for these samples, besides the targets."""
@@ -135,8 +135,8 @@ class Batch:
 class Portion:
     """Samples of a minibatch under one token loss.
 
-    `weights` are those of the samples' tokens; `constants` gives what the loss needs for positions in `indices`. `seed_offset`, 0
-    or 1, gives the portions of a minibatch different dropout masks.
+    `weights` are those of the samples' tokens; `constants` gives what the loss needs for some of the samples. `seed_offset`, 0 or
+    1, gives the portions of a minibatch different dropout masks.
     """
 
     indices: Sequence[int]
@@ -151,14 +151,7 @@ Portions = Callable[[Batch, Sequence[int]], Sequence[Portion]]
 
 
 def _one_portion(batch: Batch, indices: Sequence[int]) -> list[Portion]:
-    return [
-        Portion(
-            indices,
-            GrpoLoss(batch.cfg),
-            batch.weights(indices),
-            lambda own: batch.constants([indices[i] for i in own]),
-        )
-    ]
+    return [Portion(indices, GrpoLoss(batch.cfg), list(batch.weights(indices).values()), batch.constants)]
 
 
 def policy_gradient_update(
@@ -170,15 +163,7 @@ def policy_gradient_update(
     seed: int,
     portions: Portions = _one_portion,
 ) -> tuple[Metrics, dict[int, dict[str, Floats]]]:
-    """Clipped policy gradient on group advantages, one update for each minibatch and epoch.
-
-    Args:
-        policy: the student.
-        samples: the whole batch.
-        learner: the optimizer.
-        cfg: clipping, scaling, KL, minibatches.
-        seed: for dropout.
-        portions: the token losses of a minibatch; by default `GrpoLoss` for all of it.
+    """Clipped policy gradient on group advantages, one update for each minibatch and epoch; `seed` is for dropout.
 
     Returns metrics and, by sample, the tokens' figures as they stood before the first update of this batch.
     """
@@ -192,7 +177,11 @@ def policy_gradient_update(
         for portion in portions(batch, indices) if indices else ():
             rows = [samples[i].student for i in portion.indices]
             of_pass = phase_seed(seed, 2 * number + portion.seed_offset, "policy_gradient")
-            done = accumulate(policy, rows, portion.weights, portion.constants, portion.loss, of_pass, done)
+
+            def constants(own: Sequence[int], portion: Portion = portion) -> Sequence[Mapping[str, mx.array]]:
+                return portion.constants([portion.indices[i] for i in own])
+
+            done = accumulate(policy, rows, portion.weights, constants, portion.loss, of_pass, done)
             for i, columns in zip(portion.indices, done.columns, strict=True):
                 seen.setdefault(i, columns)
                 ratios.append(columns["ratio"])

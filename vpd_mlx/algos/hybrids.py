@@ -7,8 +7,8 @@ other two its teacher counts as agreeing with the student.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ from vpd_mlx.engine.gradients import unit_weights
 from vpd_mlx.engine.heads import Head
 from vpd_mlx.engine.optimizer import Learner
 from vpd_mlx.engine.policy import Policy
+from vpd_mlx.losses import LossAndMetrics
 from vpd_mlx.types import Group
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ TokenAdvantages = Callable[[mx.array, mx.array, mx.array], mx.array]
 """(advantages, teacher's log-probabilities, student's), each (m,) -> advantages (m,)."""
 
 
-class _Hybrid:
+class _Hybrid(ABC):
     """A policy-gradient update in two portions: samples with a context, which have a teacher, and the others."""
 
     def __init__(self, recipe: Recipe, policy: Policy) -> None:
@@ -48,34 +49,24 @@ class _Hybrid:
         self.learner = Learner(recipe.optimizer)
         self.parts: dict[str, Stateful] = {"pg": self.learner, "teacher": self.teacher}
 
+    @abstractmethod
     def portion(
         self, policy: Policy, step: int, batch: Batch, minibatch: Sequence[int], part: Sequence[int], taught: bool
     ) -> Portion:
         """Token loss, weights and constants of `part`, those samples of a minibatch that have a teacher or have none."""
-        raise NotImplementedError
 
     def __call__(self, policy: Policy, groups: Sequence[Group], step: Step) -> Metrics:
         """One update."""
         samples = gather(groups)
 
         def portions(batch: Batch, minibatch: Sequence[int]) -> list[Portion]:
-            out = []
-            for taught in (True, False):
-                part = [i for i in minibatch if (samples[i].teacher is not None) == taught]
-                if part:
-                    out.append(self.portion(policy, step.number, batch, minibatch, part, taught))
-            return out
+            split = {of: [i for i in minibatch if (samples[i].teacher is not None) == of] for of in (True, False)}
+            return [self.portion(policy, step.number, batch, minibatch, p, of) for of, p in split.items() if p]
 
+        cfg, seed = self.recipe.section(GrpoSettings), phase_seed(step.seed, step.number, "update")
         with step.clock("student"):
             self.teacher.begin_batch(policy)
-            metrics, seen = policy_gradient_update(
-                policy,
-                samples,
-                self.learner,
-                self.recipe.section(GrpoSettings),
-                seed=phase_seed(step.seed, step.number, "update"),
-                portions=portions,
-            )
+            metrics, seen = policy_gradient_update(policy, samples, self.learner, cfg, seed=seed, portions=portions)
             self.teacher.end_batch(policy)
         step.tokens.update({i: t for i, t in seen.items() if "teacher_logp" in t})
         distilled = {i: {**c, "loss": c["divergence"]} for i, c in seen.items() if "divergence" in c}
@@ -90,44 +81,30 @@ class Joint(_Hybrid):
         self, policy: Policy, step: int, batch: Batch, minibatch: Sequence[int], part: Sequence[int], taught: bool
     ) -> Portion:
         """The two losses weigh tokens differently, so their weights are among the constants."""
-        divergence = Distillation(self.recipe.section(MStepSettings), self.teacher)
+        grpo, divergence = GrpoLoss(batch.cfg), Distillation(self.recipe.section(MStepSettings), self.teacher)
         lengths = {i: len(batch.samples[i].student.completion) for i in minibatch}
-        weights = dict(zip(minibatch, batch.weights(minibatch), strict=True))
+        weights = batch.weights(minibatch)
         tokens = sum(n for i, n in lengths.items() if batch.samples[i].teacher is not None)
 
         def constants(own: Sequence[int]) -> list[dict[str, mx.array]]:
-            mine = [part[i] for i in own]
-            out = batch.constants(mine)
+            out = [{**c, "pg_weight": mx.array(weights[i])} for i, c in zip(own, batch.constants(own), strict=True)]
             if taught:
-                found = divergence.constants(policy, [batch.samples[i] for i in mine])
-                out = [{**a, **b} for a, b in zip(out, found, strict=True)]
-            for fixed, i in zip(out, mine, strict=True):
-                fixed["pg_weight"] = mx.array(weights[i])
-                if taught:
+                found = divergence.constants(policy, [batch.samples[i] for i in own])
+                for i, fixed, more in zip(own, out, found, strict=True):
                     of_sample = token_weights([lengths[i]], divergence.cfg.weighting, len(minibatch), tokens)
-                    fixed["distill_weight"] = mx.array(of_sample[0])
+                    fixed |= {**more, "distill_weight": mx.array(of_sample[0])}
             return out
 
-        loss = _JointLoss(GrpoLoss(batch.cfg), divergence if taught else None, self.hybrid)
+        def loss(logits: mx.array, fixed: Mapping[str, mx.array], head: Head) -> LossAndMetrics:
+            each, metrics = grpo(logits, fixed, head)
+            each = self.hybrid.reward * each * fixed["pg_weight"]
+            if not taught:
+                return each, metrics
+            apart, figures = divergence(logits, fixed, head)
+            each = each + self.hybrid.distill * apart * fixed["distill_weight"]
+            return each, {**metrics, **figures, "divergence": mx.stop_gradient(apart)}
+
         return Portion(part, loss, unit_weights([batch.samples[i].student for i in part]), constants, int(taught))
-
-
-@dataclass(frozen=True)
-class _JointLoss:
-    inner: GrpoLoss
-    divergence: Distillation | None
-    cfg: HybridSettings
-
-    def __call__(
-        self, logits: mx.array, fixed: Mapping[str, mx.array], head: Head
-    ) -> tuple[mx.array, dict[str, mx.array]]:
-        loss, metrics = self.inner(logits, fixed, head)
-        loss = self.cfg.reward * loss * fixed["pg_weight"]
-        if self.divergence is None:
-            return loss, metrics
-        apart, figures = self.divergence(logits, fixed, head)
-        loss = loss + self.cfg.distill * apart * fixed["distill_weight"]
-        return loss, {**metrics, **figures, "divergence": mx.stop_gradient(apart)}
 
 
 class Reshape(_Hybrid):
@@ -141,38 +118,24 @@ class Reshape(_Hybrid):
         self, policy: Policy, step: int, batch: Batch, minibatch: Sequence[int], part: Sequence[int], taught: bool
     ) -> Portion:
         """GRPO's weights; the loss needs the teacher's states."""
-        weights = dict(zip(minibatch, batch.weights(minibatch), strict=True))
+        grpo, advantages, weights = GrpoLoss(batch.cfg), self.advantages(step), batch.weights(minibatch)
 
         def constants(own: Sequence[int]) -> list[dict[str, mx.array]]:
-            mine = [part[i] for i in own]
-            out = batch.constants(mine)
+            out = batch.constants(own)
             if not taught:
                 return out
-            states = self.teacher.states(policy, [teacher_row(batch.samples[i]) for i in mine])
+            states = self.teacher.states(policy, [teacher_row(batch.samples[i]) for i in own])
             return [{**a, **b} for a, b in zip(out, states, strict=True)]
 
-        loss = _TokenAdvantageLoss(GrpoLoss(batch.cfg), self.advantages(step), self.teacher if taught else None)
+        def loss(logits: mx.array, fixed: Mapping[str, mx.array], head: Head) -> LossAndMetrics:
+            ours = theirs = mx.stop_gradient(losses.token_logps(logits, fixed["targets"]))
+            if taught:
+                theirs = mx.stop_gradient(losses.token_logps(self.teacher.logits(fixed, head), fixed["targets"]))
+            advantage = advantages(fixed["advantage"], theirs, ours)
+            each, metrics = grpo(logits, {**fixed, "advantage": advantage}, head)
+            return each, {**metrics, "teacher_logp": theirs, "student_logp": ours} if taught else metrics
+
         return Portion(part, loss, [weights[i] for i in part], constants, int(taught))
-
-
-@dataclass(frozen=True)
-class _TokenAdvantageLoss:
-    inner: GrpoLoss
-    advantages: TokenAdvantages
-    teacher: Teacher | None
-
-    def __call__(
-        self, logits: mx.array, fixed: Mapping[str, mx.array], head: Head
-    ) -> tuple[mx.array, dict[str, mx.array]]:
-        own = mx.stop_gradient(losses.token_logps(logits, fixed["targets"]))
-        theirs = own
-        if self.teacher is not None:
-            theirs = mx.stop_gradient(losses.token_logps(self.teacher.logits(fixed, head), fixed["targets"]))
-        advantage = self.advantages(fixed["advantage"], theirs, own)
-        loss, metrics = self.inner(logits, {**fixed, "advantage": advantage}, head)
-        if self.teacher is not None:
-            metrics |= {"teacher_logp": theirs, "student_logp": own}
-        return loss, metrics
 
 
 class Reweight(Reshape):

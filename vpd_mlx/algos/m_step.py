@@ -19,6 +19,7 @@ from vpd_mlx.engine.gradients import Floats, accumulate
 from vpd_mlx.engine.heads import Head
 from vpd_mlx.engine.optimizer import Learner, Metrics, update_metrics
 from vpd_mlx.engine.policy import Policy
+from vpd_mlx.losses import LossAndMetrics
 
 __all__ = ["Distillation", "divergence_metrics", "divergence_update"]
 
@@ -32,9 +33,7 @@ class Distillation:
     cfg: MStepSettings
     teacher: Teacher
 
-    def __call__(
-        self, logits: mx.array, fixed: Mapping[str, mx.array], head: Head
-    ) -> tuple[mx.array, dict[str, mx.array]]:
+    def __call__(self, logits: mx.array, fixed: Mapping[str, mx.array], head: Head) -> LossAndMetrics:
         """Divergence of each token and what is logged of it."""
         student = losses.log_softmax(logits)
         teacher = losses.log_softmax(mx.stop_gradient(self.teacher.logits(fixed, head)))
@@ -46,13 +45,12 @@ class Distillation:
         if self.cfg.importance_clip is not None:
             loss = loss * losses.importance_weights(student_logp, fixed["old"], clip=self.cfg.importance_clip)
         frozen = mx.stop_gradient(student)
-        k = min(self.cfg.top_k or MASS_K, student.shape[-1])
         return loss, {
             "student_logp": mx.stop_gradient(student_logp),
             "teacher_logp": mx.take_along_axis(teacher, ids, axis=-1)[:, 0],
             "entropy": losses.entropy_from_logps(frozen),
             "teacher_entropy": losses.entropy_from_logps(teacher),
-            "mass": mx.topk(mx.exp(frozen), k, axis=-1).sum(-1),
+            "mass": losses.topk_mass(frozen, self.cfg.top_k or MASS_K),
         }
 
     def constants(self, policy: Policy, samples: Sequence[Sample]) -> list[dict[str, mx.array]]:
@@ -100,23 +98,17 @@ def divergence_update(
 
 
 def divergence_metrics(samples: Sequence[Sample], seen: Mapping[int, Mapping[str, Floats]]) -> Metrics:
-    """Means over tokens of what `Distillation` hands out, by sample."""
+    """Means over tokens of what `Distillation` hands out, by sample.
 
-    right = [c for i, c in seen.items() if samples[i].rollout.success]
-    wrong = [c for i, c in seen.items() if not samples[i].rollout.success]
+    The margin says how far the teacher prefers right completions to wrong ones: sums of log q - log pi, so r~ / beta, by class.
+    """
+    right, wrong = ([c for i, c in seen.items() if samples[i].rollout.success == of] for of in (True, False))
+    a, b = ([float((c["teacher_logp"] - c["student_logp"]).sum()) for c in part] for part in (right, wrong))
     return {
         "divergence": token_mean(seen.values(), "loss"),
         "divergence_right": token_mean(right, "loss"),
         "divergence_wrong": token_mean(wrong, "loss"),
         **{name: token_mean(seen.values(), name) for name in ("entropy", "teacher_entropy", "mass")},
-        **_margin(right, wrong),
-    }
-
-
-def _margin(right: Sequence[Mapping[str, Floats]], wrong: Sequence[Mapping[str, Floats]]) -> Metrics:
-    """How far the teacher prefers right completions to wrong ones: sums of log q - log pi, so r~ / beta, by class."""
-    a, b = ([float((c["teacher_logp"] - c["student_logp"]).sum()) for c in part] for part in (right, wrong))
-    return {
         "log_ratio_right": mean(a),
         "log_ratio_wrong": mean(b),
         "margin": float(np.mean(a) - np.mean(b)) if a and b else None,

@@ -13,6 +13,7 @@ from typing import Literal
 
 import mlx.core as mx
 
+from vpd_mlx.algos.base import Stateful
 from vpd_mlx.algos.settings import TeacherSettings
 from vpd_mlx.engine.adapters import Adapter
 from vpd_mlx.engine.heads import Head
@@ -24,7 +25,7 @@ __all__ = ["Kind", "Teacher"]
 Kind = Literal["live", "frozen", "ema", "trust_region", "adapter"]
 
 
-class Teacher:
+class Teacher(Stateful):
     """Gives the teacher's hidden states, and its logits from them within a chunk of the head."""
 
     def __init__(self, cfg: TeacherSettings, default: Kind, policy: Policy) -> None:
@@ -84,9 +85,6 @@ class Teacher:
     def arrays(self) -> dict[str, mx.array]:
         """Its own weights, if it has any."""
         return dict(self.weights or {})
-
-    def scalars(self) -> None:
-        """It has none."""
 
     def restore(self, arrays: Mapping[str, mx.array], _scalars: None) -> None:
         """Take up a checkpoint's weights."""

@@ -67,9 +67,8 @@ class Vpd(Sdpo):
         rewards: dict[bool, list[float]] = {True: [], False: []}
         shifts = []
         for i, anchor in done.anchor.items():
-            if i not in step.tokens:
+            if (tokens := step.tokens.get(i)) is None:
                 continue
-            tokens = step.tokens[i]
             reward = self.e_step.beta * float(tokens["teacher_logp"].sum() - anchor.sum())
             rewards[samples[i].rollout.success].append(reward / len(anchor) if self.e_step.length_normalise else reward)
             shifts.append(tokens["student_logp"] - anchor)

@@ -112,12 +112,7 @@ def can_share_prompts(model: nn.Module, states: Callable[[Sequence[TokenRow], bo
     if any(type(c).__name__ not in ("KVCache", "RotatingKVCache") for c in caches):
         return False  # recurrent layers keep no keys to share
     long, short = PROBE[:5], PROBE[2:4]
-    rows = [
-        TokenRow(long, PROBE[:3]),
-        TokenRow(long, PROBE[2:6]),
-        TokenRow(short, PROBE[:2]),
-        TokenRow(short, (1,)),
-    ]
+    rows = [TokenRow(long, PROBE[:3]), TokenRow(long, PROBE[2:6]), TokenRow(short, PROBE[:2]), TokenRow(short, (1,))]
     separate = states(rows, False)
     try:
         shared = states(rows, True)

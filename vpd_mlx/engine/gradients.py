@@ -21,14 +21,7 @@ from vpd_mlx.engine.heads import TokenLoss, weighted_token_loss
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.types import TokenRow
 
-__all__ = [
-    "Floats",
-    "Pass",
-    "accumulate",
-    "accumulate_weighed",
-    "scored",
-    "unit_weights",
-]
+__all__ = ["Floats", "Pass", "accumulate", "accumulate_weighed", "scored", "unit_weights"]
 
 Floats = npt.NDArray[np.float32]
 
