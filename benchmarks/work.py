@@ -168,7 +168,7 @@ class Updates:
 
     def backward_of(self, rows: Any) -> Any:
         """Forward and backward of the log-probability alone."""
-        return accumulate(self.policy, rows, self.weights, lambda own: [{} for _ in own], target_logps, 0).gradients
+        return accumulate(self.policy, rows, self.weights, None, target_logps, 0).gradients
 
     def teacher_backward(self) -> Any:
         """Forward and backward under the teacher's prompt, as an E-step needs."""

@@ -227,7 +227,7 @@ def test_a_frozen_rank_is_noticed(tmp_path: Path):
     processes[1].send_signal(signal.SIGCONT)  # the machine wakes up
     (code, _, error), (other, *_) = end(processes)
     assert (code, other) == (RunError.exit_code, RunError.exit_code)
-    assert "rank 0 has lost rank 1, which has said nothing for 20 seconds" in error
+    assert "rank 0 has lost rank 1, which has been silent for 20 seconds" in error
 
 
 def test_a_signal_to_one_rank_stops_both_with_a_checkpoint(tmp_path: Path):

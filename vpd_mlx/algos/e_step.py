@@ -194,7 +194,7 @@ def _updates(policy: Policy, samples: Sequence[Sample], learner: Learner, bco: _
         if number == 0 and len(batches) > 1:
             # Until the first update the rewards of the whole batch still hold.
             weights = bco.weights(indices, bco.first[indices])
-            done = accumulate(policy, rows, weights, lambda own: [{} for _ in own], target_logps, of_step)
+            done = accumulate(policy, rows, weights, None, target_logps, of_step)
         else:
             done = accumulate_weighed(policy, rows, weigh, target_logps, of_step)
         updates.append(learner.apply(policy, done.gradients))

@@ -28,7 +28,7 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass
 class Pass:
-    """What one walk over a minibatch leaves: this rank's gradients, the loss, and per row each token's figures."""
+    """The result of one walk over a minibatch: this rank's gradients, the loss, and per row each token's figures."""
 
     gradients: Any
     loss: float
@@ -39,26 +39,27 @@ Constants = Callable[[Sequence[int]], Sequence[Mapping[str, mx.array]]]
 """Indices of rows -> what the token loss needs for each beside its targets, token by token."""
 
 Weigh = Callable[[list[Floats]], Sequence[Floats]]
-"""Log-probabilities of every row's tokens -> their weights. A pure function: it may be asked again."""
+"""Log-probabilities of every row's tokens -> their weights. A pure function: it may be called again."""
 
 
 def accumulate(
     policy: Policy,
     rows: Sequence[TokenRow],
     weights: Sequence[Floats],
-    constants: Constants,
+    constants: Constants | None,
     token_loss: TokenLoss,
     seed: int,
     into: Pass | None = None,
 ) -> Pass:
     """Sum of weighted token losses over rows and its gradient, micro-batch by micro-batch, on top of `into`.
 
-    With several ranks each walks its share: loss and figures are those of all rows, the gradients are summed by
-    `Learner.apply`. Where memory runs out the walk starts over with smaller micro-batches, to the same sum.
+    `constants` is None for a token loss that needs its targets alone. Each rank walks its own rows: loss and figures are those
+    of all rows, and `Learner.apply` sums the gradients. When memory runs out, the walk starts over with smaller micro-batches
+    and comes to the same sum.
     """
     own = policy.ranks.own_rows(rows)
     mine = [rows[i] for i in own]
-    fixed = constants(own)
+    fixed = constants(own) if constants else [{} for _ in own]
     start = into.gradients if into else None
     gradients, loss, columns = policy.within_memory(
         lambda: _accumulate(policy, mine, [weights[i] for i in own], fixed, token_loss, seed, start)
@@ -77,9 +78,9 @@ def accumulate_weighed(
 ) -> Pass:
     """`accumulate` with weights that follow from the log-probabilities of all rows, which a forward pass must find first.
 
-    Where all rows of one rank fill half a micro-batch at most, that forward pass is the one that the backward pass goes on
-    from: a pass over the blocks less, and the same bits. Half, since looking at a forward pass midway keeps all that it made,
-    some two thirds more than its gradient needs: so the peak stays below that of a full micro-batch.
+    When a single rank's rows fit half a micro-batch, the backward pass continues from that forward pass: one pass over the
+    blocks fewer, and the same bits. Half, because reading log-probabilities midway keeps every intermediate array of the pass
+    alive, two thirds more than its gradient needs: this way the peak stays below that of a full micro-batch.
     """
 
     def in_one() -> tuple[Any, float, list[dict[str, Floats]]] | None:
@@ -90,11 +91,11 @@ def accumulate_weighed(
     done = policy.within_memory(in_one)
     if done is not None:
         return Pass(*done)
-    return accumulate(policy, rows, weigh(scored(policy, rows)), lambda own: [{} for _ in own], token_loss, seed)
+    return accumulate(policy, rows, weigh(scored(policy, rows)), None, token_loss, seed)
 
 
 def scored(policy: Policy, rows: Sequence[TokenRow]) -> list[Floats]:
-    """`Policy.logps` of all rows, each rank scoring its share."""
+    """`Policy.logps` of all rows, each rank scoring its own."""
     own = policy.ranks.own_rows(rows)
     return policy.ranks.collect(own, policy.logps([rows[i] for i in own]), len(rows))
 
@@ -110,7 +111,7 @@ def _accumulate(
 ) -> tuple[Any, float, list[dict[str, Floats]]]:
     total = 0.0
     columns: list[dict[str, Floats]] = [{} for _ in rows]
-    mx.random.seed(seed)  # dropout's masks, where there is any
+    mx.random.seed(seed)  # for dropout's masks
     for indices in policy.split(rows):
         part = [rows[i] for i in indices]
         fixed = {k: mx.concatenate([constants[i][k] for i in indices]) for k in constants[indices[0]]}

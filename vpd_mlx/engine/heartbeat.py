@@ -1,8 +1,8 @@
-"""Whether the other ranks are alive, asked beside the work.
+"""A heartbeat between ranks, so that none waits for ever for one that is lost.
 
-A rank whose process ends breaks its connections, and mlx says so. One that is frozen, asleep or cut off does not: whoever
-waits for it would wait for ever. So every rank keeps a line to the first, on which each says every other second that it is
-there; a rank that has heard nothing for `SILENCE` seconds ends with an error.
+When a rank's process ends, its connections break and mlx reports it. A rank that is frozen, asleep or cut off keeps them, and
+the others would wait without end. So every rank keeps a connection to the first; both sides send a byte every `BEAT` seconds,
+and a rank that receives none for `SILENCE` seconds ends with an error.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ __all__ = ["Heartbeat"]
 BEAT = 2.0  # seconds between two signs of life
 SILENCE = 20.0  # seconds without one after which a rank counts as lost
 JOIN = 30.0  # seconds for everyone to be connected
-TOKEN = 16  # bytes by which our own are told from whoever else may call
+TOKEN = 16  # bytes that tell our own ranks from other callers
 
 
 class Heartbeat:
-    """Lines between the first rank and the others. Use it as a context manager, on all ranks at once.
+    """Connections between the first rank and the others. Use it as a context manager, on all ranks at once.
 
     Args:
-        ranks: those that train together; alone, nothing is done. When one falls silent the process ends with a sentence.
+        ranks: those that train together; a single rank does nothing. When one falls silent, the process ends with a message.
 
     Raises:
         RunError: on entry, a rank cannot be reached.
@@ -58,7 +58,7 @@ class Heartbeat:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         for line in self._lines.values():
-            with contextlib.suppress(OSError):  # the other may be gone already: that is no news by now
+            with contextlib.suppress(OSError):  # the other side may be gone already, which no longer matters
                 line.shutdown(socket.SHUT_RDWR)
             line.close()
 
@@ -97,29 +97,29 @@ class Heartbeat:
             line.close()
 
     def _say(self, _rank: int, line: socket.socket) -> None:
-        with contextlib.suppress(OSError):  # whoever listens on this line notices as well, and tells
+        with contextlib.suppress(OSError):  # the thread that listens on this line notices too, and reports it
             while not self._over.wait(BEAT):
                 line.sendall(b".")
 
     def _hear(self, rank: int, line: socket.socket) -> None:
         line.settimeout(SILENCE)
-        why = f"has said nothing for {SILENCE:.0f} seconds: it is frozen, asleep or cut off"
+        why = f"has been silent for {SILENCE:.0f} seconds: it is frozen, asleep or cut off"
         try:
             while line.recv(64):
                 pass
-            return  # it has ended; mlx tells whoever waits for it
+            return  # it has ended, and mlx reports that
         except ConnectionResetError:
             return  # the same, in the middle of a word
         except TimeoutError:
             pass
         except OSError as error:
-            why = f"cannot be heard ({error})"
+            why = f"cannot be reached ({error})"
         if not self._over.is_set():
             _end(f"rank {self._ranks.index} has lost rank {rank}, which {why}. Go on with --resume")
 
 
 def _end(text: str) -> None:
-    # The main thread may be waiting inside mlx for that very rank, where nothing can wake it. The last checkpoint is whole.
+    # The main thread may be waiting inside mlx for that rank, and nothing can wake it there. The last checkpoint is complete.
     sys.stderr.write(f"vpd-mlx: {text}\n")
     sys.stderr.flush()
     os._exit(RunError.exit_code)

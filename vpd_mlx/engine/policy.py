@@ -153,7 +153,7 @@ class Policy:
                 self._micro_batch_tokens //= 2
                 self.notes.append(
                     f"memory ran out: memory.micro_batch_tokens is {self._micro_batch_tokens} from here on, and the update "
-                    "starts over; lower it in the recipe to save the detour"
+                    "starts over; lower it in the recipe to avoid this"
                 )
                 mx.clear_cache()
 
@@ -185,8 +185,8 @@ class Policy:
     def scores(self, rows: Sequence[TokenRow], states: mx.array, targets: mx.array) -> list[npt.NDArray[np.float32]]:
         """`logps` from what `hidden` gave for these rows, also within a function whose gradient is being taken.
 
-        There every array that hangs together with the states would keep what it was made from until the end, whole logits
-        among it: they are copied first.
+        There every array computed from the states would keep its inputs, whole logits among them, alive until the end: so the
+        states are copied first.
         """
         loose = mx.array(np.array(states.astype(mx.float32))).astype(states.dtype)
         return by_row(self._logps(loose, targets), rows)
@@ -264,7 +264,7 @@ class Policy:
 
     @contextlib.contextmanager
     def dropout_on(self) -> Iterator[None]:
-        """Within the block dropout is live, where the recipe asks for any."""
+        """Within the block dropout is live, where the recipe sets any."""
         self.model.train()
         try:
             yield

@@ -1,8 +1,8 @@
 """Several processes as one trainer, on one machine or on several (`mlx.launch`).
 
-Each rank samples and grades its share of a step's prompts; the rollouts then go round, so that every rank knows the whole
-batch and reckons with it as a single one would: weights, class means, the reward shift. Only forward and backward passes
-are divided, row by row; their figures are gathered and their gradients summed. Every rank hence makes the same update.
+Each rank samples and grades a part of a step's prompts. The rollouts are then exchanged, so that every rank has the whole
+batch and computes weights, class means and the reward shift from it as a single process would. Only forward and backward
+passes are divided, row by row; their figures are gathered and their gradients summed. So every rank makes the same update.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vpd_mlx.types import TokenRow
 __all__ = ["ALONE", "Ranks"]
 
 T = TypeVar("T")
-# What `mlx.launch` tells a process of its place: the ring, jaccl and NCCL backends, and MPI.
+# Set by `mlx.launch` for the ring, jaccl and NCCL backends, and by MPI.
 LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")
 
 
@@ -41,7 +41,7 @@ class Ranks:
 
     @classmethod
     def of_environment(cls, environment: Mapping[str, str] = os.environ) -> Ranks:
-        """Those that `mlx.launch` started, or this process alone.
+        """The ranks that `mlx.launch` started, or this process alone.
 
         Raises:
             RunError: the others cannot be reached.
@@ -64,18 +64,18 @@ class Ranks:
     # --- who does what
 
     def own_range(self, count: int) -> range:
-        """This rank's contiguous share of `count` things, as even as can be."""
+        """This rank's contiguous part of `count` things; the parts differ by one at most."""
         return range(count * self.index // self.size, count * (self.index + 1) // self.size)
 
     def seed(self, seed: int) -> int:
-        """A seed of this rank's own, so that no two draw alike; the first keeps the run's."""
+        """A seed of this rank's own, so that no two draw the same; the first keeps the run's."""
         return seed + self.index
 
     def own_rows(self, rows: Sequence[TokenRow]) -> list[int]:
         """Indices of this rank's rows, in order; the same division on every rank.
 
         Rows with one prompt stay together, so that it is read once, unless there are fewer prompts than ranks. The
-        heaviest goes to whoever has the fewest tokens.
+        heaviest goes to the rank that has the fewest tokens.
         """
         if self.size == 1:
             return list(range(len(rows)))
@@ -92,10 +92,10 @@ class Ranks:
                 mine += units[n]
         return sorted(mine)
 
-    # --- what goes round
+    # --- exchange
 
     def gather(self, thing: T) -> list[T]:
-        """Every rank's `thing`, by rank. Anything that pickles; it comes from nobody but this program's other ranks.
+        """Every rank's `thing`, by rank. Anything that pickles: only this program's own ranks send it.
 
         Raises:
             RunError: another rank is gone.
@@ -111,7 +111,7 @@ class Ranks:
         return [pickle.loads(everyone[i, :n].tobytes()) for i, n in enumerate(sizes)]
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What `make` gives on the first rank, on all of them.
+        """What `make` returns on the first rank, on all ranks.
 
         Raises:
             RunError: another rank is gone.
@@ -150,7 +150,7 @@ class Ranks:
         )
 
     def agree(self, what: str, mine: str) -> None:
-        """See that `mine` is the same everywhere.
+        """See that `mine` is the same on every rank.
 
         Raises:
             RunError: it is not.

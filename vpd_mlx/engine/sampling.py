@@ -40,7 +40,7 @@ class Sampling:
 
 
 def default_streams() -> int:
-    """How many threads decode where the recipe does not say: a GPU is one device, a CPU has cores to spare."""
+    """How many threads decode when the recipe does not say: a GPU is one device, a CPU has spare cores."""
     return CPU_STREAMS if mx.default_device() == mx.Device(mx.cpu) else 1
 
 
@@ -142,7 +142,7 @@ def _all_at_once(
 ) -> Generator[list[Finished], None, None]:
     """All rows from first to last, behind prompts that were read once.
 
-    What `BatchGenerator` does where no row waits for a place, with the same draws, less what its other uses need: each row's
+    What `BatchGenerator` does where no row waits for a place, with the same draws, without what its other uses need: each row's
     whole distribution, stop sequences, copies of finished rows' caches.
     """
     sampler, stops = _sampler(how), set(policy.tokenizer.eos_token_ids)
@@ -164,10 +164,10 @@ def _all_at_once(
         tokens, chosen = step(mx.array([prompts[p][-1] for p, _ in rows]))
     for length in range(1, how.max_tokens + 1):
         here, scores = tokens, chosen
-        if length < how.max_tokens:  # the next tokens are under way while these are looked at
+        if length < how.max_tokens:  # the device computes the next tokens while we look at these
             with mx.stream(generation_stream):
                 tokens, chosen = step(here)
-        mx.eval(here, scores)  # waits without holding Python up, unlike a conversion
+        mx.eval(here, scores)  # waits without blocking Python's other threads, unlike a conversion
         finished, keep = [], []
         for i, (at, token, score) in enumerate(
             zip(rows, np.array(here).tolist(), np.array(scores).tolist(), strict=True)

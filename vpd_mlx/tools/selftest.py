@@ -175,7 +175,7 @@ def _check_model(policy: Policy) -> Iterator[Check]:
         rows = [TokenRow(prompt, r.tokens) for r in rollouts]
 
         def passes() -> tuple[list[Floats], dict[str, mx.array]]:
-            done = accumulate(policy, rows, unit_weights(rows), lambda own: [{} for _ in own], target_logps, 0)
+            done = accumulate(policy, rows, unit_weights(rows), None, target_logps, 0)
             return policy.logps(rows), dict(tree_flatten(done.gradients))
 
         policy.shares_prompts = True
