@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 
 from vpd_mlx import __version__
-from vpd_mlx.commands.compare import compare
 from vpd_mlx.commands.data import data
 from vpd_mlx.commands.doctor import doctor
 from vpd_mlx.commands.evaluate import evaluate
@@ -18,7 +17,7 @@ from vpd_mlx.commands.export import export
 from vpd_mlx.commands.lab import lab
 from vpd_mlx.commands.new import new
 from vpd_mlx.commands.plan import plan
-from vpd_mlx.commands.report import report
+from vpd_mlx.commands.report import compare, report
 from vpd_mlx.commands.show import show
 from vpd_mlx.commands.train import train
 from vpd_mlx.commands.verify import verify

@@ -60,9 +60,8 @@ def export(
     else:
         done = export_adapters(source, target)
     typer.echo(f"written: {done.folder}")
-    typer.echo(
-        f"loaded back: largest difference {done.difference:.2g}, KL to the trained model {done.kl:.2g} nats a token"
-    )
+    apart = f"largest difference {done.difference:.2g}, KL to the trained model {done.kl:.2g} nats a token"
+    typer.echo(f"loaded back: {apart}")
     if done.warning:
         typer.echo(f"warning: {done.warning}", err=True)
     if repo is not None:
@@ -75,20 +74,16 @@ def _faults(to: Format, bits: int | None, group_size: int | None, repo: str | No
     """Options that do not go together, and what MLX cannot quantise to."""
     if to is Format.hub and repo is None:
         return [Fault("--repo", "is missing", "name the repository: --repo owner/name")]
-    faults = [
-        Fault(flag, f"means nothing with --to {to.value}", f"use it with --to {its.value}")
-        for flag, value, its in (
-            ("--bits", bits, Format.fused),
-            ("--group-size", group_size, Format.fused),
-            ("--repo", repo, Format.hub),
-        )
-        if value is not None and to is not its
-    ]
-    if faults:
-        return faults
-    for flag, value, known in (("--bits", bits, BITS), ("--group-size", group_size, GROUP_SIZES)):
-        if value is not None and value not in known:
+    faults = []
+    for flag, value, its, known in (
+        ("--bits", bits, Format.fused, BITS),
+        ("--group-size", group_size, Format.fused, GROUP_SIZES),
+        ("--repo", repo, Format.hub, ()),
+    ):
+        if value is not None and to is not its:
+            faults.append(Fault(flag, f"means nothing with --to {to.value}", f"use it with --to {its.value}"))
+        elif value is not None and known and value not in known:
             faults.append(Fault(flag, f"MLX cannot quantise by {value}", f"use one of {', '.join(map(str, known))}"))
-    if group_size is not None and bits is None:
+    if to is Format.fused and group_size is not None and bits is None:
         faults.append(Fault("--group-size", "means nothing without --bits", "give --bits as well"))
     return faults

@@ -36,11 +36,7 @@ def plan(
         "limit_bytes": limit,
         "blocks": planned.blocks,
         "rows": planned.rows,
-        "tokens": {
-            "prompt": planned.prompt,
-            "teacher_prompt": planned.teacher_prompt,
-            "completion": planned.completion,
-        },
+        "tokens": {key: getattr(planned, key) for key in ("prompt", "teacher_prompt", "completion")},
     }
     if probe_time:
         from vpd_mlx.run.step import Trainer
@@ -60,7 +56,6 @@ def plan(
             typer.echo(f"{phase:8} {size(peak)} at most")
         typer.echo(f"limit    {size(limit)}")
         if probe_time:
-            typer.echo(
-                f"time     {duration(float(seconds[-1]) * cfg.steps)} for {cfg.steps} steps, without evaluations"
-            )
+            time = duration(float(seconds[-1]) * cfg.steps)
+            typer.echo(f"time     {time} for {cfg.steps} steps, without evaluations")
     check_fits(cfg, planned, limit)

@@ -12,7 +12,6 @@ from typing import Any
 __all__ = [
     "duration",
     "figures",
-    "figures_in_line",
     "interval",
     "mlx_lm_command",
     "number",
@@ -43,9 +42,8 @@ HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 def visible(value: Any) -> str:
     """Text without characters that move the cursor, change colours or reverse the writing direction."""
     text = "" if value is None else str(value)
-    return without_surrogates(
-        HIDDEN.sub(lambda m: f"\\x{ord(m[0]):02x}" if ord(m[0]) < 256 else f"\\u{ord(m[0]):04x}", text)
-    )
+    shown = HIDDEN.sub(lambda m: f"\\x{ord(m[0]):02x}" if ord(m[0]) < 256 else f"\\u{ord(m[0]):04x}", text)
+    return without_surrogates(shown)
 
 
 def number(value: Any) -> float | None:
@@ -84,12 +82,6 @@ def figures(row: Mapping[str, Any], key: str, form: Callable[[Any], str] = perce
     """(value, 95 % interval) of an evaluation's figure as text; the interval is empty if none was logged."""
     both = interval(row, key)
     return form(row.get(key)), "" if both is None else f"{100 * both[0]:.1f} to {100 * both[1]:.1f}"
-
-
-def figures_in_line(row: Mapping[str, Any], key: str) -> str:
-    """An evaluation's figure with its 95 % interval in brackets."""
-    value, bounds = figures(row, key)
-    return f"{value} ({bounds})" if bounds else value
 
 
 def steps(count: int) -> str:

@@ -66,9 +66,6 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-# --- one run
-
-
 def run_page(run: Run, most: int) -> str:
     """The page of a run, with at most `most` of its rollouts."""
     rows = _rollouts(run, most)
@@ -138,21 +135,17 @@ def _headline(run: Run) -> str:
     return text
 
 
-# --- rollouts
-
-
 def choose(entries: Sequence[LoggedRollout], most: int) -> list[LoggedRollout]:
     """At most `most` rollouts, whole groups, spread evenly over the run, the first and the last step's among them."""
     if len(entries) <= most:
         return list(entries)
     groups = [list(g) for _, g in groupby(entries, key=lambda e: (e.step, e.problem))]
     fit = max(1, int(most / (len(entries) / len(groups))))
-    while fit > 1:
-        at = sorted({round(float(i)) for i in np.linspace(0, len(groups) - 1, min(fit, len(groups)))})
+    for count in range(min(fit, len(groups)), 1, -1):
+        at = sorted({round(float(i)) for i in np.linspace(0, len(groups) - 1, count)})
         chosen = [e for i in at for e in groups[i]]
         if len(chosen) <= most:
             return chosen
-        fit -= 1
     return groups[-1][:most]
 
 
@@ -192,9 +185,6 @@ def _for_browser(row: Mapping[str, Any]) -> dict[str, Any]:
         "pieces": [str(p) for p in pieces] if isinstance(pieces, list) else None,
         "shift": [number(x) for x in shift] if isinstance(shift, list) else None,
     }
-
-
-# --- several runs
 
 
 def comparison_page(runs: Mapping[str, Run]) -> str:

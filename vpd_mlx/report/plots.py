@@ -80,9 +80,6 @@ def _svg(figure: Figure, name: str) -> str:
     return text
 
 
-# --- drawing
-
-
 def _thin(steps: Sequence[int], values: Sequence[float]) -> tuple[list[float], list[float]]:
     if len(steps) <= MOST_POINTS:
         return [float(s) for s in steps], list(values)
@@ -148,16 +145,15 @@ def _stack(axis: Axes, parts: Sequence[tuple[str, str, Series]], y: str) -> bool
     if not parts or len({tuple(steps) for _, _, (steps, _) in parts}) > 1:
         return False
     few = len(parts[0][2][0]) <= FEW_POINTS
-    base: np.ndarray[Any, Any] | None = None
-    for label, color, (steps, values) in parts:
-        x, heights = (list(map(float, steps)), list(values)) if few else _thin(steps, values)
-        h = np.asarray(heights)
-        base = np.zeros_like(h) if base is None else base
+    base: Any = 0.0
+    for label, color, data in parts:
+        x, heights = _thin(*data)
+        top = base + np.asarray(heights)
         if few:
-            axis.bar(x, h, bottom=base, color=color, label=label, width=0.8, alpha=0.75, lw=0)
+            axis.bar(x, heights, bottom=base, color=color, label=label, width=0.8, alpha=0.75, lw=0)
         else:
-            axis.fill_between(x, base, base + h, color=color, label=label, alpha=0.75, lw=0, step="mid")
-        base = base + h
+            axis.fill_between(x, base, top, color=color, label=label, alpha=0.75, lw=0, step="mid")
+        base = top
     _finish(axis, y=y)
     axis.set_ylim(0, 100)
     return True
@@ -191,9 +187,6 @@ def _accuracies(axis: Axes, bands: Sequence[tuple[Run, str, str, str, str]], *, 
     _finish(axis, y="held-out problems right, %", legend=legend)
     axis.set_ylim(-2, 102)
     return any(drawn)
-
-
-# --- one run
 
 
 def _accuracy(run: Run, figure: Figure) -> bool:
@@ -322,9 +315,6 @@ def run_plots(run: Run) -> dict[str, Markup]:
     """All plots for which the run has figures, as SVG by name."""
     plots = (_accuracy, _gap, _reward, _groups, _margin, _length, _divergence, _entropy, _contexts, _seconds, _memory)
     return _drawn({draw.__name__.removeprefix("_"): partial(draw, run) for draw in plots})
-
-
-# --- several runs
 
 
 def comparison_plots(runs: Mapping[str, Run]) -> dict[str, Markup]:

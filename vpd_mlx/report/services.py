@@ -46,9 +46,6 @@ def numbers(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, flo
             yield f"{prefix}{key}", float(value)
 
 
-# --- the run folder
-
-
 def _tail(path: Path) -> Iterator[list[dict[str, Any]]]:
     """A log as it grows: each time, the whole rows since the last time."""
     offset = 0
@@ -93,9 +90,6 @@ def send(folder: Path, log: Log, sent: TextIO, over: Callable[[], bool]) -> None
             sent.flush()
 
 
-# --- the services
-
-
 def _wandb(about: Mapping[str, Any]) -> Service:
     wandb: Any = importlib.import_module("wandb")
     run = wandb.init(**_named(about), id=about["id"], resume="allow", dir=about["folder"])
@@ -132,12 +126,7 @@ def _named(about: Mapping[str, Any]) -> dict[str, Any]:
     return {key: about[key] for key in ("project", "name", "config")}
 
 
-SERVICES: Mapping[str, Callable[[Mapping[str, Any]], Service]] = {
-    "wandb": _wandb,
-    "swanlab": _swanlab,
-    "trackio": _trackio,
-    "tensorboard": _tensorboard,
-}
+SERVICES = {"wandb": _wandb, "swanlab": _swanlab, "trackio": _trackio, "tensorboard": _tensorboard}
 
 
 def _until_the_end() -> Callable[[], bool]:

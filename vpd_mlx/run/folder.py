@@ -187,9 +187,8 @@ def load_run(path: Path) -> Run:
     try:
         config = yaml.safe_load(_text(path / RECIPE_FILE))
     except yaml.YAMLError as error:
-        raise DataError(
-            f"{path / RECIPE_FILE}: not valid YAML ({' '.join(str(error).split())}); fix the file"
-        ) from None
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path / RECIPE_FILE}: not valid YAML ({reason}); fix the file") from None
     summary: Any = {}
     if (path / "summary.json").is_file():
         try:

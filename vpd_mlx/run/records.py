@@ -36,6 +36,8 @@ FORMAT = 2
 
 Fraction = float | None
 Number = float | None
+Seconds = dict[str, float]
+Scores = dict[str, float | None]
 
 _Learning = TypedDict(
     "_Learning",
@@ -113,9 +115,7 @@ class MetricsRow(_Learning, total=False):
     tokens_per_s: Annotated[float, "tokens/s", "Completion tokens by the seconds of the phase `rollout`."]
     peak_memory_mb: Annotated[float, "MiB", "Largest memory in use during the step."]
     seconds: Annotated[
-        dict[str, float],
-        "seconds",
-        "By phase: `rollout`, `feedback`, `ranks`, `e_step`, `student`, `log`; and `total`.",
+        Seconds, "seconds", "By phase: `rollout`, `feedback`, `ranks`, `e_step`, `student`, `log`; and `total`."
     ]
 
 
@@ -175,9 +175,7 @@ class EvaluationRow(_Figures, total=False):
     student_interval: Annotated[Interval, "0..1", "Its interval."]
     student_greedy: Annotated[Fraction, "0..1", "Mean score of the student's likeliest completion."]
     student_greedy_interval: Annotated[Interval, "0..1", "Its interval."]
-    teacher: Annotated[
-        Fraction, "0..1", "Mean score of the teacher, who has read feedback on the student's completion."
-    ]
+    teacher: Annotated[Fraction, "0..1", "Mean score of the teacher, given feedback on the student's completion."]
     teacher_interval: Annotated[Interval, "0..1", "Its interval."]
     teacher_problems: Annotated[int, "problems", "Problems on which the teacher had feedback."]
     student_there: Annotated[Fraction, "0..1", "The student's score on these problems."]
@@ -200,15 +198,11 @@ class Summary(TypedDict, total=False):
     seed: Annotated[int, "", "The recipe's seed."]
     steps: Annotated[int, "steps", "Steps done."]
     adapter_of_step: Annotated[int, "", "The step after which the adapter stood as it is handed over."]
-    before: Annotated[
-        dict[str, float | None], "0..1", "`student`, `student_greedy` and `teacher` before the first step."
-    ]
-    after: Annotated[dict[str, float | None], "0..1", "The same of the adapter that is handed over."]
+    before: Annotated[Scores, "0..1", "`student`, `student_greedy` and `teacher` before the first step."]
+    after: Annotated[Scores, "0..1", "The same of the adapter that is handed over."]
     problems: Annotated[int, "problems", "Held-out problems of that evaluation."]
     tokens: Annotated[int, "tokens", "Completion tokens sampled for training."]
-    seconds: Annotated[
-        dict[str, float], "seconds", "By phase, as in `metrics.jsonl`; `evaluation`; `wall`, all in all."
-    ]
+    seconds: Annotated[Seconds, "seconds", "By phase, as in `metrics.jsonl`; `evaluation`; `wall`, all in all."]
     nonfinite_updates: Annotated[int, "updates", "Updates left out: loss or gradient was not finite."]
     ranks: Annotated[int, "processes", "Processes that trained together."]
     versions: Annotated[dict[str, str], "", "Of vpd-mlx, mlx, mlx-lm and Python; the platform and the device."]

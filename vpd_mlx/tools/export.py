@@ -6,7 +6,7 @@ import contextlib
 import json
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import dequantize_model, quantize_model, save_config, save_model
 
 from vpd_mlx import __version__, losses
-from vpd_mlx.common.text import figures_in_line, mlx_lm_command
+from vpd_mlx.common.text import figures, mlx_lm_command
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.errors import ModelError, RunError
 from vpd_mlx.recipe import Recipe, load_recipe
@@ -260,6 +260,8 @@ def _commands(model: str, adapters: Path | None = None) -> tuple[str, ...]:
 def model_card(run: TrainedRun, what: str) -> str:
     """A model card: what it is, how it was made, what it scored."""
     recipe, folder = run.recipe, run.folder
+    steps, best = folder.summary.get("steps", "?"), folder.summary.get("adapter_of_step")
+    trained = f"{steps} steps" if best in (None, steps) else f"the best of {steps} steps, number {best}"
     lines = [
         "---",
         "library_name: mlx",
@@ -268,7 +270,7 @@ def model_card(run: TrainedRun, what: str) -> str:
         "---",
         f"# {recipe.name}: {what}",
         "",
-        f"Trained by vpd-mlx {__version__} with `{recipe.algorithm}`, {_trained(folder.summary)}, seed {recipe.seed}, on the "
+        f"Trained by vpd-mlx {__version__} with `{recipe.algorithm}`, {trained}, seed {recipe.seed}, on the "
         f"base model `{recipe.model}`; task `{recipe.task.kind}`, feedback from {', '.join(recipe.feedback.sources)}. The "
         "base model's licence applies.",
         "",
@@ -276,13 +278,9 @@ def model_card(run: TrainedRun, what: str) -> str:
         "|---|---|---|",
     ]
     if folder.evals:
-        before, after = folder.evals[0], folder.evaluation
         for key in ("student", "student_greedy", "teacher"):
-            lines.append(f"| {key} | {figures_in_line(before, key)} | {figures_in_line(after, key)} |")
+            both = (figures(evaluation, key) for evaluation in (folder.evals[0], folder.evaluation))
+            before, after = (f"{value} ({bounds})" if bounds else value for value, bounds in both)
+            lines.append(f"| {key} | {before} | {after} |")
     text = (folder.path / RECIPE_FILE).read_text(encoding="utf-8").rstrip()
     return "\n".join([*lines, "", "## Recipe", "", "```yaml", text, "```", ""])
-
-
-def _trained(summary: Mapping[str, Any]) -> str:
-    steps, best = summary.get("steps", "?"), summary.get("adapter_of_step")
-    return f"{steps} steps" if best in (None, steps) else f"the best of {steps} steps, number {best}"

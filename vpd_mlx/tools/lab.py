@@ -194,9 +194,6 @@ def check_recipe(grid: Grid, recipe: Path) -> None:
         load_recipe(recipe, list(grid.recipe_overrides(*pair).items()))
 
 
-# --- running
-
-
 def run_grid(grid: Grid, recipe: Path, out: Path, *, jobs: int, say: Callable[[str], None]) -> None:
     """Run everything that is not finished, `jobs` at a time: first the sweeps, then all seeds at each method's best rate.
 
@@ -237,9 +234,6 @@ def _run_one(grid: Grid, recipe: Path, out: Path, cell: Cell) -> str | None:
             command += ["--set", f"{key}={text}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return None if done.returncode == 0 else (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
-
-
-# --- reading
 
 
 def best_rates(grid: Grid, out: Path) -> dict[tuple[str, str], float]:
@@ -322,9 +316,6 @@ def claim_results(grid: Grid, found: Sequence[Result]) -> list[ClaimResult]:
     return [ClaimResult(c, *mean_interval([difference(c, seed) for seed in grid.seeds])) for c in grid.findings]
 
 
-# --- tables and curves
-
-
 def _markdown(head: str, rows: Sequence[Sequence[str]]) -> list[str]:
     """A table's lines, an empty one after it."""
     return [head, "|" + "---|" * (head.count("|") - 1), *(f"| {' | '.join(row)} |" for row in rows), ""]
@@ -387,9 +378,8 @@ def curves(grid: Grid, found: Sequence[Result], path: Path) -> None:
             index = list(grid.methods).index(method)  # a method's colour is the same in every panel
             runs = [r.curve for r in found if (r.cell.setting, r.cell.method) == (part.setting, method)]
             steps = [s for s, _ in runs[0]]
-            bands = [mean_interval([dict(curve)[s] for curve in runs]) for s in steps]
-            means = np.array([m for m, _ in bands])
-            half = np.array([h if math.isfinite(h) else 0.0 for _, h in bands])
+            means, half = np.array([mean_interval([dict(curve)[s] for curve in runs]) for s in steps]).T
+            half = np.where(np.isfinite(half), half, 0.0)
             color = f"C{index % 10}"
             axis.plot(steps, 100 * means, color=color, label=method, lw=1.6, ls="-" if index < 10 else "--")
             axis.fill_between(steps, 100 * (means - half), 100 * (means + half), color=color, alpha=0.13, lw=0)
