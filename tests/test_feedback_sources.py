@@ -99,8 +99,12 @@ def program(tmp_path: Path) -> list[str]:
     return [sys.executable, str(path)]
 
 
+def command_of(program: list[str], timeout: float = 20, **settings: Any) -> Command:
+    return Command(FeedbackSettings(command=program, command_timeout=timeout, **settings), Host())
+
+
 def test_a_program_is_kept_alive_between_requests(program: list[str]):
-    command = Command(program, 20, 1)
+    command = command_of(program)
     said = [command.ask(PROBLEM, rollout(t)) for t in ("a", "b", "ü\n\ud800")]
     command.close()
     pids = {str(s).split()[0] for s in said}
@@ -129,7 +133,7 @@ def alive(pid: int) -> bool:
     ],
 )
 def test_a_program_that_fails_is_named_and_started_again(program: list[str], completion: str, words: str):
-    command = Command(program, 20, 1)
+    command = command_of(program)
     first = str(command.ask(PROBLEM, rollout("a"))).split()[0]
     command._programs[0]._timeout = 1.0
     with pytest.raises(SourceError, match=words):
@@ -142,7 +146,7 @@ def test_a_program_that_fails_is_named_and_started_again(program: list[str], com
 
 
 def test_an_answer_too_many_is_found_out(program: list[str]):
-    command = Command(program, 20, 1)
+    command = command_of(program)
     assert command.ask(PROBLEM, rollout("twice")) == "once"
     with pytest.raises(SourceError, match="answered request '1' when '2' was asked"):
         command.ask(PROBLEM, rollout("a"))
@@ -151,14 +155,13 @@ def test_an_answer_too_many_is_found_out(program: list[str]):
 
 def test_no_such_program():
     with pytest.raises(ConfigError, match=r"feedback\.command: 'no-such-critic' is not a program"):
-        Command(["no-such-critic"], 1, 1)
+        command_of(["no-such-critic"])
 
 
 def test_copies_work_side_by_side(tmp_path: Path):
     path = tmp_path / "slow.py"
     path.write_text(PROGRAM.replace("    text =", "    time.sleep(0.5)\n    text ="))
-    command = Command([sys.executable, str(path)], 20, 4)
-    asking = Asking("command", command, FeedbackSettings(), 4, Host())
+    asking = command_of([sys.executable, str(path)], command_workers=4)
     asking([group("warm", "them", "up", "all")], [[True] * 4])
     start = time.monotonic()
     (answers,) = asking([group("a", "b", "c", "d")], [[True] * 4])
@@ -168,8 +171,7 @@ def test_copies_work_side_by_side(tmp_path: Path):
 
 
 def test_a_failure_costs_its_rollout_the_context_and_too_many_end_the_run(program: list[str]):
-    cfg = FeedbackSettings(max_failures=3)
-    asking = Asking("command", Command(program, 20, 1), cfg, 1, Host())
+    asking = command_of(program, max_failures=3)
     (answers,) = asking([group("a", "die", "b", "rubbish", "c")], [[True, True, True, True, False]])
     assert [type(a) for a in answers] == [str, Failed, str, Failed, type(None)]
     with pytest.raises(SourceError, match=r"source command failed 3 times in a row, last: .*no more ink.*--resume"):
@@ -178,7 +180,7 @@ def test_a_failure_costs_its_rollout_the_context_and_too_many_end_the_run(progra
 
 
 def test_closing_breaks_off_what_is_under_way(program: list[str]):
-    command = Command(program, 60, 1)
+    command = command_of(program, 60)
     pid = int(str(command.ask(PROBLEM, rollout("a"))).split()[0])
     failed: list[str] = []
 
@@ -286,7 +288,8 @@ def ask_server(small: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch):
     prompter = Trainer.build(small()).prompter
 
     def build(transport: httpx.BaseTransport | None, note: Callable[[str], None] = print, **settings: Any) -> Server:
-        return Server(Settings(**{"url": "http://127.0.0.1:9/v1", **settings}), prompter, note, transport)
+        cfg = FeedbackSettings(server=Settings(**{"url": "http://127.0.0.1:9/v1", **settings}))
+        return Server(cfg, prompter, Host(note=note), transport)
 
     return build
 
@@ -415,7 +418,7 @@ def test_no_more_than_the_concurrency_at_once(ask_server):
             now[0] -= 1
         return said("x")
 
-    asking = Asking("server", ask_server(httpx.MockTransport(slow)), FeedbackSettings(), 3, Host())
+    asking = ask_server(httpx.MockTransport(slow), concurrency=3)
     asking([group(*"abcdefghi")], [[True] * 9])
     asking.close()
     assert most == [3]
@@ -701,7 +704,7 @@ def test_grading_and_asking_go_on_while_others_are_decoded(small: Callable[..., 
 
     asking = trainer.sources["command"]
     assert isinstance(asking, Asking)
-    ask = asking._backend.ask
+    ask = asking.ask
 
     def answer(problem: Problem, r: Rollout) -> str | None:
         text = ask(problem, r)
@@ -709,7 +712,7 @@ def test_grading_and_asking_go_on_while_others_are_decoded(small: Callable[..., 
         return text
 
     trainer.task.verify = grade  # type: ignore[method-assign]
-    asking._backend.ask = answer  # type: ignore[method-assign]
+    asking.ask = answer  # type: ignore[method-assign]
     seen: list[str] = []
 
     class Holds(Silent):
@@ -740,7 +743,7 @@ def test_the_examples_of_the_protocol_page_work_as_printed(language: str, tmp_pa
     assert len(text.splitlines()) <= 20
     path = tmp_path / "critic"
     path.write_text(text, encoding="utf-8")
-    command = Command([sys.executable if language == "python" else "sh", str(path)], 20, 1)
+    command = command_of([sys.executable if language == "python" else "sh", str(path)])
     problem = Problem("p", ({"role": "user", "content": "47+38="},), answer="85")
     said = [command.ask(problem, rollout(t)) for t in ("75", " 85\n", "8", "eighty", "")]
     command.close()

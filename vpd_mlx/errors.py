@@ -17,7 +17,17 @@ from dataclasses import dataclass
 
 from vpd_mlx.common.text import one_line
 
-__all__ = ["ConfigError", "DataError", "Fault", "ModelError", "RunError", "SourceError", "VpdError", "wrong_option"]
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "Fault",
+    "ModelError",
+    "RunError",
+    "SourceError",
+    "VpdError",
+    "config_error",
+    "wrong_option",
+]
 
 
 class VpdError(Exception):
@@ -47,17 +57,19 @@ class ConfigError(VpdError):
     def __init__(self, faults: list[Fault], where: str = "recipe") -> None:
         self.faults = faults
         self.where = where
-        where, lines = one_line(where), [str(f) for f in faults]
-        if len(lines) == 1:
-            text = f"{where}: {lines[0]}"
-        else:
-            text = f"{where}: {len(lines)} faults\n" + "\n".join(f"  {line}" for line in lines)
-        Exception.__init__(self, text)  # several faults stand on lines of their own
+        lines = "".join(f"\n  {fault}" for fault in faults)  # several faults stand on lines of their own
+        text = f" {faults[0]}" if len(faults) == 1 else f" {len(faults)} faults{lines}"
+        Exception.__init__(self, f"{one_line(where)}:{text}")
+
+
+def config_error(path: str, problem: str, remedy: str, where: str = "recipe") -> ConfigError:
+    """The error of a single fault."""
+    return ConfigError([Fault(path, problem, remedy)], where)
 
 
 def wrong_option(name: str, problem: str, remedy: str) -> ConfigError:
     """A single fault of the command line."""
-    return ConfigError([Fault(name, problem, remedy)], "command line")
+    return config_error(name, problem, remedy, "command line")
 
 
 class DataError(VpdError):

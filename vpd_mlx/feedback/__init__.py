@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,22 +43,7 @@ from vpd_mlx.feedback.verifier import VERIFIER
 from vpd_mlx.prompts import NoRoom, Prompter
 from vpd_mlx.types import Context, Group, Problem, Rollout
 
-__all__ = [
-    "BOTH",
-    "SOURCES",
-    "Answer",
-    "Choice",
-    "Failed",
-    "FeedbackSettings",
-    "Generate",
-    "Host",
-    "Source",
-    "SourceEntry",
-    "Sources",
-    "add_context",
-    "build_sources",
-    "choose_contexts",
-]
+__all__ = ["SOURCES", "FeedbackSettings", "Sources", "add_context", "build_sources", "choose_contexts"]
 
 SOURCES: dict[str, SourceEntry] = Listed(
     function_entry,
@@ -93,8 +79,12 @@ class FeedbackSettings(*reversed(_KEYS), CommonKeys):  # type: ignore[misc]
     )
 
     def faults(self, recipe: Any) -> Iterator[Fault]:
-        """Some sources have no feedback on a success."""
+        """Some sources need a key of their own, and some have no feedback on a success."""
         yield from super().faults(recipe)
+        for name in dict.fromkeys(self.sources):
+            match SOURCES[name].required:
+                case (key, remedy) if attrgetter(key)(self) is None:
+                    yield Fault(f"feedback.{key}", f"is not set, and `feedback.sources` names {name}", remedy)
         if self.on_success and not any(SOURCES[name].on_success for name in self.sources):
             yield Fault(
                 "feedback.on_success",

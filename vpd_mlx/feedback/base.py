@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from vpd_mlx.common.settings import Section
-from vpd_mlx.errors import Fault
 from vpd_mlx.types import Group, Rollout
 
-__all__ = ["Answer", "Failed", "Generate", "Host", "Source", "SourceEntry", "SourceParts", "answer_each", "unset"]
+__all__ = ["Answer", "Failed", "Generate", "Host", "Source", "SourceEntry", "SourceParts", "answer_each"]
+
+Reply = TypeVar("Reply")
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class SourceEntry:
     Attributes:
         build: makes the source when a run begins.
         keys: the keys that it adds to the recipe's section `feedback`, and their faults.
+        required: (the key that must be set when the source is named, how to set it).
         template: the wording of the teacher's prompt. `review` does not tell whether the attempt was right.
         whole_groups: it answers only once all rollouts of a group are graded.
         on_success: it answers on successes, too, when `feedback.on_success` is set.
@@ -90,6 +92,7 @@ class SourceEntry:
 
     build: Callable[[SourceParts], Source]
     keys: type[Section] | None = None
+    required: tuple[str, str] | None = None
     template: str = "review"
     whole_groups: bool = False
     on_success: bool = False
@@ -99,16 +102,10 @@ class SourceEntry:
 
 
 def answer_each(
-    groups: Sequence[Group], wanted: list[list[bool]], answer: Callable[[Group, Rollout], Answer]
-) -> list[list[Answer]]:
+    groups: Sequence[Group], wanted: list[list[bool]], answer: Callable[[Group, Rollout], Reply]
+) -> list[list[Reply | None]]:
     """The answers of a source that looks at one rollout at a time; None for those that want none."""
     return [
         [answer(group, rollout) if want else None for rollout, want in zip(group.rollouts, wants, strict=True)]
         for group, wants in zip(groups, wanted, strict=True)
     ]
-
-
-def unset(name: str, key: str, value: object, remedy: str, recipe: Any) -> Iterator[Fault]:
-    """The fault of a recipe that names a source without the key it depends on."""
-    if name in recipe.feedback.sources and value is None:
-        yield Fault(f"feedback.{key}", f"is not set, and `feedback.sources` names {name}", remedy)

@@ -18,16 +18,17 @@ import subprocess
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from pydantic import Field
 
 from vpd_mlx.common.settings import Positive, Section, absolute
-from vpd_mlx.errors import ConfigError, Fault, SourceError
-from vpd_mlx.feedback.base import SourceEntry, SourceParts, unset
-from vpd_mlx.feedback.outside import Asking, Backend
+from vpd_mlx.errors import SourceError, config_error
+from vpd_mlx.feedback.base import Host, SourceEntry
+from vpd_mlx.feedback.outside import Asking
 from vpd_mlx.types import Problem, Rollout
 
 __all__ = ["COMMAND", "Command", "CommandKeys"]
@@ -49,13 +50,6 @@ class CommandKeys(Section):
     command_timeout: float = Field(30.0, gt=0, description="Seconds for one answer of the program, its start included.")
     command_workers: Positive = Field(1, description="Copies of the program that run side by side.")
 
-    def faults(self, recipe: Any) -> Iterator[Fault]:
-        """The source needs its program."""
-        yield from unset(
-            "command", "command", self.command, "give the program as a list, e.g. [python3, critic.py]", recipe
-        )
-        yield from super().faults(recipe)
-
     def located(self, folder: Path) -> Self:
         """As for every section; words of the command that name a file beside the recipe become absolute paths, too."""
         # os.path.isfile, unlike Path.is_file, returns False for a word that is too long to be a file name.
@@ -66,22 +60,21 @@ class CommandKeys(Section):
         return super().located(folder).model_copy(update={"command": words or None})
 
 
-class Command(Backend):
+class Command(Asking):
     """Copies of one program, each of which serves one request at a time."""
 
-    def __init__(self, argv: Sequence[str], timeout: float, workers: int) -> None:
-        """Checks that the program can be found; starts nothing yet.
+    def __init__(self, cfg: Any, host: Host) -> None:
+        """Checks that the program can be found; starts nothing yet. `cfg` is the recipe's section `feedback`.
 
         Raises:
             ConfigError: there is no such program.
         """
-        if shutil.which(argv[0]) is None:
-            what = f"{argv[0]!r} is not a program that can be run"
-            raise ConfigError(
-                [Fault("feedback.command", what, "give its path, relative to the recipe, or a name in PATH")]
-            )
+        super().__init__("command", cfg, cfg.command_workers, host)
+        if shutil.which(cfg.command[0]) is None:
+            what = f"{cfg.command[0]!r} is not a program that can be run"
+            raise config_error("feedback.command", what, "give its path, relative to the recipe, or a name in PATH")
         self._closed = threading.Event()
-        self._programs = [_Program(argv, timeout, self._closed) for _ in range(workers)]
+        self._programs = [_Program(cfg.command, cfg.command_timeout, self._closed) for _ in range(cfg.command_workers)]
         self._free: queue.SimpleQueue[_Program] = queue.SimpleQueue()
         for program in self._programs:
             self._free.put(program)
@@ -112,30 +105,29 @@ class Command(Backend):
 
     def close(self) -> None:
         """End the programs; requests that wait for an answer fail."""
+        super().close()
         self._closed.set()
         for program in self._programs:
             program.kill()
 
 
+@dataclass(eq=False)
 class _Program:
-    def __init__(self, argv: Sequence[str], timeout: float, closed: threading.Event) -> None:
-        self._argv = list(argv)
-        self._timeout = timeout
-        self._closed = closed
-        self._failures = 0
-        self._process: subprocess.Popen[bytes] | None = None
-        self._end: weakref.finalize[..., _Program] | None = None
-        self._rest = b""
-        self._said: list[bytes] = []  # the end of its standard error
+    _argv: Sequence[str]
+    _timeout: float
+    _closed: threading.Event
+    _failures: int = 0
+    _process: subprocess.Popen[bytes] | None = None
+    _end: weakref.finalize[..., _Program] | None = None
+    _rest: bytes = b""
+    _said: list[bytes] = field(default_factory=list)  # the end of its standard error
 
     def ask(self, request: Mapping[str, Any]) -> str | None:
         if self._failures:
             first, most = PAUSES
             self._closed.wait(min(most, first * 2.0 ** (self._failures - 1)))
         try:
-            process = self._running()
-            line = self._exchange(process, json.dumps(request).encode() + b"\n")
-            text = _feedback(line, request["id"])
+            text = _feedback(self._exchange(self._running(), json.dumps(request).encode() + b"\n"), request["id"])
         except SourceError:
             # Late output would be taken for the answer to the next request: only a fresh program can serve that.
             self.kill()
@@ -255,10 +247,9 @@ def _feedback(line: bytes, expected: str) -> str | None:
     return text
 
 
-def _build(parts: SourceParts) -> Asking:
-    cfg = parts.cfg
-    program = Command(cfg.command or [], cfg.command_timeout, cfg.command_workers)
-    return Asking("command", program, cfg, cfg.command_workers, parts.host)
-
-
-COMMAND = SourceEntry(_build, keys=CommandKeys, on_success=True)
+COMMAND = SourceEntry(
+    lambda parts: Command(parts.cfg, parts.host),
+    keys=CommandKeys,
+    required=("command", "give the program as a list, e.g. [python3, critic.py]"),
+    on_success=True,
+)

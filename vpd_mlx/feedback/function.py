@@ -7,16 +7,17 @@ from collections.abc import Callable
 from vpd_mlx.common.functions import PREFIX, failure, not_handed_over
 from vpd_mlx.errors import SourceError
 from vpd_mlx.feedback.base import Source, SourceEntry, SourceParts
-from vpd_mlx.feedback.outside import Asking, Backend
+from vpd_mlx.feedback.outside import Asking
 from vpd_mlx.types import Problem, Rollout
 
 __all__ = ["Function", "function_entry"]
 
 
-class Function(Backend):
+class Function(Asking):
     """Asks the function about one rollout at a time, in a thread of its own."""
 
-    def __init__(self, words: Callable[[Problem, Rollout], str | None]) -> None:
+    def __init__(self, name: str, words: Callable[[Problem, Rollout], str | None], parts: SourceParts) -> None:
+        super().__init__(name, parts.cfg, 1, parts.host)
         self._words = words
 
     def ask(self, problem: Problem, rollout: Rollout) -> str | None:
@@ -41,6 +42,6 @@ def function_entry(name: str) -> SourceEntry:
         words = parts.functions.get(name)
         if words is None:
             raise not_handed_over("feedback.sources", f"the source {name.removeprefix(PREFIX)!r}")
-        return Asking(name, Function(words), parts.cfg, 1, parts.host)
+        return Function(name, words, parts)
 
     return SourceEntry(build, on_success=True)

@@ -13,45 +13,29 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 import click
 
-from vpd_mlx.common.files import read_rows
+from vpd_mlx.common.files import file_errors, read_rows
 from vpd_mlx.common.text import one_line, without_surrogates
-from vpd_mlx.errors import ConfigError, Fault, RunError
+from vpd_mlx.errors import RunError, config_error
 from vpd_mlx.feedback.base import Answer, Host, SourceEntry, answer_each
 from vpd_mlx.feedback.outside import Outside
 from vpd_mlx.types import Group, Problem, Rollout
 
-__all__ = ["BELOW", "HUMAN", "Human", "Person", "Terminal"]
+__all__ = ["BELOW", "HUMAN", "Human", "Terminal"]
 
 FILE = "human.jsonl"
 BELOW = "------ Write above this line. What follows is for reading and is left out. ------"
 LONG = 2000  # characters of a text that are shown; the editor has the whole
 
 
-class Person(Protocol):
-    """Answers questions: the terminal, or a script in a test."""
-
-    def show(self, text: str) -> None:
-        """Show a text."""
-
-    def key(self) -> str | None:
-        """One key; None when no more will come."""
-
-    def line(self) -> str | None:
-        """One line; None at the end of input."""
-
-    def edit(self, below: str) -> str | None:
-        """A text from an editor that shows `below` under it; None when the editor failed or nothing was saved."""
-
-
 class Human(Outside):
     """Asks about each failed completion, one by one, in the order of the rollouts."""
 
-    def __init__(self, on_success: bool, host: Host, person: Person | None = None) -> None:
-        """`person` is the terminal, unless given."""
+    def __init__(self, on_success: bool, host: Host, person: Terminal | None = None) -> None:
+        """A test passes its own `person`, which answers from a script."""
         super().__init__(on_success)
         self._host = host
         self._person = person
@@ -85,7 +69,7 @@ class Human(Outside):
             with self._host.paused():
                 self._dialogue(new)
 
-        def typed(group: Group, rollout: Rollout) -> str | None:
+        def typed(group: Group, rollout: Rollout) -> Answer:
             return self._known.get((group.problem.id, rollout.text)) if self.asks(rollout) else None
 
         return answer_each(groups, wanted, typed)
@@ -137,22 +121,17 @@ class Human(Outside):
         self._known[problem.id, rollout.text] = text
         if self._file is None:
             return
-        score = rollout.verdict.score if rollout.verdict is not None else None
         row = {
             "problem": problem.id,
             "prompt": problem.prompt,
             "completion": rollout.text,
-            "score": score,
+            "score": None if rollout.verdict is None else rollout.verdict.score,
             "feedback": text,
             "how": how,
         }
-        try:
+        with file_errors(Path(self._file.name)):
             self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise RunError(
-                f"{self._file.name}: {error.strerror or error}; free space, then go on with --resume"
-            ) from None
 
     def open(self, folder: Path) -> None:
         """Read what was typed before, and append what is typed from now on."""
@@ -188,7 +167,7 @@ class Terminal:
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
             what = "human needs a terminal, and standard input or output is none"
             remedy = "run it in a terminal, or use replay with feedback from an earlier run"
-            raise ConfigError([Fault("feedback.sources", what, remedy)])
+            raise config_error("feedback.sources", what, remedy)
         self._host = host
 
     def show(self, text: str) -> None:

@@ -8,6 +8,7 @@ order of sources allows it. A request that fails costs its rollout this source's
 from __future__ import annotations
 
 import contextlib
+import itertools
 import queue
 import threading
 from collections import defaultdict
@@ -18,11 +19,11 @@ from typing import Any
 
 from vpd_mlx.common.text import without_surrogates
 from vpd_mlx.errors import SourceError
-from vpd_mlx.feedback.base import Answer, Failed, Host
+from vpd_mlx.feedback.base import Answer, Failed, Host, answer_each
 from vpd_mlx.feedback.settings import CommonKeys
 from vpd_mlx.types import Group, Problem, Rollout
 
-__all__ = ["Asking", "Backend", "Outside"]
+__all__ = ["Asking", "Outside"]
 
 POLL = 0.1  # seconds between looks at whether the run is to stop
 
@@ -73,38 +74,12 @@ class Outside:
         """Take up the state of a checkpoint."""
 
 
-class Backend:
-    """Answers one request at a time, from several threads at once. `Asking` makes a source of it."""
-
-    def ask(self, problem: Problem, rollout: Rollout) -> str | None:
-        """Feedback on a graded rollout, or None if the backend has none.
-
-        Raises:
-            SourceError: it failed.
-        """
-        raise NotImplementedError
-
-    def open(self, folder: Path) -> None:
-        """Take the run folder, once it exists."""
-
-    def close(self) -> None:
-        """Break off what is under way."""
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold."""
-        return {}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Take up the state of a checkpoint."""
-
-
 class Asking(Outside):
-    """A backend, asked by `workers` threads. Never touches the model."""
+    """A source that answers one request at a time (`ask`), from `workers` threads. Never touches the model."""
 
-    def __init__(self, name: str, backend: Backend, cfg: CommonKeys, workers: int, host: Host) -> None:
+    def __init__(self, name: str, cfg: CommonKeys, workers: int, host: Host) -> None:
         super().__init__(cfg.on_success)
         self._name = name
-        self._backend = backend
         self._most_failures = cfg.max_failures
         self._host = host
         self._pool = _Pool(workers, name)
@@ -112,6 +87,14 @@ class Asking(Outside):
         self._lock = threading.Lock()
         self._in_a_row = 0
         self._broken: str | None = None
+
+    def ask(self, problem: Problem, rollout: Rollout) -> str | None:
+        """Feedback on a graded rollout, or None if there is none. Called from several threads at once.
+
+        Raises:
+            SourceError: the source failed.
+        """
+        raise NotImplementedError
 
     def prefetch(self, problem: Problem, rollout: Rollout) -> None:
         """Send the request now; `__call__` collects the answer."""
@@ -126,27 +109,27 @@ class Asking(Outside):
         Raises:
             SourceError: the source failed `feedback.max_failures` times in a row.
         """
-        out: list[list[Answer]] = [[None] * len(g.rollouts) for g in groups]
-        pending: list[tuple[int, int, Future[Answer]]] = []
-        for g, (group, wants) in enumerate(zip(groups, wanted, strict=True)):
-            for i, (rollout, want) in enumerate(zip(group.rollouts, wants, strict=True)):
-                if want and self.asks(rollout):
-                    with self._lock:
-                        begun = self._begun[_key(group.problem, rollout)]
-                        future = begun.pop(0) if begun else None
-                    pending.append((g, i, future or self._submit(group.problem, rollout)))
+
+        def request(group: Group, rollout: Rollout) -> Future[Answer] | None:
+            if not self.asks(rollout):
+                return None
+            with self._lock:
+                begun = self._begun[_key(group.problem, rollout)]
+                future = begun.pop(0) if begun else None
+            return future or self._submit(group.problem, rollout)
+
+        futures = answer_each(groups, wanted, request)
+        pending = [future for row in futures for future in row if future is not None]
         try:
-            for done, (g, i, future) in enumerate(pending):
+            for done, future in enumerate(pending):
                 self._host.on_progress(done, len(pending))
                 while not wait([future], timeout=POLL).done:
                     self._host.on_progress(done, len(pending))
-                out[g][i] = future.result()
+            out = [[None if future is None else future.result() for future in row] for row in futures]
         finally:
-            for _, _, future in pending:
-                future.cancel()
             with self._lock:
                 left, self._begun = self._begun, defaultdict(list)
-            for future in (f for futures in left.values() for f in futures):
+            for future in itertools.chain(pending, *left.values()):
                 future.cancel()
         if self._broken is not None:
             raise SourceError(
@@ -162,7 +145,7 @@ class Asking(Outside):
         if self._broken is not None:
             return Failed("not asked: the source has failed too often")
         try:
-            text = self._backend.ask(problem, rollout)
+            text = self.ask(problem, rollout)
         except SourceError as error:
             with self._lock:
                 self._in_a_row += 1
@@ -173,22 +156,9 @@ class Asking(Outside):
             self._in_a_row = 0
         return None if text is None else without_surrogates(text)
 
-    def open(self, folder: Path) -> None:
-        """Open the backend."""
-        self._backend.open(folder)
-
     def close(self) -> None:
         """Break off what is under way, without waiting."""
         self._pool.close()
-        self._backend.close()
-
-    def state(self) -> dict[str, Any]:
-        """The backend's state."""
-        return self._backend.state()
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Restore the backend."""
-        self._backend.restore(state)
 
 
 def _key(problem: Problem, rollout: Rollout) -> tuple[str, ...]:
@@ -231,9 +201,7 @@ class _Pool:
         """Drop the tasks that have not begun, and let the threads end."""
         with contextlib.suppress(queue.Empty):
             while True:
-                item = self._tasks.get_nowait()
-                if item is not None:
-                    item[0].cancel()
+                self._tasks.get_nowait()
         with self._lock:
             for _ in self._threads:
                 self._tasks.put(None)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vpd_mlx.feedback.base import Answer, SourceEntry, answer_each
+from vpd_mlx.feedback.base import SourceEntry, answer_each
 from vpd_mlx.types import Group
 
 __all__ = ["REFERENCE", "reference"]
 
 
-def reference(groups: Sequence[Group], wanted: list[list[bool]]) -> list[list[Answer]]:
+def reference(groups: Sequence[Group], wanted: list[list[bool]]) -> list[list[str | None]]:
     """The row's reference solution, for every rollout of a problem that has one."""
     return answer_each(groups, wanted, lambda group, _: group.problem.reference)
 

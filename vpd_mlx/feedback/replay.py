@@ -10,8 +10,8 @@ from pydantic import Field
 
 from vpd_mlx.common.settings import Section
 from vpd_mlx.common.text import without_surrogates
-from vpd_mlx.errors import DataError, Fault
-from vpd_mlx.feedback.base import Answer, SourceEntry, SourceParts, answer_each, unset
+from vpd_mlx.errors import DataError
+from vpd_mlx.feedback.base import Answer, SourceEntry, SourceParts, answer_each
 from vpd_mlx.feedback.outside import Outside
 from vpd_mlx.tasks.data import read_rows
 from vpd_mlx.types import Group, Rollout
@@ -31,11 +31,6 @@ class ReplayKeys(Section):
         description="Source `replay`: a run folder, or a .jsonl file with `problem`, `feedback` and, where it is about one "
         "completion, `completion`.",
     )
-
-    def faults(self, recipe: Any) -> Iterator[Fault]:
-        """The source needs its file."""
-        yield from unset("replay", "replay", self.replay, "give a run folder or a .jsonl file", recipe)
-        yield from super().faults(recipe)
 
 
 class Replay(Outside):
@@ -67,7 +62,7 @@ class Replay(Outside):
     def __call__(self, groups: Sequence[Group], wanted: list[list[bool]]) -> list[list[Answer]]:
         """The recorded feedback."""
 
-        def recorded(group: Group, rollout: Rollout) -> str | None:
+        def recorded(group: Group, rollout: Rollout) -> Answer:
             problem = group.problem.id
             return self._exact.get((problem, rollout.text), self._any.get(problem)) if self.asks(rollout) else None
 
@@ -112,4 +107,6 @@ def _build(parts: SourceParts) -> Replay:
     return Replay(Path(parts.cfg.replay or ""), parts.problems, parts.cfg.on_success, parts.solutions)
 
 
-REPLAY = SourceEntry(_build, keys=ReplayKeys, on_success=True)
+REPLAY = SourceEntry(
+    _build, keys=ReplayKeys, required=("replay", "give a run folder or a .jsonl file"), on_success=True
+)

@@ -7,6 +7,7 @@ paid for twice and a resumed run gets the same answers.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import ipaddress
 import json
@@ -14,7 +15,7 @@ import os
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,9 +23,9 @@ from pydantic import Field
 
 from vpd_mlx import __version__
 from vpd_mlx.common.settings import Positive, Section
-from vpd_mlx.errors import ConfigError, Fault, SourceError
-from vpd_mlx.feedback.base import SourceEntry, SourceParts, unset
-from vpd_mlx.feedback.outside import Asking, Backend
+from vpd_mlx.errors import SourceError, config_error
+from vpd_mlx.feedback.base import Host, SourceEntry
+from vpd_mlx.feedback.outside import Asking
 from vpd_mlx.prompts import Prompter, demonstration
 from vpd_mlx.types import Problem, Rollout
 
@@ -78,39 +79,28 @@ class ServerKeys(Section):
 
     server: ServerSettings = ServerSettings()
 
-    def faults(self, recipe: Any) -> Iterator[Fault]:
-        """The source needs its address."""
-        remedy = "give its address, e.g. http://127.0.0.1:8080/v1"
-        yield from unset("server", "server.url", self.server.url, remedy, recipe)
-        yield from super().faults(recipe)
 
-
-class Server(Backend):
+class Server(Asking):
     """One endpoint, asked from several threads."""
 
     def __init__(
-        self,
-        cfg: ServerSettings,
-        prompter: Prompter,
-        note: Callable[[str], None],
-        transport: httpx.BaseTransport | None = None,
+        self, feedback: Any, prompter: Prompter, host: Host, transport: httpx.BaseTransport | None = None
     ) -> None:
         """Checks what can be checked without a request. A test passes its own `transport`.
 
         Raises:
             ConfigError: the key's environment variable is not set, or the environment's proxy cannot be used.
         """
-        self._cfg = cfg
+        self._cfg = cfg = feedback.server
+        super().__init__("server", feedback, cfg.concurrency, host)
         self._prompter = prompter
-        self._note = note
+        self._note_once = functools.cache(host.note)
         self._url = _endpoint(cfg.url or "")
         self._client = _client(self._url, _headers(cfg), cfg.timeout, transport)
         self._cache = None if cfg.cache_dir is None else Path(cfg.cache_dir)
-        self._lock = threading.Lock()
         self._asking: dict[str, threading.Lock] = {}
         self._closed = threading.Event()
         self._sent = 0
-        self._said: set[str] = set()
 
     def ask(self, problem: Problem, rollout: Rollout) -> str | None:
         """The model's answer, from the cache if it was asked the same before. None once the budget is spent.
@@ -130,14 +120,14 @@ class Server(Backend):
         key = hashlib.sha256(json.dumps([self._url, request], sort_keys=True).encode()).hexdigest()
         with self._lock:
             asking = self._asking.setdefault(key, threading.Lock())
+        file = None if self._cache is None else self._cache / key[:2] / f"{key}.json"
         with asking:  # the same request from another thread waits for this one's answer
-            text = self._cached(key)
+            text = _cached(file)
             if text is None:
                 text = self._ask(json.dumps(request).encode())
-                if text is None:
-                    return None
-                self._keep(key, request, text)
-        return demonstration(text) or None
+                if text is not None and file is not None:
+                    self._keep(file, {"url": self._url, "request": request, "answer": text})
+        return demonstration(text or "") or None
 
     def _ask(self, body: bytes) -> str | None:
         import httpx
@@ -186,48 +176,22 @@ class Server(Backend):
             if budget is None or self._sent < budget:
                 self._sent += 1
                 return True
-        self._say(
-            f"the budget of {budget} requests is spent: the server is not asked again (feedback.server.budget_requests)"
-        )
-        return False
+            key = "feedback.server.budget_requests"
+            self._note_once(f"the budget of {budget} requests is spent: the server is not asked again ({key})")
+            return False
 
-    def _say(self, text: str) -> None:
-        with self._lock:
-            new = text not in self._said
-            self._said.add(text)
-        if new:
-            self._note(text)
-
-    # --- the cache
-
-    def _file(self, key: str) -> Path | None:
-        return None if self._cache is None else self._cache / key[:2] / f"{key}.json"
-
-    def _cached(self, key: str) -> str | None:
-        file = self._file(key)
-        if file is None:
-            return None
-        try:
-            text = json.loads(file.read_text(encoding="utf-8"))["answer"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None  # no answer yet, or a damaged file: ask again
-        return text if isinstance(text, str) else None
-
-    def _keep(self, key: str, request: Mapping[str, Any], text: str) -> None:
-        file = self._file(key)
-        if file is None:
-            return
+    def _keep(self, file: Path, row: Mapping[str, Any]) -> None:
         partial = file.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps({"url": self._url, "request": request, "answer": text}), encoding="utf-8")
+            partial.write_text(json.dumps(row), encoding="utf-8")
             os.replace(partial, file)
         except OSError as error:  # the answer itself is not lost
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
-            self._say(
-                f"{file.parent}: cannot be written ({error.strerror or error}), so answers of the server are not kept"
-            )
+            why = f"cannot be written ({error.strerror or error})"
+            with self._lock:
+                self._note_once(f"{file.parent}: {why}, so answers of the server are not kept")
 
     def open(self, folder: Path) -> None:
         """Keep answers in the run folder, unless the recipe names another."""
@@ -236,6 +200,7 @@ class Server(Backend):
 
     def close(self) -> None:
         """Make no further attempt."""
+        super().close()
         self._closed.set()
 
     def state(self) -> dict[str, Any]:
@@ -247,13 +212,21 @@ class Server(Backend):
         self._sent = int(state.get("sent", 0))
 
 
+def _cached(file: Path | None) -> str | None:
+    try:
+        text = json.loads(file.read_text(encoding="utf-8"))["answer"] if file is not None else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # no answer yet, or a damaged file: ask again
+    return text if isinstance(text, str) else None
+
+
 def _headers(cfg: ServerSettings) -> dict[str, str]:
     headers = {"Content-Type": "application/json", "User-Agent": f"vpd-mlx/{__version__}"}
     if cfg.api_key_env is not None:
         key = os.environ.get(cfg.api_key_env, "").strip()
         if not key or not (key.isascii() and key.isprintable()):
             what = f"the environment variable {cfg.api_key_env!r} {'holds no key' if key else 'is not set'}"
-            raise ConfigError([Fault("feedback.server.api_key_env", what, "export it, with the key")])
+            raise config_error("feedback.server.api_key_env", what, "export it, with the key")
         headers["Authorization"] = f"Bearer {key}"
     return headers
 
@@ -271,9 +244,7 @@ def _client(
         return httpx.Client(headers=headers, timeout=seconds, limits=limits, transport=transport, trust_env=not local)
     except (ImportError, ValueError) as error:
         what = f"a proxy of the environment cannot be used ({str(error).splitlines()[0]})"
-        raise ConfigError(
-            [Fault("feedback.server.url", what, "correct HTTPS_PROXY and ALL_PROXY, or unset them")]
-        ) from None
+        raise config_error("feedback.server.url", what, "correct HTTPS_PROXY and ALL_PROXY, or unset them") from None
 
 
 def _is_local(host: str) -> bool:
@@ -305,10 +276,10 @@ def _content(body: bytes) -> str:
     return text
 
 
-def _build(parts: SourceParts) -> Asking:
-    settings = parts.cfg.server
-    server = Server(settings, parts.prompter, parts.host.note)
-    return Asking("server", server, parts.cfg, settings.concurrency, parts.host)
-
-
-SERVER = SourceEntry(_build, keys=ServerKeys, on_success=True, needs="a server")
+SERVER = SourceEntry(
+    lambda parts: Server(parts.cfg, parts.prompter, parts.host),
+    keys=ServerKeys,
+    required=("server.url", "give its address, e.g. http://127.0.0.1:8080/v1"),
+    on_success=True,
+    needs="a server",
+)

@@ -34,7 +34,7 @@ class SiblingKeys(Section):
 def sibling(groups: Sequence[Group], wanted: list[list[bool]]) -> list[list[Answer]]:
     """The text of a correct sibling for every rollout that has one, without its thinking."""
 
-    def first_other(group: Group, rollout: Rollout) -> str | None:
+    def first_other(group: Group, rollout: Rollout) -> Answer:
         return next((demonstration(r.text) for r in group.rollouts if r.success and r is not rollout), None)
 
     return answer_each(groups, wanted, first_other)

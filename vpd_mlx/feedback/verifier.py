@@ -13,7 +13,7 @@ __all__ = ["VERIFIER", "verifier"]
 def verifier(groups: Sequence[Group], wanted: list[list[bool]]) -> list[list[Answer]]:
     """The verifier's text for every failure that got one; nothing for a success."""
 
-    def text(_: Group, rollout: Rollout) -> str | None:
+    def text(_: Group, rollout: Rollout) -> Answer:
         if rollout.success or rollout.verdict is None or not rollout.verdict.text.strip():
             return None
         return rollout.verdict.text

@@ -18,7 +18,8 @@ from vpd_mlx.common.stats import Paired, bootstrap_interval, majority, mean, pai
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.sampling import Sampling, default_streams, generate
 from vpd_mlx.errors import SourceError
-from vpd_mlx.feedback import Source, add_context
+from vpd_mlx.feedback import add_context
+from vpd_mlx.feedback.base import Source
 from vpd_mlx.prompts import Prompter
 from vpd_mlx.recipe import Recipe
 from vpd_mlx.run.collect import Batch, collect

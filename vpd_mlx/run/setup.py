@@ -20,7 +20,8 @@ from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.ranks import ALONE, Ranks
 from vpd_mlx.engine.sampling import Sampling, default_streams, generate, probe_batches
 from vpd_mlx.errors import ConfigError, DataError, Fault
-from vpd_mlx.feedback import SOURCES, Generate, Host, Sources, build_sources
+from vpd_mlx.feedback import SOURCES, Sources, build_sources
+from vpd_mlx.feedback.base import Generate, Host
 from vpd_mlx.prompts import Prompter
 from vpd_mlx.recipe import Recipe
 from vpd_mlx.run.collect import student_prompts

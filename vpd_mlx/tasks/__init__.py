@@ -26,7 +26,7 @@ from vpd_mlx.common.functions import NOTHING, Handed
 from vpd_mlx.common.settings import Section
 from vpd_mlx.errors import DataError
 from vpd_mlx.tasks.addition import Addition, AdditionSettings
-from vpd_mlx.tasks.base import Answering, Exam, Task, answer_of, examine
+from vpd_mlx.tasks.base import Task, answer_of, examine
 from vpd_mlx.tasks.code import Code, CodeSettings
 from vpd_mlx.tasks.exact import Exact, ExactSettings
 from vpd_mlx.tasks.function import Function, FunctionSettings
@@ -37,18 +37,7 @@ from vpd_mlx.tasks.python_file import PythonFile, PythonSettings
 from vpd_mlx.tasks.reasoning_gym import ReasoningGym, ReasoningGymSettings
 from vpd_mlx.tasks.regex import Regex, RegexSettings
 
-__all__ = [
-    "TASKS",
-    "Answering",
-    "Exam",
-    "Task",
-    "answer_of",
-    "build_task",
-    "examine",
-    "fingerprint",
-    "notices",
-    "prove",
-]
+__all__ = ["TASKS", "Task", "answer_of", "build_task", "examine", "fingerprint", "notices", "prove"]
 
 TASKS: list[tuple[type[Section], Callable[[Any], Task]]] = [
     (AdditionSettings, Addition),

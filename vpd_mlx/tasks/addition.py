@@ -54,13 +54,9 @@ def has_carry(a: int, b: int) -> bool:
 def digit_feedback(answer: str, attempt: str) -> str:
     """What is wrong with `attempt`, a word or two per digit from the ones upwards, without the right digits."""
     words = []
-    for i in range(max(len(answer), len(attempt))):
-        right = answer[-1 - i] if i < len(answer) else None
-        got = attempt[-1 - i] if i < len(attempt) else None
-        if got is None:
-            word = "missing"
-        elif right is None:
-            word = "extra"
+    for i, (right, got) in enumerate(itertools.zip_longest(reversed(answer), reversed(attempt))):
+        if got is None or right is None:
+            word = "missing" if got is None else "extra"
         elif got == right:
             word = "right"
         else:

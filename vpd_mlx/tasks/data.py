@@ -12,7 +12,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -66,10 +66,7 @@ class DatasetSettings(Section):
             yield Fault("task.data_revision", "no hf:// file takes its revision from here", "remove it")
 
 
-Row = dict[str, Any]
-
-
-def read_rows(source: str, revision: str | None = None) -> list[tuple[str, Row]]:
+def read_rows(source: str, revision: str | None = None) -> list[tuple[str, dict[str, Any]]]:
     """(place, row) of every row; the place is `file:line`, or `file:n` for the n-th row where rows have no lines.
 
     `.json` holds a list of objects, or one object a line, as `.jsonl` does; `.csv` has a header, and all its values are text.
@@ -79,9 +76,8 @@ def read_rows(source: str, revision: str | None = None) -> list[tuple[str, Row]]
     """
     path = _from_hub(source, revision) if source.startswith(HUB) else Path(source)
     if path.suffix not in READERS:
-        raise DataError(
-            f"{source}: cannot tell what is in a {path.suffix or 'nameless'} file; use {', '.join(READERS)}"
-        )
+        suffix = path.suffix or "nameless"
+        raise DataError(f"{source}: cannot tell what is in a {suffix} file; use {', '.join(READERS)}")
     if not path.is_file():
         raise DataError(f"{source}: no such data file; give its path, relative to the recipe")
     try:
@@ -116,20 +112,19 @@ def read_split(
         return [_problem(cfg, place, row) for place, row in found]
 
     rows = read(cfg.data)
-    if cfg.eval_data is None:
+    if cfg.eval_data is not None:
+        train, held = rows, read(cfg.eval_data)
+    else:
         train = [p for p in rows if fraction(_content(p)) >= cfg.held_out]
         held = [p for p in rows if fraction(_content(p)) < cfg.held_out]
-        if reuse and not (held and train):
-            return tuple(rows), tuple(rows)
         if not held or not train:
-            side = "evaluation" if not held else "training"
+            if reuse:
+                return tuple(rows), tuple(rows)
+            side = "training" if held else "evaluation"
             raise DataError(
                 f"{cfg.data}: the split by hash leaves no row of {len(rows)} for {side} (task.held_out is {cfg.held_out:g}); "
                 "add rows, change task.held_out, or give task.eval_data"
             )
-    else:
-        train = rows
-        held = read(cfg.eval_data)
     seen = {_content(p): p.id for p in train}
     for p in held:
         if _content(p) in seen:
@@ -146,12 +141,8 @@ def fraction(text: str) -> float:
 
 
 def _lines(source: str, data: bytes) -> list[tuple[str, Any]]:
-    rows = []
-    for number, line in enumerate(data.decode("utf-8-sig").split("\n"), 1):
-        if line.strip():
-            place = f"{source}:{number}"
-            rows.append((place, _parse(place, line, "each line must be one JSON object")))
-    return rows
+    lines = _numbered(source, data.decode("utf-8-sig").split("\n"))
+    return [(place, _parse(place, line, "each line must be one JSON object")) for place, line in lines if line.strip()]
 
 
 def _json(source: str, data: bytes) -> list[tuple[str, Any]]:
@@ -184,18 +175,12 @@ def _parquet(source: str, data: bytes) -> list[tuple[str, Any]]:
     try:
         table = pyarrow.parquet.read_table(pyarrow.BufferReader(data))
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(
-            f"{source}: broken Parquet ({str(error).splitlines()[0]}); download or write it again"
-        ) from None
+        first = str(error).splitlines()[0]
+        raise DataError(f"{source}: broken Parquet ({first}); download or write it again") from None
     return _numbered(source, table.to_pylist())
 
 
-READERS: dict[str, Callable[[str, bytes], list[tuple[str, Any]]]] = {
-    ".jsonl": _lines,
-    ".json": _json,
-    ".csv": _csv,
-    ".parquet": _parquet,
-}
+READERS = {".jsonl": _lines, ".json": _json, ".csv": _csv, ".parquet": _parquet}
 
 
 def _numbered(source: str, rows: Iterable[Any]) -> list[tuple[str, Any]]:
@@ -237,12 +222,11 @@ def _content(problem: Problem) -> str:
     return json.dumps([[m["role"], " ".join(m["content"].split())] for m in problem.messages])
 
 
-def _problem(cfg: DatasetSettings, place: str, row: Row) -> Problem:
+def _problem(cfg: DatasetSettings, place: str, row: dict[str, Any]) -> Problem:
     if cfg.prompt not in row:
         has = ", ".join(sorted(map(str, row))) or "none"
         raise DataError(f"{place}: no column {cfg.prompt!r} (columns: {has}); name the right one in task.prompt")
-    messages = _messages(row[cfg.prompt], place, cfg.prompt)
-    system = row.get(cfg.system)
+    messages, system = _messages(row[cfg.prompt], place, cfg.prompt), row.get(cfg.system)
     if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
         messages = ({"role": "system", "content": system.strip()}, *messages)
     answer, reference = row.get(cfg.answer), row.get(cfg.reference)
@@ -265,10 +249,8 @@ def _messages(value: Any, place: str, column: str) -> tuple[Message, ...]:
     if isinstance(value, str) and value.strip():
         return ({"role": "user", "content": value},)
     if isinstance(value, Sequence) and not isinstance(value, str) and value:
-        fine = all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
-        )
-        if fine and value[-1]["role"] == "user":
+        texts = [m.get(key) if isinstance(m, dict) else None for m in value for key in ("role", "content")]
+        if all(isinstance(text, str) for text in texts) and value[-1]["role"] == "user":
             return tuple({"role": m["role"], "content": m["content"]} for m in value)
     raise DataError(
         f"{place}: column {column!r} must be text that is not empty, or a list of messages with role and content, "

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from vpd_mlx.errors import ConfigError, DataError, Fault
+from vpd_mlx.errors import DataError, config_error
 from vpd_mlx.tasks.answers import in_fence, spoken
 from vpd_mlx.tasks.data import DatasetSettings, read_split
 from vpd_mlx.types import Problem, Verdict
@@ -46,8 +46,8 @@ class JsonSchema:
             try:
                 self._one = _validator(Path(cfg.schema_file).read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
-                fault = Fault("task.schema_file", f"{cfg.schema_file}: {error}", "give a file with a JSON Schema")
-                raise ConfigError([fault]) from None
+                what = f"{cfg.schema_file}: {error}"
+                raise config_error("task.schema_file", what, "give a file with a JSON Schema") from None
         self.train, self.held_out = read_split(cfg)
         for problem in (*self.train, *self.held_out):
             self._schema(problem)
@@ -55,16 +55,13 @@ class JsonSchema:
     def _schema(self, problem: Problem) -> Any:
         if self._one is not None:
             return self._one
-        raw = problem.data.get(self._cfg.schema_column)
-        if raw is None:
-            column = self._cfg.schema_column
-            raise DataError(
-                f"row {problem.id}: no column {column!r}; name it in task.schema_column, or set task.schema_file"
-            )
+        column, row = self._cfg.schema_column, f"row {problem.id}"
+        if problem.data.get(column) is None:
+            raise DataError(f"{row}: no column {column!r}; name it in task.schema_column, or set task.schema_file")
         try:
-            return _validator(raw)
+            return _validator(problem.data[column])
         except ValueError as error:
-            raise DataError(f"row {problem.id}: {error}; fix the row's schema") from None
+            raise DataError(f"{row}: {error}; fix the row's schema") from None
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
         """1 for JSON that fits, else 0 and up to three places where it does not fit."""
@@ -79,7 +76,7 @@ class JsonSchema:
             return Verdict(0.0, error=f"the schema cannot be used ({type(error).__name__}: {error})")
         if faults:
             return Verdict(0.0, "\n".join(f"{e.json_path}: {_cut(e.message)}" for e in faults[:MOST_FAULTS]))
-        if problem.answer is not None and _canonical(value) != _canonical(_answer(problem)):
+        if problem.answer is not None and not _validator({"const": _answer(problem)}).is_valid(value):
             return Verdict(0.0, "It fits the schema, but is not the right answer.")
         return Verdict(1.0)
 
@@ -93,8 +90,8 @@ def _validator(raw: Any) -> Any:
         import jsonschema
         import referencing
     except ImportError:
-        fault = Fault("task.kind", "json-schema needs the jsonschema library", "pip install 'vpd-mlx[json-schema]'")
-        raise ConfigError([fault]) from None
+        what, remedy = "json-schema needs the jsonschema library", "pip install 'vpd-mlx[json-schema]'"
+        raise config_error("task.kind", what, remedy) from None
     schema = json.loads(raw) if isinstance(raw, str) else raw
     if not isinstance(schema, dict | bool):
         raise ValueError(f"a {type(schema).__name__} is not a JSON Schema")
@@ -119,19 +116,6 @@ def _answer(problem: Problem) -> Any:
         return json.loads(problem.answer or "")
     except ValueError:
         return problem.answer  # a bare word is its own value
-
-
-def _canonical(value: Any) -> str:
-    """Equal for equal JSON: 1 and 1.0 are one number, true is not one."""
-
-    def plain(node: Any) -> Any:
-        if isinstance(node, dict):
-            return {k: plain(v) for k, v in node.items()}
-        if isinstance(node, list):
-            return [plain(v) for v in node]
-        return int(node) if isinstance(node, float) and node.is_integer() else node
-
-    return json.dumps(plain(value), sort_keys=True)
 
 
 def _cut(text: str) -> str:

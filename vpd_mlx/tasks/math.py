@@ -49,13 +49,12 @@ class Math:
         self.train, self.held_out = read_split(cfg)
         for problem in (*self.train, *self.held_out):
             if not _gold(problem):
-                raise DataError(
-                    f"row {problem.id}: no answer in column {cfg.answer!r}; name the right one in task.answer"
-                )
+                what = f"no answer in column {cfg.answer!r}"
+                raise DataError(f"row {problem.id}: {what}; name the right one in task.answer")
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
         """1 for an equal value, else 0 with a text that does not give the answer away."""
-        got = final_answer(spoken(completion))
+        got = self.answer_in(completion)
         if got is None:
             return Verdict(0.0, "There is no final answer: it must stand in \\boxed{}, or after ####.")
         gold = _gold(problem)

@@ -37,16 +37,14 @@ class Mcq:
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
         """1 for the right letter, else 0 with what is wrong, which does not give the right letter away."""
-        inner = in_tag(completion, "answer")
+        inner, letter = in_tag(completion, "answer"), self.answer_in(completion)
         if inner is None:
             return Verdict(0.0, "There is no <answer>...</answer> with the letter of an option.")
-        letter = _LETTER.fullmatch(inner)
         if letter is None:
             shown = inner if len(inner) <= 60 else inner[:60] + "..."
             return Verdict(0.0, f"Inside <answer> stands {shown!r}; only the letter of one option may stand there.")
-        if letter[1].upper() == (problem.answer or "").strip():
-            return Verdict(1.0)
-        return Verdict(0.0, f"{letter[1].upper()} is not the right option.")
+        right = letter == (problem.answer or "").strip()
+        return Verdict(1.0) if right else Verdict(0.0, f"{letter} is not the right option.")
 
     def answer_in(self, completion: str) -> str | None:
         """The letter."""

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from vpd_mlx.common.functions import failure
-from vpd_mlx.errors import ConfigError, Fault
+from vpd_mlx.errors import ConfigError, config_error
 from vpd_mlx.tasks.data import DatasetSettings, read_split
 from vpd_mlx.types import Problem, Verdict
 
@@ -68,7 +68,7 @@ def as_verdict(result: Any) -> Verdict:
 
 def _load(path: Path) -> Callable[[Problem, str], Any]:
     def fault(problem: str, remedy: str) -> ConfigError:
-        return ConfigError([Fault("task.verifier", problem, remedy)], str(path))
+        return config_error("task.verifier", problem, remedy, str(path))
 
     spec = importlib.util.spec_from_file_location("vpd_mlx_user_verifier", path)
     if not path.is_file() or spec is None or spec.loader is None:

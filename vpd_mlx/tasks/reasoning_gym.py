@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from vpd_mlx.common.settings import Positive, Section
-from vpd_mlx.errors import ConfigError, DataError, Fault, SourceError
+from vpd_mlx.errors import DataError, SourceError, config_error
 from vpd_mlx.sandbox import Library
 from vpd_mlx.tasks.answers import in_tag
 from vpd_mlx.tasks.data import fraction
@@ -84,16 +84,13 @@ class ReasoningGym:
         self._made = (cfg.name, json.dumps(cfg.settings), cfg.rows, cfg.seed)
         names = self._library.call("names")
         if cfg.name not in names:
-            raise ConfigError(
-                [Fault("task.name", f"{cfg.name!r} is not a task of reasoning-gym", f"use one of {', '.join(names)}")]
-            )
+            what = f"{cfg.name!r} is not a task of reasoning-gym"
+            raise config_error("task.name", what, f"use one of {', '.join(names)}")
         try:
             self._library.call("make", *self._made)
         except SourceError as error:
-            fault = Fault(
-                "task.settings", f"{cfg.settings} are refused by {cfg.name} ({error})", "see that task's settings"
-            )
-            raise ConfigError([fault]) from None
+            what = f"{cfg.settings} are refused by {cfg.name} ({error})"
+            raise config_error("task.settings", what, "see that task's settings") from None
         sides: tuple[list[Problem], list[Problem]] = ([], [])
         seen: set[str] = set()
         for index in range(cfg.rows):
@@ -101,7 +98,8 @@ class ReasoningGym:
             if question not in seen:
                 seen.add(question)
                 held = fraction(f"{cfg.name}:{index}") < cfg.held_out
-                sides[held].append(_problem(f"{cfg.name}:{index}", index, question, answer))
+                messages = ({"role": "system", "content": SYSTEM}, {"role": "user", "content": str(question)})
+                sides[held].append(Problem(f"{cfg.name}:{index}", messages, answer, data={"index": index}))
         if not sides[0] or not sides[1]:
             raise DataError(
                 f"task.rows: {len(seen)} different problems leave none to {'evaluate' if sides[0] else 'train'} on; "
@@ -122,16 +120,10 @@ class ReasoningGym:
             return Verdict(0.0, error=f"the scorer failed on {answer[:80]!r}: {error}")
         if not isinstance(score, float) or not math.isfinite(score):
             return Verdict(0.0, error=f"the scorer returned {score!r}")
-        score = min(max(score, 0.0), 1.0)
-        if score < 1.0 and not self._partial_credit:
-            score = 0.0
-        return Verdict(score) if score == 1.0 else Verdict(score, f"{answer[:200]!r} is not the right answer.")
+        if score >= 1.0:
+            return Verdict(1.0)
+        return Verdict(max(score, 0.0) if self._partial_credit else 0.0, f"{answer[:200]!r} is not the right answer.")
 
     def reference_completion(self, problem: Problem) -> str | None:
         """The library's answer, if it has one: some tasks have only a scorer."""
         return None if problem.answer is None else f"<answer>{problem.answer}</answer>"
-
-
-def _problem(name: str, index: int, question: Any, answer: Any) -> Problem:
-    messages = ({"role": "system", "content": SYSTEM}, {"role": "user", "content": str(question)})
-    return Problem(id=name, messages=messages, answer=answer, data={"index": index})

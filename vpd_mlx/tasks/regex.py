@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from vpd_mlx.errors import ConfigError, DataError, Fault
+from vpd_mlx.errors import DataError, config_error
 from vpd_mlx.tasks.data import DatasetSettings, read_split
 from vpd_mlx.types import Problem, Verdict
 
@@ -29,15 +29,19 @@ class Regex:
 
     def __init__(self, cfg: RegexSettings) -> None:
         self._cfg = cfg
-        self._regex = regex = _library()
+        # Not `re`: this library has a timeout for patterns that backtrack for ever on a model's text.
+        try:
+            self._regex = regex = importlib.import_module("regex")
+        except ImportError:
+            what = "'regex' needs the regex library, which is not installed"
+            raise config_error("task.kind", what, "pip install 'vpd-mlx[regex]'") from None
         self._flags = regex.MULTILINE | (regex.IGNORECASE if cfg.ignore_case else 0)
         self._one = None
         if cfg.pattern is not None:
             try:
                 self._one = regex.compile(cfg.pattern, self._flags)
             except regex.error as error:
-                fault = Fault("task.pattern", f"{cfg.pattern!r} is not a pattern ({error})", "fix it")
-                raise ConfigError([fault]) from None
+                raise config_error("task.pattern", f"{cfg.pattern!r} is not a pattern ({error})", "fix it") from None
         self.train, self.held_out = read_split(cfg)
         for problem in (*self.train, *self.held_out):
             self._pattern(problem)
@@ -57,29 +61,14 @@ class Regex:
     def verify(self, problem: Problem, completion: str) -> Verdict:
         """1 for a match, else 0 with a text that does not give the pattern away."""
         pattern, text = self._pattern(problem), completion.strip()
+        whole = self._cfg.match == "whole"
         try:
-            if self._cfg.match == "whole":
-                found = pattern.fullmatch(text, timeout=self._cfg.timeout)
-            else:
-                found = pattern.search(text, timeout=self._cfg.timeout)
+            found = (pattern.fullmatch if whole else pattern.search)(text, timeout=self._cfg.timeout)
         except TimeoutError:
             return Verdict(0.0, error=f"the pattern {pattern.pattern!r} took longer than {self._cfg.timeout:g} s")
-        if found:
-            return Verdict(1.0)
-        where = "is not" if self._cfg.match == "whole" else "has nothing"
-        return Verdict(0.0, f"The answer {where} of the form that is asked for.")
+        where = "is not" if whole else "has nothing"
+        return Verdict(1.0) if found else Verdict(0.0, f"The answer {where} of the form that is asked for.")
 
     def reference_completion(self, problem: Problem) -> str | None:
         """The row's reference, if it has one."""
         return problem.reference
-
-
-def _library() -> Any:
-    # Not `re`: this library has a timeout for patterns that backtrack for ever on a model's text.
-    try:
-        return importlib.import_module("regex")
-    except ImportError:
-        fault = Fault(
-            "task.kind", "'regex' needs the regex library, which is not installed", "pip install 'vpd-mlx[regex]'"
-        )
-        raise ConfigError([fault]) from None

@@ -16,7 +16,7 @@ import builtins
 import json
 import pickletools
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -163,32 +163,26 @@ def _json(value: Any) -> Any:
     return json.loads(value) if isinstance(value, str) else value
 
 
-def _usual() -> Iterator[tuple[str, str]]:
-    modules = (
-        "bisect collections copy datetime decimal fractions functools heapq itertools json math operator random re "
-        "statistics string sys time typing"
-    )
-    for module in modules.split():
-        yield module, f"import {module}"
-    members = {
-        "typing": "Any Callable DefaultDict Deque Dict FrozenSet Generator Iterable Iterator List Mapping NamedTuple Optional "
-        "Sequence Set Tuple TypeVar Union",
-        "collections": "Counter OrderedDict defaultdict deque namedtuple",
-        "heapq": "heapify heappop heappush heappushpop heapreplace nlargest nsmallest",
-        "bisect": "bisect bisect_left bisect_right insort insort_left insort_right",
-        "functools": "cache cmp_to_key lru_cache partial reduce",
-        "itertools": "accumulate chain combinations combinations_with_replacement count cycle groupby islice pairwise "
-        "permutations product repeat starmap takewhile zip_longest",
-        "math": "ceil comb cos factorial floor gcd inf isqrt lcm log log10 log2 perm pi prod sin sqrt tan",
-        "string": "ascii_letters ascii_lowercase ascii_uppercase digits",
-        "operator": "add itemgetter mul xor",
-        "copy": "deepcopy",
-        "random": "randint",
-        "datetime": "timedelta",
-    }
-    for module, names in members.items():
-        for name in names.split():
-            yield name, f"from {module} import {name}"
-
-
-USUAL = dict(_usual())
+MODULES = (
+    "bisect collections copy datetime decimal fractions functools heapq itertools json math operator random re statistics "
+    "string sys time typing"
+)
+MEMBERS = {
+    "typing": "Any Callable DefaultDict Deque Dict FrozenSet Generator Iterable Iterator List Mapping NamedTuple Optional "
+    "Sequence Set Tuple TypeVar Union",
+    "collections": "Counter OrderedDict defaultdict deque namedtuple",
+    "heapq": "heapify heappop heappush heappushpop heapreplace nlargest nsmallest",
+    "bisect": "bisect bisect_left bisect_right insort insort_left insort_right",
+    "functools": "cache cmp_to_key lru_cache partial reduce",
+    "itertools": "accumulate chain combinations combinations_with_replacement count cycle groupby islice pairwise "
+    "permutations product repeat starmap takewhile zip_longest",
+    "math": "ceil comb cos factorial floor gcd inf isqrt lcm log log10 log2 perm pi prod sin sqrt tan",
+    "string": "ascii_letters ascii_lowercase ascii_uppercase digits",
+    "operator": "add itemgetter mul xor",
+    "copy": "deepcopy",
+    "random": "randint",
+    "datetime": "timedelta",
+}
+USUAL = {module: f"import {module}" for module in MODULES.split()} | {
+    name: f"from {module} import {name}" for module, names in MEMBERS.items() for name in names.split()
+}
