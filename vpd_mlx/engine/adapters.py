@@ -60,10 +60,8 @@ def lora_of(folder: Path) -> LoraSettings:
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror}); give an adapter folder of mlx-lm's") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # ValueError: bad JSON or a bad value
-        what = " ".join(str(error).split())
-        raise ModelError(
-            f"{path}: is not an adapter's config ({type(error).__name__}: {what}); export it again"
-        ) from None
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ModelError(f"{path}: is not an adapter's config ({what}); export it again") from None
 
 
 def load_adapter(folder: Path, like: Adapter) -> Adapter:
@@ -96,7 +94,5 @@ def save_adapter(folder: Path, adapter: Adapter, config: dict[str, Any]) -> None
         os.replace(partial, folder / "adapters.safetensors")
     except (OSError, RuntimeError) as error:  # mlx reports a failed write as RuntimeError
         partial.unlink(missing_ok=True)
-        raise RunError(
-            f"{folder}: the adapter cannot be written ({error}); free space or fix the permissions, then go on with "
-            "--resume"
-        ) from error
+        remedy = "free space or fix the permissions, then go on with --resume"
+        raise RunError(f"{folder}: the adapter cannot be written ({error}); {remedy}") from error

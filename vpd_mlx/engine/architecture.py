@@ -148,10 +148,8 @@ def check_lora(model: nn.Module, lora: LoraSettings) -> None:
     """
     blocks = len(model.layers)
     if lora.layers > blocks:
-        fault = Fault(
-            "lora.layers", f"{lora.layers} is more than the model's {blocks} blocks", f"use -1 or 1 to {blocks}"
-        )
-        raise ConfigError([fault])
+        problem = f"{lora.layers} is more than the model's {blocks} blocks"
+        raise ConfigError([Fault("lora.layers", problem, f"use -1 or 1 to {blocks}")])
     if lora.keys is None:
         return
     chosen = model.layers[-lora.layers :] if lora.layers > 0 else model.layers

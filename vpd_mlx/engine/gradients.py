@@ -19,6 +19,7 @@ from mlx.utils import tree_map
 from vpd_mlx.engine.batching import by_row
 from vpd_mlx.engine.heads import TokenLoss, weighted_token_loss
 from vpd_mlx.engine.policy import Policy
+from vpd_mlx.losses import LossAndMetrics
 from vpd_mlx.types import TokenRow
 
 __all__ = ["Floats", "Pass", "accumulate", "accumulate_weighed", "scored", "unit_weights"]
@@ -61,16 +62,13 @@ def accumulate(
     mine = [rows[i] for i in own]
     fixed = constants(own) if constants else [{} for _ in own]
     start = into.gradients if into else None
-    gradients, loss, columns = policy.within_memory(
+    done = policy.within_memory(
         lambda: _accumulate(policy, mine, [weights[i] for i in own], fixed, token_loss, seed, start)
     )
-    if gradients is None:  # more ranks than rows
-        gradients = tree_map(mx.zeros_like, policy.model.trainable_parameters())
-    return Pass(
-        gradients,
-        (into.loss if into else 0.0) + sum(policy.ranks.gather(loss)),
-        policy.ranks.collect(own, columns, len(rows)),
-    )
+    if done.gradients is None:  # more ranks than rows
+        done.gradients = tree_map(mx.zeros_like, policy.model.trainable_parameters())
+    loss = (into.loss if into else 0.0) + sum(policy.ranks.gather(done.loss))
+    return Pass(done.gradients, loss, policy.ranks.collect(own, done.columns, len(rows)))
 
 
 def accumulate_weighed(
@@ -83,15 +81,13 @@ def accumulate_weighed(
     alive, two thirds more than its gradient needs: this way the peak stays below that of a full micro-batch.
     """
 
-    def in_one() -> tuple[Any, float, list[dict[str, Floats]]] | None:
+    def in_one() -> Pass | None:
         if policy.ranks.size > 1 or policy.has_dropout or len(policy.split(rows, 2)) != 1:
             return None
         return _accumulate(policy, rows, weigh, [{} for _ in rows], token_loss, seed, None)
 
     done = policy.within_memory(in_one)
-    if done is not None:
-        return Pass(*done)
-    return accumulate(policy, rows, weigh(scored(policy, rows)), None, token_loss, seed)
+    return done or accumulate(policy, rows, weigh(scored(policy, rows)), None, token_loss, seed)
 
 
 def scored(policy: Policy, rows: Sequence[TokenRow]) -> list[Floats]:
@@ -108,7 +104,7 @@ def _accumulate(
     token_loss: TokenLoss,
     seed: int,
     gradients: Any,
-) -> tuple[Any, float, list[dict[str, Floats]]]:
+) -> Pass:
     total = 0.0
     columns: list[dict[str, Floats]] = [{} for _ in rows]
     mx.random.seed(seed)  # for dropout's masks
@@ -118,13 +114,12 @@ def _accumulate(
 
         def batch_loss(
             part: list[TokenRow] = part, indices: list[int] = indices, fixed: Mapping[str, mx.array] = fixed
-        ) -> tuple[mx.array, dict[str, mx.array]]:
+        ) -> LossAndMetrics:
             states, targets = policy.hidden(part)
-            if callable(weights):  # all rows are in this micro-batch
+            each = weights
+            if callable(each):  # all rows are in this micro-batch
                 found = dict(zip(indices, policy.scores(part, states, targets), strict=True))
-                each = weights([found[i] for i in range(len(rows))])
-            else:
-                each = weights
+                each = each([found[i] for i in range(len(rows))])
             flat = mx.array(np.concatenate([each[i] for i in indices]))
             return weighted_token_loss(
                 policy.head, token_loss, states, flat, {"targets": targets, **fixed}, policy.head_chunk
@@ -138,7 +133,7 @@ def _accumulate(
         values = {name: by_row(np.array(column), part) for name, column in figures.items()}
         for n, i in enumerate(indices):
             columns[i] = {name: pieces[n] for name, pieces in values.items()}
-    return gradients, total, columns
+    return Pass(gradients, total, columns)
 
 
 def unit_weights(rows: Sequence[TokenRow]) -> list[Floats]:

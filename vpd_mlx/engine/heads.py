@@ -14,13 +14,14 @@ from typing import Any
 import mlx.core as mx
 
 from vpd_mlx import losses
+from vpd_mlx.losses import LossAndMetrics
 
 __all__ = ["Head", "TokenLoss", "chunk_size", "map_tokens", "target_logps", "weighted_token_loss"]
 
 Head = Callable[[mx.array], mx.array]
 """(m, D) hidden states -> (m, V) logits."""
 
-TokenLoss = Callable[[mx.array, Mapping[str, mx.array], Head], tuple[mx.array, dict[str, mx.array]]]
+TokenLoss = Callable[[mx.array, Mapping[str, mx.array], Head], LossAndMetrics]
 """(logits (m, V), constants with m rows each, head) -> (loss (m,), metrics of (m,) each)."""
 
 CHUNK_BYTES = 24 << 20
@@ -34,7 +35,7 @@ def chunk_size(vocabulary: int) -> int:
     return max(1, factor * CHUNK_BYTES // (4 * LIVE_COPIES * vocabulary))
 
 
-def target_logps(logits: mx.array, fixed: Mapping[str, mx.array], _head: Head) -> tuple[mx.array, dict[str, mx.array]]:
+def target_logps(logits: mx.array, fixed: Mapping[str, mx.array], _head: Head) -> LossAndMetrics:
     """The token loss that is each target's log-probability: weights with a sign make any policy gradient of it."""
     return losses.token_logps(logits, fixed["targets"]), {}
 
@@ -46,7 +47,7 @@ def weighted_token_loss(
     weights: mx.array,
     constants: Mapping[str, mx.array],
     chunk: int,
-) -> tuple[mx.array, dict[str, mx.array]]:
+) -> LossAndMetrics:
     """sum_t w_t * loss_t, differentiable in `hidden`, and each token's loss and metrics without gradient.
 
     Args:

@@ -22,9 +22,8 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from vpd_mlx.common.seeds import phase_seed
 from vpd_mlx.engine.adapters import Adapter, config_of, fingerprint, load_adapter, save_adapter
 from vpd_mlx.engine.architecture import can_share_prompts, check_lora, checkpoint_blocks, load_model, split_head
-from vpd_mlx.engine.batching import by_row, micro_batches, pad, shared_prompts
+from vpd_mlx.engine.batching import Capture, Extend, by_row, micro_batches, pad, shared_prompts
 from vpd_mlx.engine.heads import Head, chunk_size, map_tokens, target_logps
-from vpd_mlx.engine.prefix import Capture, extended
 from vpd_mlx.engine.ranks import ALONE, Ranks
 from vpd_mlx.engine.settings import LoraSettings, MemorySettings
 from vpd_mlx.types import TokenRow
@@ -166,16 +165,15 @@ class Policy:
         together = None if apart else shared_prompts(rows, self._multiple, always=bool(shared))
         if together is None:
             padded = pad(rows, self._multiple)
-            states = self._body(mx.array(padded.inputs))  # (B, L, D)
-            flat = states.reshape(-1, states.shape[-1])  # (B * L, D)
+            flat = self._body(mx.array(padded.inputs)).flatten(0, 1)  # (B * L, D)
             return flat[mx.array(padded.positions)], mx.array(padded.targets)
         captures = [Capture() for _ in self.model.layers]
-        states = self._body(mx.array(together.prompts), cache=captures)  # (U, P, D)
-        flat = states.reshape(-1, states.shape[-1])  # (U * P, D)
+        flat = self._body(mx.array(together.prompts), cache=captures).flatten(0, 1)  # (U * P, D)
         if together.completions.size:
-            caches = extended(captures, mx.array(together.parents), mx.array(together.lengths))
-            added = self._body(mx.array(together.completions), cache=caches)  # (B, T, D)
-            flat = mx.concatenate([flat, added.reshape(-1, added.shape[-1])])  # (U * P + B * T, D)
+            parents, lengths = mx.array(together.parents), mx.array(together.lengths)
+            caches = [Extend(layer, parents, lengths) for layer in captures]
+            added = self._body(mx.array(together.completions), cache=caches).flatten(0, 1)  # (B * T, D)
+            flat = mx.concatenate([flat, added])  # (U * P + B * T, D)
         return flat[mx.array(together.positions)], mx.array(together.targets)
 
     def logps(self, rows: Sequence[TokenRow]) -> list[npt.NDArray[np.float32]]:
@@ -272,17 +270,9 @@ class Policy:
             self.model.eval()
 
     def load_adapter(self, folder: Path) -> None:
-        """Put in the adapter of a run's folder.
-
-        Raises:
-            ModelError: there is none, or it does not fit this model and LoRA configuration.
-        """
+        """Put in the adapter of a run's folder, which must fit (`adapters.load_adapter`)."""
         self.set_adapter(load_adapter(folder, self.adapter))
 
     def save_adapter(self, folder: Path) -> None:
-        """Write the adapter as mlx-lm reads it.
-
-        Raises:
-            RunError: it cannot be written; an older adapter there stays as it is.
-        """
+        """Write the adapter as mlx-lm reads it (`adapters.save_adapter`)."""
         save_adapter(folder, self.adapter, {**self._lora_config, "model": self.path})

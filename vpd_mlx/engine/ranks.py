@@ -29,6 +29,8 @@ LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")
 class Ranks:
     """This process's place among those that train together. Without a group it is alone, and nothing is ever sent.
 
+    Whatever sends something raises a RunError when another rank is gone.
+
     Attributes:
         index: this rank, from 0; 0 is the one that writes.
         size: how many there are.
@@ -51,9 +53,8 @@ class Ranks:
         try:
             group = mx.distributed.init(strict=True)
         except (RuntimeError, ValueError) as error:
-            raise RunError(
-                f"the other ranks cannot be reached ({error}); check the hosts given to mlx.launch"
-            ) from None
+            why = f"the other ranks cannot be reached ({error}); check the hosts given to mlx.launch"
+            raise RunError(why) from None
         return cls(group) if group.size() > 1 else ALONE
 
     @property
@@ -95,11 +96,7 @@ class Ranks:
     # --- exchange
 
     def gather(self, thing: T) -> list[T]:
-        """Every rank's `thing`, by rank. Anything that pickles: only this program's own ranks send it.
-
-        Raises:
-            RunError: another rank is gone.
-        """
+        """Every rank's `thing`, by rank. Anything that pickles: only this program's own ranks send it."""
         if self.size == 1:
             return [thing]
         data = np.frombuffer(pickle.dumps(thing), np.uint8)
@@ -111,11 +108,7 @@ class Ranks:
         return [pickle.loads(everyone[i, :n].tobytes()) for i, n in enumerate(sizes)]
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What `make` returns on the first rank, on all ranks.
-
-        Raises:
-            RunError: another rank is gone.
-        """
+        """What `make` returns on the first rank, on all ranks."""
         if self.size == 1:
             return make()
         things: list[Any] = self.gather(make() if self.first else None)
@@ -133,28 +126,18 @@ class Ranks:
         return out
 
     def sum(self, tree: Any) -> Any:
-        """The sum of all ranks' trees of float32 arrays, as one message, the same to the bit on every rank.
-
-        Raises:
-            RunError: another rank is gone.
-        """
+        """The sum of all ranks' trees of float32 arrays, as one message, the same to the bit on every rank."""
         if self.size == 1:
             return tree
         leaves = tree_flatten(tree)
         flat = mx.concatenate([leaf.astype(mx.float32).reshape(-1) for _, leaf in leaves])
         total = self._all(mx.distributed.all_sum, flat)
         ends = np.cumsum([leaf.size for _, leaf in leaves])[:-1].tolist()
-        parts = mx.split(total, ends)
-        return tree_unflatten(
-            [(name, part.reshape(leaf.shape)) for (name, leaf), part in zip(leaves, parts, strict=True)]
-        )
+        pairs = zip(leaves, mx.split(total, ends), strict=True)
+        return tree_unflatten([(name, part.reshape(leaf.shape)) for (name, leaf), part in pairs])
 
     def agree(self, what: str, mine: str) -> None:
-        """See that `mine` is the same on every rank.
-
-        Raises:
-            RunError: it is not.
-        """
+        """See that `mine` is the same on every rank, and raise a RunError when it is not."""
         said = self.gather(mine)
         for other, text in enumerate(said):
             if text != said[0]:

@@ -92,9 +92,7 @@ def _side_by_side(
             mx.clear_streams()  # mlx's own must not outlive the thread, or the process may abort at its end
 
     mx.eval(policy.model.parameters())  # what was put in lazily belongs to this thread's stream
-    threads = [
-        threading.Thread(target=work, args=(part,), name=f"rollout-{part}", daemon=True) for part in range(parts)
-    ]
+    threads = [threading.Thread(target=work, args=(p,), name=f"rollout-{p}", daemon=True) for p in range(parts)]
     for thread in threads:
         thread.start()
     try:
@@ -130,11 +128,8 @@ def _steps(
         yield from _continuous(policy, prompts, samples, how, width)
 
 
-def _sampler(how: Sampling) -> Callable[[mx.array], mx.array]:
-    sampler: Callable[[mx.array], mx.array] = make_sampler(
-        temp=how.temperature, top_p=how.top_p if how.top_p < 1.0 else 0.0
-    )
-    return sampler
+def _sampler(how: Sampling) -> Any:
+    return make_sampler(temp=how.temperature, top_p=how.top_p if how.top_p < 1.0 else 0.0)
 
 
 def _all_at_once(
@@ -169,14 +164,13 @@ def _all_at_once(
                 tokens, chosen = step(here)
         mx.eval(here, scores)  # waits without blocking Python's other threads, unlike a conversion
         finished, keep = [], []
-        for i, (at, token, score) in enumerate(
-            zip(rows, np.array(here).tolist(), np.array(scores).tolist(), strict=True)
-        ):
+        drawn = zip(rows, np.array(here).tolist(), np.array(scores).tolist(), strict=True)
+        for i, (at, token, score) in enumerate(drawn):
             done[at][0].append(token)
             done[at][1].append(score)
             if token in stops or length == how.max_tokens:
                 ids, logps = done.pop(at)
-                finished.append((*at, _rollout(policy.tokenizer, ids, tuple(logps), "length", stops)))
+                finished.append((*at, _rollout(policy, ids, logps, "length")))
             else:
                 keep.append(i)
         yield finished
@@ -206,7 +200,6 @@ def _continuous(
         tokens: dict[int, list[int]] = {uid: [] for uid in places}
         scores: dict[int, list[tuple[int, int]]] = {uid: [] for uid in places}
         columns: list[mx.array] = []
-        stops = set(policy.tokenizer.eos_token_ids)
         while responses := generator.next_generated():
             # One gather a step for all rows: a kept row of log-probabilities would pin the whole (rows, V) buffer.
             column = mx.stack([r.logprobs[r.token] for r in responses]).astype(mx.float32)
@@ -220,19 +213,11 @@ def _continuous(
                     finished.append((r.uid, r.finish_reason))
             del responses  # finished rows carry a copy of their cache
             values = {at: np.array(columns[at]) for uid, _ in finished for at, _ in scores[uid]}
-            yield [
-                (
-                    *places[uid],
-                    _rollout(
-                        policy.tokenizer,
-                        tokens.pop(uid),
-                        tuple(float(values[at][i]) for at, i in scores.pop(uid)),
-                        reason,
-                        stops,
-                    ),
-                )
-                for uid, reason in finished
-            ]
+            done = []
+            for uid, reason in finished:
+                logps = [float(values[at][i]) for at, i in scores.pop(uid)]
+                done.append((*places[uid], _rollout(policy, tokens.pop(uid), logps, reason)))
+            yield done
     finally:
         generator.close()
 
@@ -245,9 +230,8 @@ def _behind_prompts(policy: Policy, prompts: Sequence[tuple[int, ...]], samples:
         if cache is None:
             return None
         caches.append(cache)
-    return [
-        layers[0].merge([layer for layer in layers for _ in range(samples)]) for layers in zip(*caches, strict=True)
-    ]
+    by_layer = zip(*caches, strict=True)
+    return [layers[0].merge([layer for layer in layers for _ in range(samples)]) for layers in by_layer]
 
 
 def _read(policy: Policy, prompt: tuple[int, ...]) -> list[Any] | None:
@@ -268,20 +252,16 @@ def _insert(
     places: dict[int, tuple[int, int]] = {}
     for p, prompt in enumerate(prompts):
         shared = _read(policy, prompt) if samples > 1 and len(prompt) > 1 else None
-        caches, ids = None, list(prompt)
-        if shared is not None:
-            caches, ids = [shared] * samples, list(prompt[-1:])
+        caches, ids = (None, prompt) if shared is None else ([shared] * samples, prompt[-1:])
         uids = generator.insert([list(ids) for _ in range(samples)], [max_tokens] * samples, caches)
         places.update({uid: (p, n) for n, uid in enumerate(uids)})
     return places
 
 
-def _rollout(
-    tokenizer: Any, ids: list[int], logps: tuple[float, ...], reason: FinishReason, stops: set[int]
-) -> Rollout:
-    stopped = ids[-1] in stops
-    text = tokenizer.decode(ids[:-1] if stopped else ids)
-    return Rollout(tokens=tuple(ids), logps=logps, text=text, finish="stop" if stopped else reason)
+def _rollout(policy: Policy, ids: list[int], logps: list[float], reason: FinishReason) -> Rollout:
+    stopped = ids[-1] in policy.tokenizer.eos_token_ids
+    text = policy.tokenizer.decode(ids[:-1] if stopped else ids)
+    return Rollout(tokens=tuple(ids), logps=tuple(logps), text=text, finish="stop" if stopped else reason)
 
 
 def probe_batches(policy: Policy) -> None:

@@ -9,16 +9,14 @@
    process, and limits of time, memory, output and disk. Everything it starts dies with it.
 4. It receives the program through a pipe and runs it (`child`), or loads it and waits for calls of its functions.
 5. Meanwhile `process` moves bytes, watches the limits that the kernel does not enforce, and kills the child when it exceeds one.
-6. What comes back is text or plain data (JSON, never pickle): a `Result` (`results`) or a `Value` (`values`).
+6. What comes back is text or plain data (JSON, never pickle): a `Result` or a `Value` (`results`).
 
 A program is hostile by assumption. It cannot forge a verdict, because it never holds the expected values: they stay in this
 process, which compares. Tests that are code (`assert f(1) == 2`) run in a second child, the judge, whose calls of the program
-go through this process. `library` keeps a grading library in a child of its own.
+go through this process. `Library` keeps a grading library in a child of its own.
 """
 
-from vpd_mlx.sandbox.library import Library
-from vpd_mlx.sandbox.results import Ended, Failure, Limits, Outcome, Result
-from vpd_mlx.sandbox.sandbox import LoadedProgram, Sandbox
-from vpd_mlx.sandbox.values import Value
+from vpd_mlx.sandbox.results import Ended, Failure, Limits, Outcome, Result, Value
+from vpd_mlx.sandbox.sandbox import Library, LoadedProgram, Sandbox
 
 __all__ = ["Ended", "Failure", "Library", "Limits", "LoadedProgram", "Outcome", "Result", "Sandbox", "Value"]

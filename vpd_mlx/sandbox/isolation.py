@@ -20,43 +20,19 @@ USER_NAMESPACE = 0x10000000
 RDONLY, NOSUID, NODEV, NOEXEC, REMOUNT, BIND, REC, PRIVATE = 1, 2, 4, 8, 32, 4096, 16384, 1 << 18
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 
-# System calls that programs do without: number on x86_64, number on aarch64 (-1: none).
-DENIED = {
-    "socket": (41, 198),  # no network; socketpair is another call
-    "fork": (57, -1),
-    "vfork": (58, -1),
-    "execve": (59, 221),
-    "execveat": (322, 281),
-    "tkill": (200, 130),
-    "rt_sigqueueinfo": (129, 138),
-    "rt_tgsigqueueinfo": (297, 240),
-    "pidfd_open": (434, 434),
-    "pidfd_getfd": (438, 438),
-    "pidfd_send_signal": (424, 424),
-    "ptrace": (101, 117),
-    "process_vm_readv": (310, 270),
-    "process_vm_writev": (311, 271),
-    "process_madvise": (440, 440),
-    "kcmp": (312, 272),
-    "unshare": (272, 97),
-    "setns": (308, 268),
-    "mount": (165, 40),
-    "chroot": (161, 51),
-    "add_key": (248, 217),
-    "request_key": (249, 218),
-    "keyctl": (250, 219),
-    "bpf": (321, 280),
-    "perf_event_open": (298, 241),
-    "userfaultfd": (323, 282),
-    "io_uring_setup": (425, 425),
-    "memfd_create": (319, 279),  # like the five below: memory that RLIMIT_AS does not count
-    "memfd_secret": (447, 447),
-    "shmget": (29, 194),
-    "msgget": (68, 186),
-    "semget": (64, 190),
-    "mq_open": (240, 180),
-    "personality": (135, 92),
-}
+# System calls that programs do without: name, number on x86_64, number on aarch64 (-1: none). `socketpair` is another call than
+# `socket` and stays allowed. From `memfd_create` to `mq_open`: memory that RLIMIT_AS does not count.
+DENIED = """
+    socket 41 198             fork 57 -1                 vfork 58 -1                execve 59 221
+    execveat 322 281          tkill 200 130              rt_sigqueueinfo 129 138    rt_tgsigqueueinfo 297 240
+    pidfd_open 434 434        pidfd_getfd 438 438        pidfd_send_signal 424 424  ptrace 101 117
+    process_vm_readv 310 270  process_vm_writev 311 271  process_madvise 440 440    kcmp 312 272
+    unshare 272 97            setns 308 268              mount 165 40               chroot 161 51
+    add_key 248 217           request_key 249 218        keyctl 250 219             bpf 321 280
+    perf_event_open 298 241   userfaultfd 323 282        io_uring_setup 425 425     memfd_create 319 279
+    memfd_secret 447 447      shmget 29 194              msgget 68 186              semget 64 190
+    mq_open 240 180           personality 135 92
+"""
 CLONE, CLONE3, KILL, TGKILL, PRLIMIT = (56, 220), (435, 435), (62, 129), (234, 131), (302, 261)
 
 
@@ -99,8 +75,7 @@ class Kernel:
 
     def mount(self, source: str, target: str, kind: str | None, flags: int, data: str = "") -> None:
         """mount(2)."""
-        word = kind.encode() if kind else None
-        self("namespaces", "mount", source.encode(), target.encode(), word, flags, data.encode())
+        self("namespaces", "mount", source.encode(), target.encode(), kind and kind.encode(), flags, data.encode())
 
 
 def enter_namespaces(kernel: Kernel, spec: Spec) -> None:
@@ -128,14 +103,12 @@ def enter_namespaces(kernel: Kernel, spec: Spec) -> None:
 
 
 def _wait_and_exit(child: int) -> None:
-    status = 1
-    while True:
-        try:
+    pid, status = 0, 1
+    try:
+        while pid != child:
             pid, status = os.wait()
-        except ChildProcessError:
-            break
-        if pid == child:
-            break
+    except ChildProcessError:
+        pass
     code = os.waitstatus_to_exitcode(status)
     os._exit(code if code >= 0 else 128 - code)
 
@@ -268,25 +241,22 @@ def apply_seccomp(kernel: Kernel) -> None:
     code: list[tuple[int, int, int, int]] = []
     code += [(load, 0, 0, 4), (equal, 1, 0, architecture), (give, 0, 0, kill), (load, 0, 0, 0)]
     code += [(at_least, 0, 1, 0x40000000), (give, 0, 0, deny)]  # x86_64's x32 calls
-    code += [
-        (equal, 0, 1, CLONE3[column]),
-        (give, 0, 0, unknown),
-    ]  # then libc falls back to clone, whose flags can be checked
+    # Without clone3 libc falls back to clone, whose flags can be checked.
+    code += [(equal, 0, 1, CLONE3[column]), (give, 0, 0, unknown)]
     code += [(equal, 0, 5, CLONE[column]), (load, 0, 0, 16)]
     code += [(any_bit, 1, 0, 0x7E020000), (any_bit, 1, 0, 0x00010000), (give, 0, 0, deny), (give, 0, 0, allow)]
     for call, free in ((KILL, pid), (TGKILL, pid), (PRLIMIT, 0)):
         code += [(equal, 0, 4, call[column]), (load, 0, 0, 16)]
         code += [(equal, 1, 0, free), (give, 0, 0, deny), (give, 0, 0, allow)]
-    for numbers in DENIED.values():
-        if numbers[column] >= 0:
-            code += [(equal, 0, 1, numbers[column]), (give, 0, 0, deny)]
+    for number in map(int, DENIED.split()[1 + column :: 3]):
+        if number >= 0:
+            code += [(equal, 0, 1, number), (give, 0, 0, deny)]
     code.append((give, 0, 0, allow))
 
-    packed = b"".join(
-        c.to_bytes(2, sys.byteorder) + bytes((t, f)) + k.to_bytes(4, sys.byteorder) for c, t, f, k in code
-    )
+    order = sys.byteorder
+    packed = b"".join(c.to_bytes(2, order) + bytes((t, f)) + k.to_bytes(4, order) for c, t, f, k in code)
     buffer = kernel.c.create_string_buffer(packed, len(packed))
-    program = len(code).to_bytes(8, sys.byteorder) + kernel.c.addressof(buffer).to_bytes(8, sys.byteorder)
+    program = len(code).to_bytes(8, order) + kernel.c.addressof(buffer).to_bytes(8, order)
     kernel("seccomp", "prctl", 22, 2, program, 0, 0)  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
 
 
@@ -294,11 +264,11 @@ def isolate(spec: Spec) -> str:
     """Apply all layers, the outermost first. Returns `layer: reason` of the first that failed, or nothing."""
     try:
         _apply_layers(spec)
+        return ""
     except LayerError as error:
         return str(error)
     except (OSError, ValueError, ImportError) as error:
         return f"limits: {error}"
-    return ""
 
 
 def _apply_layers(spec: Spec) -> None:

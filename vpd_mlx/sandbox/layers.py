@@ -86,12 +86,8 @@ def child_command(
     # No other process has this user id: the kernel counts threads per user, and lets a user's processes signal one another.
     uid = 1_000_000_000 + os.getpid() % 2**22 * 256 + next(_numbers) % 256
     words = {"mode": mode, "layers": ",".join(layers), "ctl": pipes[0], "res": pipes[1], "tmp": tmp, "uid": uid}
-    words |= {
-        "cpu": limits.cpu_s,
-        "memory": limits.memory_mb << 20,
-        "file": limits.file_mb << 20,
-        "threads": limits.threads,
-    }
+    words |= {"cpu": limits.cpu_s, "memory": limits.memory_mb << 20}
+    words |= {"file": limits.file_mb << 20, "threads": limits.threads}
     command = [python(), "-I", "-S", "-B", "-X", "utf8", "-c", START, *CODE, *(f"{k}={v}" for k, v in words.items())]
     command += [f"read={path}" for path in (*_library_folders(), *packages)]
     command += [f"path={path}" for path in packages]
@@ -119,15 +115,8 @@ def seatbelt_profile(python: str, tmp: str, packages: Sequence[str], lookups: bo
 
     prefix = (sys.base_prefix, sys.base_exec_prefix, str(Path(python).parent))
     code = [path for source in CODE for path in (source, importlib.util.cache_from_source(source))]
-    system = [
-        "/System",
-        "/usr/lib",
-        "/usr/share",
-        "/Library/Apple",
-        "/Library/Frameworks",
-        "/dev",
-        "/private/var/db/dyld",
-    ]
+    system = ["/System", "/usr/lib", "/usr/share", "/Library/Apple"]
+    system += ["/Library/Frameworks", "/dev", "/private/var/db/dyld"]
     # Libraries that Homebrew's Python is linked with.
     system += [f"{brew}/{folder}" for brew in ("/opt/homebrew", "/usr/local") for folder in ("lib", "opt", "Cellar")]
     rules = [

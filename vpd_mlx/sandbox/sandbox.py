@@ -1,25 +1,32 @@
-"""The class that callers use: it starts programs, calls their functions, and judges them by tests."""
+"""The classes that callers use: they start programs, call their functions, and judge them by tests."""
 
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
+import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from vpd_mlx.errors import SourceError
+from vpd_mlx.errors import ConfigError, Fault, SourceError
 from vpd_mlx.sandbox.child import encode
 from vpd_mlx.sandbox.layers import GIVE_UP_ORDER, Abilities, possible_layers, python
 from vpd_mlx.sandbox.process import Process
-from vpd_mlx.sandbox.results import Ended, Failure, Limits, Outcome, Result
-from vpd_mlx.sandbox.values import Value, check, show_arguments
+from vpd_mlx.sandbox.results import Ended, Failure, Limits, Outcome, Result, Value, check, show_arguments
 
-__all__ = ["LoadedProgram", "Sandbox"]
+__all__ = ["Library", "LoadedProgram", "Sandbox"]
 
 LOAD_SECONDS = 120.0  # for a program that stays: it may import a library from a cold disk
 SELF_TEST = "import collections, heapq, json, math, random, re, sys, threading\nprint(sys.stdin.read()[::-1])\n"
+# numpy and sympy map much memory. The CPU limit counts for the whole life of the process, wall time for each call.
+LIBRARY_LIMITS = {"memory_mb": 4096, "cpu_s": 1_000_000, "output_kb": 1024, "threads": 32}
+# One thread each: answers are small, and the sandbox limits threads.
+LIBRARY_SETUP = "import os\nos.environ.update(OPENBLAS_NUM_THREADS='1', OMP_NUM_THREADS='1', MPLCONFIGDIR='.')\n"
 
 
 class Sandbox:
@@ -40,7 +47,7 @@ class Sandbox:
     ) -> None:
         self.limits = limits or Limits()
         self._packages = tuple(packages)
-        self.abilities = self._probe([layer for layer in possible_layers() if layer not in without])
+        self._probe([layer for layer in possible_layers() if layer not in without])
         if strict and self.abilities.missing:
             raise SourceError(f"{self.abilities.notice()}; use a machine that prevents it, or set strict to false")
 
@@ -118,16 +125,15 @@ class Sandbox:
     ) -> Process:
         return Process(limits or self.limits, self.abilities.layers, self._packages, mode, program, prelude, stdin)
 
-    def _probe(self, layers: list[str]) -> Abilities:
-        """The largest set of layers under which a program runs."""
+    def _probe(self, layers: list[str]) -> None:
+        """Find the largest set of layers under which a program runs."""
         reasons: list[str] = []
         while True:
+            self.abilities = Abilities(tuple(layers), tuple(reasons))
             try:
-                with closing(Process(self.limits, layers, self._packages, "run", SELF_TEST, stdin="olleh")) as process:
-                    process.pump()
-                    result = process.result()
+                result = self.run(SELF_TEST, stdin="olleh")
                 if result.ended == "ok" and result.stdout == "hello\n":
-                    return Abilities(tuple(layers), tuple(reasons))
+                    return
                 why, culprit = f"{result.ended}: {result.failure}", None
             except SourceError as error:
                 why = str(error)
@@ -207,6 +213,64 @@ class LoadedProgram(AbstractContextManager["LoadedProgram"]):
             self._process.kill()
             self._end = Result("error", "", "", Failure("ValueError", "the program returned no readable value"))
             return None
+
+
+class Library:
+    """Functions of `program`, called one at a time, each within `timeout` seconds. Restarts after a call that killed it.
+
+    For a grading library, because it reads model-written text and may evaluate it: math-verify and reasoning-gym pass parts of an
+    answer to Python's `eval`, directly or through sympy, and a power tower keeps sympy busy for ever. In a child process they can
+    neither do harm nor hang a run, and any thread may call them.
+
+    Raises:
+        ConfigError: the module `needs` is not installed; `extra` is this package's extra that installs it.
+        SourceError: it does not start.
+    """
+
+    def __init__(self, program: str, needs: str, extra: str, kind: str, timeout: float) -> None:
+        if importlib.util.find_spec(needs) is None:
+            problem = f"{kind!r} needs {needs}, which is not installed"
+            raise ConfigError([Fault("task.kind", problem, f"pip install 'vpd-mlx[{extra}]'")])
+        folders = [p for p in sys.path if Path(p).name in ("site-packages", "dist-packages") and Path(p).is_dir()]
+        self._program = LIBRARY_SETUP + program
+        self._sandbox = Sandbox(Limits(wall_s=timeout, **LIBRARY_LIMITS), packages=folders)
+        # A thread of its own: the process ends with the thread that starts it, and callers' threads come and go.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=needs)
+        self._loaded: LoadedProgram | None = None
+
+    @property
+    def notice(self) -> str:
+        """`Abilities.notice` of its sandbox."""
+        return self._sandbox.abilities.notice()
+
+    def call(self, name: str, *args: Any) -> Any:
+        """Call a function that returns JSON text; returns the value.
+
+        Raises:
+            SourceError: it raised, took too long, or returned no JSON.
+        """
+        answer = self._thread.submit(self._call, name, args).result()
+        if isinstance(answer, Failure):
+            raise SourceError(str(answer))
+        try:
+            return json.loads(answer.encoded)
+        except (TypeError, ValueError):
+            raise SourceError(f"{name} returned {str(answer)[:80]}") from None
+
+    def close(self) -> None:
+        """End the process. The next call starts another."""
+        self._thread.submit(self._stop).result()
+
+    def _call(self, name: str, args: tuple[Any, ...]) -> Value | Failure:
+        if self._loaded is None or self._loaded.ended:
+            self._stop()
+            self._loaded = self._sandbox.open(self._program, per_call=True)
+        return self._loaded.call(name, args)
+
+    def _stop(self) -> None:
+        if self._loaded is not None:
+            self._loaded.close()
+            self._loaded = None
 
 
 def _outcome(
