@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vpd_mlx.commands.options import overridden
@@ -169,6 +169,7 @@ values = st.recursive(
 
 @settings(max_examples=250, deadline=None)
 @given(st.lists(st.tuples(keys, values), min_size=1, max_size=4))
+@example([("model", "\0")])
 def test_any_override_gives_a_recipe_or_named_faults(tmp_path_factory, overrides):
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_text(MINIMAL)

@@ -130,10 +130,10 @@ class _Core(Section):
 
     def located(self, folder: Path) -> Self:
         """The recipe with every path in it absolute, as seen from its folder."""
-        recipe, local = super().located(folder), (folder / Path(self.model).expanduser()).resolve()
-        if not self.model.startswith((".", "/", "~")) and not local.exists():
+        recipe, local = super().located(folder), absolute(self.model, folder)
+        if not self.model.startswith((".", "/", "~")) and not Path(local).exists():
             return recipe  # a model on the hub
-        return recipe.model_copy(update={"model": absolute(self.model, folder)})
+        return recipe.model_copy(update={"model": local})
 
 
 # Which sections algorithms read is known only when their list is: the model is made then. A type checker cannot follow that; it

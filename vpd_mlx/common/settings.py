@@ -97,7 +97,12 @@ def kind_of(section: type[Section]) -> str:
 
 def absolute(path: str, folder: Path) -> str:
     """The path as seen from `folder`."""
-    return str((folder / Path(path).expanduser()).resolve())
+    try:
+        return str((folder / Path(path).expanduser()).resolve())
+    except (ValueError, RuntimeError) as error:  # a null byte, or the home of an unknown user
+        raise ConfigError(
+            [Fault(repr(path), f"is not a path ({error})", "give the path of a file or folder")]
+        ) from None
 
 
 # --- reading
