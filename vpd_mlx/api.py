@@ -16,12 +16,12 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from vpd_mlx.errors import RunError
-from vpd_mlx.recipe import Recipe, merged, resolve_recipe_path
+from vpd_mlx.errors import RunError, config_error
+from vpd_mlx.recipe import Recipe, resolve_recipe_path
 from vpd_mlx.recipe import load_recipe as load_recipe_file
 from vpd_mlx.run import folder as run_folder
 from vpd_mlx.run.folder import Evaluation
-from vpd_mlx.run.handed import Feedback, Problems, combine, fault, resumed
+from vpd_mlx.run.handed import Feedback, Problems, combine, resumed
 from vpd_mlx.run.log import RECIPE_FILE, free_run_folder
 from vpd_mlx.types import Group
 
@@ -99,22 +99,18 @@ def train(
     Raises:
         VpdError: an argument is wrong or the run cannot go on; the message is one line for each fault.
     """
-    where = "vpd.train"
-    raw = model.model_dump(mode="json") if isinstance(model, Recipe) else {"model": model, "name": _name(model)}
-    if isinstance(model, Path):
-        raw["model"] = str(model)
-    raw = merged(raw, {**keys, **({} if steps is None else {"steps": steps})})
-    base = Path("runs") / str(raw["name"])
-    folder = Path(out) if out is not None else base if resume or overwrite else free_run_folder(base.parent, base.name)
-    held = (folder / RECIPE_FILE).is_file()
-    if resume and not held:
-        raise fault(where, "resume", f"{folder} holds no run", "name a run's folder with out=, or leave resume out")
-    if held and not resume and not overwrite:
-        remedy = "name another folder, or give resume=True or overwrite=True"
-        raise fault(where, "out", f"{str(folder)!r} holds a run already", remedy)
-    recipe, handed = combine(where, raw, folder, problems, held_out, verify, feedback, algorithm)
+    if isinstance(model, Recipe):
+        raw = model.model_dump(mode="json")
+    else:
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(str(model)).name).strip("._-") or "run"
+        raw = {"model": str(model) if isinstance(model, Path) else model, "name": name}
+    if steps is not None:
+        keys["steps"] = steps
+    folder = _folder(out, str(keys.get("name", raw["name"])), resume, overwrite)
+    keys |= {"problems": problems, "held_out": held_out, "feedback": feedback, "algorithm": algorithm}
+    recipe, handed = combine("vpd.train", raw, folder, verify=verify, **keys)
     if resume:
-        handed = resumed(where, folder, recipe, handed)
+        handed = resumed("vpd.train", folder, recipe, handed)
     from vpd_mlx.report.live import make_view
     from vpd_mlx.run.loop import train as run
     from vpd_mlx.run.progress import Stop
@@ -155,7 +151,7 @@ def evaluate(
     """
     from vpd_mlx.run.change import evaluate_change
 
-    where, folder = "vpd.evaluate", None
+    folder = None
     if isinstance(run, run_folder.Run):
         run = run.path
     if not isinstance(run, Recipe) and (Path(run) / RECIPE_FILE).is_file():
@@ -163,8 +159,8 @@ def evaluate(
         run, adapter = load_recipe(folder / RECIPE_FILE), folder / "adapters" if adapter is None else adapter
     elif not isinstance(run, Recipe):
         run = load_recipe(run)
-    raw = merged(run.model_dump(mode="json"), keys)
-    recipe, handed = combine(where, raw, folder or Path(), None, None, verify, feedback, None)
+    raw, keys = run.model_dump(mode="json"), {**keys, "feedback": feedback}
+    recipe, handed = combine("vpd.evaluate", raw, folder or Path(), verify=verify, **keys)
     at = None if adapter is None else Path(adapter)
     return evaluate_change(recipe, at, folder, split, base=base, greedy=greedy, progress=progress, handed=handed)
 
@@ -199,8 +195,8 @@ class Session:
             VpdError: an argument, data or model is unusable.
         """
         raw = (recipe if isinstance(recipe, Recipe) else load_recipe(recipe)).model_dump(mode="json")
-        given = (problems, held_out, verify, feedback, algorithm)
-        cfg, handed = combine("vpd.Session.load", merged(raw, keys), Path(), *given)
+        keys |= {"problems": problems, "held_out": held_out, "feedback": feedback, "algorithm": algorithm}
+        cfg, handed = combine("vpd.Session.load", raw, Path(), verify=verify, **keys)
         from vpd_mlx.run.step import Trainer
 
         trainer = Trainer.build(cfg, progress, handed=handed)
@@ -248,8 +244,18 @@ class Session:
         self.trainer.sources.close()
 
 
-def _name(model: Any) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(str(model)).name).strip("._-") or "run"
+def _folder(out: str | Path | None, name: str, resume: bool, overwrite: bool) -> Path:
+    """The folder to train in, once it is seen to fit what is asked."""
+    base = Path("runs") / name
+    folder = Path(out) if out is not None else base if resume or overwrite else free_run_folder(base)
+    held = (folder / RECIPE_FILE).is_file()
+    if resume and not held:
+        remedy = "name a run's folder with out=, or leave resume out"
+        raise config_error("resume", f"{folder} holds no run", remedy, "vpd.train")
+    if held and not resume and not overwrite:
+        remedy = "name another folder, or give resume=True or overwrite=True"
+        raise config_error("out", f"{str(folder)!r} holds a run already", remedy, "vpd.train")
+    return folder
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from vpd_mlx.algos import ALGORITHMS, Entry
 from vpd_mlx.common.settings import OneOf, Positive, Section, absolute, assign, parse_yaml, validate
 from vpd_mlx.engine.settings import LoraSettings, MemorySettings, OptimizerSettings, RolloutSettings
-from vpd_mlx.errors import ConfigError, Fault
+from vpd_mlx.errors import ConfigError, Fault, config_error
 from vpd_mlx.feedback import FeedbackSettings
 from vpd_mlx.prompts import Templates
 from vpd_mlx.tasks import TASKS
@@ -181,7 +181,7 @@ def resolve_recipe_path(recipe: str) -> Path:
     close = difflib.get_close_matches(recipe, known, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"give a .yaml file or one of: {', '.join(known)}"
     what = "is a folder, not a file" if path.is_dir() else "there is no such file or built-in recipe"
-    raise ConfigError([Fault(recipe, what, hint)], "recipe")
+    raise config_error(recipe, what, hint)
 
 
 def load_recipe(path: Path, overrides: list[tuple[str, Any]] | None = None) -> Recipe:
@@ -193,20 +193,17 @@ def load_recipe(path: Path, overrides: list[tuple[str, Any]] | None = None) -> R
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([Fault(str(path), f"cannot be read ({error})", "give a readable text file")]) from None
+        raise config_error(str(path), f"cannot be read ({error})", "give a readable text file") from None
     raw = parse_yaml(text, str(path))
     if not isinstance(raw, dict):
         kind = "empty" if raw is None else f"a {type(raw).__name__}"
-        raise ConfigError(
-            [Fault("text", f"the recipe is {kind}", "write keys and values, e.g. `name: mine`")], str(path)
-        )
-    faults: list[Fault] = []
+        remedy = "write keys and values, e.g. `name: mine`"
+        raise config_error("text", f"the recipe is {kind}", remedy, str(path))
     version = raw.get("version", RECIPE_VERSION)
     if isinstance(version, int) and not isinstance(version, bool) and version > RECIPE_VERSION:
-        newer = Fault("version", f"{version} is newer than {RECIPE_VERSION}", "update vpd-mlx to read this recipe")
-        raise ConfigError([newer], str(path))
-    for key, value in overrides or []:
-        faults += assign(raw, key, value)
+        remedy = "update vpd-mlx to read this recipe"
+        raise config_error("version", f"{version} is newer than {RECIPE_VERSION}", remedy, str(path))
+    faults = [fault for key, value in overrides or [] for fault in assign(raw, key, value)]
     try:
         return check_recipe(raw, str(path), path.parent, faults)
     except ConfigError as error:

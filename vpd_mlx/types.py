@@ -17,7 +17,7 @@ class Problem:
     """One task row.
 
     `messages` is the student's chat (an optional system message, the last one from the user). `answer` is what the
-    verifier compares with, `reference` a worked solution where the data has one, `data` whatever else a verifier needs.
+    verifier compares with, `reference` a worked solution if the data has one, `data` whatever else a verifier needs.
     """
 
     id: str
@@ -34,10 +34,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a verifier says of one completion.
+    """A verifier's verdict on one completion.
 
-    `score` lies in [0, 1]; `text` is its feedback in words, empty where it has nothing to say. `error` names a failure
-    of the verifier itself: the score then means nothing, and the rollout leaves the batch.
+    `score` lies in [0, 1]; `text` is its feedback in words, empty if it has none. `error` describes a failure of the
+    verifier itself: the score then means nothing, and the rollout leaves the batch.
     """
 
     score: float
@@ -58,7 +58,7 @@ class Context:
 class Rollout:
     """One completion sampled from the student.
 
-    `tokens` are the completion's ids with the stop token where one came; `logps` the sampler's float32
+    `tokens` are the completion's ids with the stop token if there is one; `logps` the sampler's float32
     log-probabilities of these tokens; `text` the decoded completion without the stop token. `teacher_prompt` is set
     with `context`. `source_errors` says which feedback sources failed on it, and why.
     """

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import mlx.core as mx
 
+from vpd_mlx.common.functions import function_name
 from vpd_mlx.common.stats import Clock
 from vpd_mlx.engine.gradients import Floats
 from vpd_mlx.engine.optimizer import Metrics
 from vpd_mlx.engine.policy import Policy
+from vpd_mlx.errors import RunError
 from vpd_mlx.types import Group
 
-__all__ = ["Algorithm", "Metrics", "Stateful", "Step", "prefixed", "restore_parts", "save_parts"]
+__all__ = ["Algorithm", "Function", "Metrics", "Stateful", "Step", "prefixed", "restore_parts", "save_parts"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,32 @@ class Algorithm(Protocol):
 
     def __call__(self, policy: Policy, groups: Sequence[Group], step: Step) -> Metrics:
         """One step; returns what to log."""
+
+
+class Function:
+    """Calls a function of a Python program, `vpd.train(..., algorithm=learn)`, and logs the metrics that it returns.
+
+    What it carries from step to step, such as optimizers, is resumed only from an attribute `parts` of the function, as
+    `Algorithm` has it.
+    """
+
+    def __init__(self, learn: Callable[[Policy, Sequence[Group], Step], Any]) -> None:
+        self._learn = learn
+        self.parts: Any = getattr(learn, "parts", {})
+
+    def __call__(self, policy: Policy, groups: Sequence[Group], step: Step) -> Metrics:
+        """One step.
+
+        Raises:
+            RunError: it returned something else than metrics.
+        """
+        name = function_name(self._learn)
+        with step.clock(name):
+            metrics = self._learn(policy, groups, step)
+        if not isinstance(metrics, dict | None):
+            kind = type(metrics).__name__
+            raise RunError(f"algorithm {name} returned a {kind}; return a dict of metrics, or None")
+        return dict(metrics or {})
 
 
 def prefixed(prefix: str, metrics: Mapping[str, Any]) -> Metrics:

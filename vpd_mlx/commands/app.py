@@ -44,33 +44,21 @@ def _version(value: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass
 
 
-app.command()(train)
-app.command("eval")(evaluate)
-app.command()(doctor)
-app.command()(export)
-app.command()(lab)
-app.command()(new)
-app.command()(verify)
+for command in (train, evaluate, doctor, export, lab, new, verify, plan, report, show, compare):
+    app.command("eval" if command is evaluate else None)(command)
 app.add_typer(data, name="data")
-app.command()(plan)
-app.command()(report)
-app.command()(show)
-app.command()(compare)
 
 
 @app.command()
 def recipes() -> None:
     """List the built-in recipes."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("recipe")
-    table.add_column("algorithm")
-    table.add_column("what it does")
+    table = Table("recipe", "algorithm", "what it does", box=None, pad_edge=False)
     for name, path in builtin_recipes().items():
         recipe = load_recipe(path)
         table.add_row(name, recipe.algorithm, recipe.description)

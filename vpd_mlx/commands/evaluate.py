@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
-from vpd_mlx.common.settings import HUB, parse_set
+from vpd_mlx.commands.options import SetOption, json_alone, overridden
+from vpd_mlx.common.settings import HUB
 from vpd_mlx.common.text import figures, points, points_range
-from vpd_mlx.errors import ConfigError, Fault
+from vpd_mlx.errors import ConfigError, Fault, wrong_option
 from vpd_mlx.recipe import Recipe, builtin_recipes, load_recipe, resolve_recipe_path
 from vpd_mlx.report.live import make_view
 from vpd_mlx.run.log import RECIPE_FILE
 
-__all__ = ["evaluate"]
+__all__ = ["NAMES", "evaluate"]
 
 Split = Literal["held-out", "train"]
 
@@ -52,9 +51,7 @@ def evaluate(
     base: Annotated[
         bool, typer.Option(help="Evaluate the base model, too, and pair the two problem by problem.")
     ] = True,
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key of the recipe.")
-    ] = None,
+    sets: SetOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """How good is it? Student and teacher on problems never trained on, and what training changed.
@@ -65,24 +62,19 @@ def evaluate(
     """
     sampling = {"evaluation.samples": samples, "evaluation.temperature": temperature, "evaluation.problems": limit}
     _check_flags(greedy, samples, temperature)
-    overrides = [*parse_set(sets or []), *((k, v) for k, v in sampling.items() if v is not None)]
-    cfg, folder = _target(target, recipe, adapter, overrides)
+    cfg, folder = _target(target, recipe, adapter, overridden(sets, **sampling))
     if data is not None:
         cfg = _with_data(cfg, data, split)
     # Late: MLX and the tokenizers take two seconds to load.
     from vpd_mlx.run.change import evaluate_change
 
-    # Standard output holds the JSON alone: what the user's own verifier prints goes to standard error.
-    aside = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
-    with aside, make_view(target, quiet=as_json) as view:
+    with json_alone(as_json), make_view(target, quiet=as_json) as view:
         found = evaluate_change(cfg, folder, Path(target), split, base=base, greedy=greedy, progress=view)
     out = {"target": target, "data": data, **found}
     if as_json:
         typer.echo(json.dumps(out, indent=2))
         return
-    console = Console(highlight=False)
-    console.print(_table(out))
-    console.print(_caption(out))
+    Console(highlight=False).print(_table(out), _caption(out))
 
 
 def _check_flags(greedy: bool, samples: int | None, temperature: float | None) -> None:
@@ -112,16 +104,8 @@ def _target(
         return own, folder / "adapters" if adapter is None else adapter
     if target in builtin_recipes() or (folder.is_file() and folder.suffix in (".yaml", ".yml")):
         if recipe is not None:
-            raise ConfigError(
-                [
-                    Fault(
-                        "--recipe",
-                        f"{target} is a recipe already",
-                        "leave --recipe out, or name a run or a model first",
-                    )
-                ],
-                "command line",
-            )
+            remedy = "leave --recipe out, or name a run or a model first"
+            raise wrong_option("--recipe", f"{target} is a recipe already", remedy)
         return load_recipe(resolve_recipe_path(target), overrides), adapter
     model = str(folder.resolve()) if folder.is_dir() else target
     return load_recipe(resolve_recipe_path(recipe or "quickstart"), [*overrides, ("model", model)]), adapter
@@ -129,12 +113,10 @@ def _target(
 
 def _with_data(cfg: Recipe, data: str, split: Split) -> Recipe:
     if split == "train":
-        raise ConfigError(
-            [Fault("--data", "is for rows that were not trained on", "leave --split train out")], "command line"
-        )
+        raise wrong_option("--data", "is for rows that were not trained on", "leave --split train out")
     if not hasattr(cfg.task, "eval_data"):
         remedy = "leave it out, or name a recipe with --recipe whose rows come from a file"
-        raise ConfigError([Fault("--data", f"task {cfg.task.kind} makes its own problems", remedy)], "command line")
+        raise wrong_option("--data", f"task {cfg.task.kind} makes its own problems", remedy)
     place = data if data.startswith(HUB) else str(Path(data).expanduser().resolve())
     return cfg.model_copy(update={"task": cfg.task.model_copy(update={"eval_data": place})})
 
@@ -145,12 +127,9 @@ NAMES = {"student_greedy": "student, greedy", "teacher": "teacher under feedback
 def _table(out: dict[str, Any]) -> Table:
     """A line a figure: base, trained, difference."""
     names = [key.removesuffix("_interval") for key in out if key.endswith("_interval") and key != "gap_interval"]
-    table = Table()
-    table.add_column("")
     base = out.get("base")
-    alone = "base" if out["adapter"] is None else "trained"
-    for head in ("base", "trained", "difference") if base else (alone,):
-        table.add_column(head, justify="right", no_wrap=True)
+    heads = ("base", "trained", "difference") if base else ("base" if out["adapter"] is None else "trained",)
+    table = Table("", *(Column(head, justify="right", no_wrap=True) for head in heads))
     for name in names:
         if name == "pass@1" and all(side["pass@1"] == side["student"] for side in (base, out) if side):
             continue  # scores are 0 or 1: it is avg@k
@@ -172,7 +151,5 @@ def _caption(out: dict[str, Any]) -> str:
     """What the table does not say."""
     where = f"rows of {out['data']}" if out["data"] else f"{out['split']} problems of task {out['task']}"
     taught = " and ".join(str(s["teacher_problems"]) for s in (out.get("base"), out) if s is not None)
-    return (
-        f"{out['problems']} {where}. Second lines are 95 % intervals over problems. The teacher had feedback on {taught} of "
-        "them."
-    )
+    intervals = "Second lines are 95 % intervals over problems."
+    return f"{out['problems']} {where}. {intervals} The teacher had feedback on {taught} of them."

@@ -1,4 +1,4 @@
-"""`vpd-mlx new`: a folder with a task of one's own that runs as it is."""
+"""`vpd-mlx new`: a folder with a task of your own that runs as it is."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from vpd_mlx.errors import wrong_option
 from vpd_mlx.recipe import builtin_recipes
 
 __all__ = ["RECIPE", "SUMS", "VERIFIER", "new"]
-
 
 RECIPE = """# Made by `vpd-mlx new {name}`. It runs as it is, on the tiny model that comes with the package:
 #
@@ -30,10 +29,10 @@ task:
   kind: python
   data: rows.jsonl          # one problem a line: prompt, answer, and whatever else your verifier needs
   verifier: verifier.py     # verify(problem, completion) -> score in 0..1, or (score, what is wrong in words)
-  held_out: 0.3             # chosen by a hash of each row, so that it never moves
+  held_out: 0.3             # chosen by a hash of each row, so that the split never changes
 
 feedback:
-  sources: [sibling, verifier]   # who is asked for words, in order of preference
+  sources: [sibling, verifier]   # where feedback comes from, in order of preference
   max_tokens: 32
 
 rollout:
@@ -45,12 +44,11 @@ rollout:
 optimizer:
   learning_rate: 5e-4       # 1e-4 for models of 0.5B and more
 
-templates:                  # take these out for a real model: they are what the tiny one was taught to read
+templates:                  # remove these for a real model: the tiny one was trained to read these wordings
   sibling: "{{prompt}}\\nA correct answer: {{context}}"
   verifier: "{{prompt}}\\nFeedback: {{context}}"
   review: "{{prompt}}\\nFeedback: {{context}}"     # of command, server, human and replay
 """
-
 
 VERIFIER = '''"""Says how good a completion is and, in words, what is wrong with it. The words are what the model learns from."""
 
@@ -64,7 +62,6 @@ def verify(problem, completion):
         return 0.0, "hundreds missing"
     return 0.0, "tens too low"
 '''
-
 
 SUMS = ((47, 38), (56, 27), (88, 14), (19, 73), (65, 28), (34, 59), (77, 16), (48, 48), (29, 83), (91, 45))
 

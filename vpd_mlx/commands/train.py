@@ -1,8 +1,7 @@
-"""`vpd-mlx train`: a recipe, a folder, a run."""
+"""`vpd-mlx train`: train as a recipe says, into a run folder."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -14,16 +13,16 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
-from vpd_mlx.commands.options import SetOption, overridden
+from vpd_mlx.commands.evaluate import NAMES
+from vpd_mlx.commands.options import SetOption, json_alone, overridden
 from vpd_mlx.common.text import duration, mlx_lm_command, percent
-from vpd_mlx.errors import ConfigError, Fault
+from vpd_mlx.errors import wrong_option
 from vpd_mlx.recipe import Recipe, load_recipe, resolve_recipe_path
 from vpd_mlx.report.live import make_view
-from vpd_mlx.run.log import RECIPE_FILE, free_run_folder
+from vpd_mlx.run.log import RECIPE_FILE, check_resume, free_run_folder
 from vpd_mlx.run.records import Summary
-from vpd_mlx.run.resume import check_resume
 
 __all__ = ["MOMENT", "train"]
 
@@ -34,25 +33,22 @@ def train(
     ] = None,
     sets: SetOption = None,
     steps: Annotated[int | None, typer.Option(help="Rollout batches of the whole run.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Decides everything random.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Run folder.", show_default="runs/<name>, or runs/<name>-2 … when that is taken")
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Go on with this run folder, by its own recipe.")
+        Path | None, typer.Option(metavar="RUN", help="Resume the run in this folder with its own recipe.")
     ] = None,
     overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite", help="Replace the run in `--out`, else in runs/<name>: all that is in that folder."
-        ),
+        bool, typer.Option("--overwrite", help="Delete everything in `--out`, or in runs/<name>, before training.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings only.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON, and nothing else.")] = False,
 ) -> None:
     """Train as a recipe says: roll out, grade, learn from the feedback, evaluate, write adapters.
 
-    Ctrl-C ends the run at the next safe moment with a checkpoint and adapters; a second one leaves at once.
+    Ctrl-C stops the run at the next safe moment, with a checkpoint and adapters; a second Ctrl-C stops it at once.
     """
     overrides = overridden(sets, steps=steps, seed=seed)
 
@@ -60,14 +56,13 @@ def train(
         if resume is not None:
             return _resumed(resume, overrides, recipe, out, overwrite), resume
         cfg = load_recipe(resolve_recipe_path(recipe or "quickstart"), overrides)
-        if out is not None or overwrite:
-            return cfg, out or Path("runs") / cfg.name
-        return cfg, free_run_folder(Path("runs"), cfg.name)
+        base = Path("runs") / cfg.name
+        return cfg, out or (base if overwrite else free_run_folder(base))
 
     from vpd_mlx.engine.ranks import Ranks  # late: it loads mlx, which `--help` does without
 
     ranks = Ranks.of_environment()
-    # The first rank's recipe and folder hold for all ranks: the other machines need not have the run.
+    # All ranks use the first rank's recipe and folder: the other machines need not have the run.
     cfg, folder = ranks.from_first(asked)
     # Late, so that a wrong recipe is reported at once: mlx-lm and the tokenizers take two seconds to load.
     from vpd_mlx.run.loop import train as run
@@ -77,13 +72,13 @@ def train(
     as_json = as_json and ranks.first
     stop = Stop()
     _handle_signals(stop)
-    with _only_json(as_json), make_view(f"{cfg.name} ({cfg.algorithm})", quiet=quiet or as_json) as view:
+    with json_alone(as_json), make_view(f"{cfg.name} ({cfg.algorithm})", quiet=quiet or as_json) as view:
         summary = run(
             cfg, folder, resume=resume is not None, overwrite=overwrite, progress=view, stop=stop, ranks=ranks
         )
     if "interrupted" in summary:
         if not quiet and not as_json:
-            typer.echo(f"go on with: vpd-mlx train --resume {folder}")
+            typer.echo(f"resume with: vpd-mlx train --resume {folder}")
         raise typer.Exit(128 + int(summary["interrupted"]))
     if as_json:
         typer.echo(json.dumps(summary, indent=2))
@@ -91,28 +86,15 @@ def train(
         _report(cfg, folder, summary)
 
 
-def _only_json(asked: bool) -> contextlib.AbstractContextManager[object]:
-    """What a verifier prints goes to standard error where standard output is to hold JSON."""
-    return contextlib.redirect_stdout(sys.stderr) if asked else contextlib.nullcontext()
-
-
 def _resumed(
     folder: Path, overrides: list[tuple[str, Any]], recipe: str | None, out: Path | None, overwrite: bool
 ) -> Recipe:
     if recipe is not None or out is not None or overwrite:
-        raise ConfigError(
-            [
-                Fault(
-                    "--resume", "a resumed run has its own recipe and folder", "leave RECIPE, --out and --overwrite out"
-                )
-            ],
-            "command line",
-        )
+        remedy = "leave RECIPE, --out and --overwrite out"
+        raise wrong_option("--resume", "a resumed run has its own recipe and folder", remedy)
     if not (folder / RECIPE_FILE).is_file():
-        raise ConfigError(
-            [Fault("--resume", f"{folder} holds no run ({RECIPE_FILE} is missing)", "give the folder of a run")],
-            "command line",
-        )
+        problem = f"{folder} holds no run ({RECIPE_FILE} is missing)"
+        raise wrong_option("--resume", problem, "give the folder of a run")
     after = load_recipe(folder / RECIPE_FILE, overrides)
     check_resume(folder, load_recipe(folder / RECIPE_FILE), after, "--resume")
     return after
@@ -123,9 +105,9 @@ MOMENT = 2.0  # seconds
 
 def _handle_signals(stop: Any) -> None:
     def handler(number: int, _frame: FrameType | None) -> None:
-        if stop.signal is not None:  # the second one: leave at once, the last checkpoint is whole
+        if stop.signal is not None:  # the second signal: exit at once, the last checkpoint is whole
             sys.stderr.write("\n")
-            # Whatever hangs, a verifier's thread for one, may hold up an orderly end: it is given a moment.
+            # A hanging thread, such as a verifier's, may block an orderly exit: after a moment, exit without it.
             end = threading.Timer(MOMENT, os._exit, (128 + number,))
             end.daemon = True
             end.start()
@@ -138,32 +120,17 @@ def _handle_signals(stop: Any) -> None:
 
 def _report(cfg: Recipe, folder: Path, summary: Summary) -> None:
     console = Console(highlight=False)
-    table = Table(title=f"held-out problems ({summary['problems']})", title_justify="left")
-    table.add_column("")
-    table.add_column("before", justify="right")
-    table.add_column("after", justify="right")
-    names = {
-        "student": f"student, avg@{cfg.evaluation.samples}",
-        "student_greedy": "student, greedy",
-        "teacher": "teacher under feedback",
-    }
-    for key, name in names.items():
+    heads = (Column(name, justify="right") for name in ("before", "after"))
+    table = Table("", *heads, title=f"held-out problems ({summary['problems']})", title_justify="left")
+    for key, name in {"student": f"student, avg@{cfg.evaluation.samples}", **NAMES}.items():
         table.add_row(name, percent(summary["before"][key]), percent(summary["after"][key]))
     console.print(table)
     training = sum(v for k, v in summary["seconds"].items() if k not in ("wall", "evaluation"))
-    console.print(
-        (
-            ""
-            if summary["adapter_of_step"] == summary["steps"]
-            else f"the adapter of step {summary['adapter_of_step']}; "
-        )
-        + f"{summary['steps']} steps, {duration(training)} training, {duration(summary['seconds']['wall'])} in all"
-    )
+    steps, best = summary["steps"], summary["adapter_of_step"]
+    which = "" if best == steps else f"the adapter of step {best}; "
+    console.print(f"{which}{steps} steps, {duration(training)} training, {duration(summary['seconds']['wall'])} in all")
     console.print(f"adapters: {folder / 'adapters'}", soft_wrap=True)
-    options = ("--max-tokens", str(cfg.rollout.max_completion_tokens), "--prompt", _first_prompt(folder))
-    console.print(f"try it: {mlx_lm_command('generate', cfg.model, folder / 'adapters', *options)}", soft_wrap=True)
-
-
-def _first_prompt(folder: Path) -> str:
     with (folder / "rollouts.jsonl").open(encoding="utf-8") as f:
-        return str(json.loads(f.readline())["prompt"])
+        prompt = str(json.loads(f.readline())["prompt"])
+    options = ("--max-tokens", str(cfg.rollout.max_completion_tokens), "--prompt", prompt)
+    console.print(f"try it: {mlx_lm_command('generate', cfg.model, folder / 'adapters', *options)}", soft_wrap=True)

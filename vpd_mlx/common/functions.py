@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import CodeType
 from typing import Any, TypeVar
 
-from vpd_mlx.errors import ConfigError, Fault
+from vpd_mlx.errors import ConfigError, Fault, config_error
 
-__all__ = [
-    "NOTHING",
-    "PREFIX",
-    "Handed",
-    "Listed",
-    "arity_fault",
-    "failure",
-    "fingerprint",
-    "function_name",
-    "not_handed_over",
-]
+__all__ = ["NOTHING", "PREFIX", "Handed", "Listed"]
+__all__ += ["arity_faults", "failure", "fingerprint", "function_name", "not_handed_over"]
 
 PREFIX = "function:"
 Entry = TypeVar("Entry")
@@ -60,33 +54,28 @@ class Listed(dict[str, Entry]):
 
 def not_handed_over(place: str, name: str) -> ConfigError:
     """The error of a recipe that names a function, opened where there is none."""
-    where, remedy = (
-        f"{name} is a function of a Python program",
-        "call vpd.train(..., resume=True) or vpd.evaluate there",
-    )
-    return ConfigError([Fault(place, where, remedy)])
+    remedy = "call vpd.train(..., resume=True) or vpd.evaluate there"
+    return config_error(place, f"{name} is a function of a Python program", remedy)
 
 
 def function_name(function: Callable[..., Any]) -> str:
-    """A plain name for a function or for a callable object."""
+    """A plain name for a function or a callable object."""
     name = getattr(function, "__name__", None) or type(function).__name__
     return re.sub(r"\W+", "", name) or "function"
 
 
-def arity_fault(place: str, function: Any, arguments: Sequence[str]) -> Fault | None:
+def arity_faults(place: str, function: Any, *arguments: str) -> list[Fault]:
     """What is wrong with a function that is to be called with these arguments."""
     remedy = f"give a function of ({', '.join(arguments)})"
     if not callable(function):
-        return Fault(place, f"got {function!r}, a {type(function).__name__}", remedy)
-    try:
+        return [Fault(place, f"got {function!r}, a {type(function).__name__}", remedy)]
+    with contextlib.suppress(ValueError):  # some builtins have no signature
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # some builtins have none
-        return None
-    try:
-        signature.bind(*arguments)
-    except TypeError as error:
-        return Fault(place, f"{function_name(function)}{signature} does not take them ({error})", remedy)
-    return None
+        try:
+            signature.bind(*arguments)
+        except TypeError as error:
+            return [Fault(place, f"{function_name(function)}{signature} does not take them ({error})", remedy)]
+    return []
 
 
 def fingerprint(function: Callable[..., Any]) -> str:
@@ -113,8 +102,5 @@ def _code(code: CodeType) -> str:
 
 def failure(error: BaseException) -> str:
     """An exception of foreign code in one line, with the place that raised it."""
-    tb = error.__traceback__
-    while tb is not None and tb.tb_next is not None:
-        tb = tb.tb_next
-    place = "" if tb is None else f" ({tb.tb_frame.f_code.co_filename.rpartition('/')[2]}:{tb.tb_lineno})"
-    return f"{type(error).__name__}: {error}{place}"
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    return f"{type(error).__name__}: {error} ({Path(frame.f_code.co_filename).name}:{line})"

@@ -31,9 +31,8 @@ from vpd_mlx.errors import Fault
 from vpd_mlx.feedback.base import Answer, Failed, Generate, Host, Source, SourceEntry, SourceParts
 from vpd_mlx.feedback.command import COMMAND
 from vpd_mlx.feedback.critique import CRITIQUE
-from vpd_mlx.feedback.function import function_entry
 from vpd_mlx.feedback.human import HUMAN
-from vpd_mlx.feedback.outside import Outside
+from vpd_mlx.feedback.outside import Outside, function_entry
 from vpd_mlx.feedback.reference import REFERENCE
 from vpd_mlx.feedback.replay import REPLAY
 from vpd_mlx.feedback.server import SERVER

@@ -17,13 +17,14 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
+from vpd_mlx.common.functions import PREFIX, failure, not_handed_over
 from vpd_mlx.common.text import without_surrogates
 from vpd_mlx.errors import SourceError
-from vpd_mlx.feedback.base import Answer, Failed, Host, answer_each
+from vpd_mlx.feedback.base import Answer, Failed, Host, Source, SourceEntry, SourceParts, answer_each
 from vpd_mlx.feedback.settings import CommonKeys
 from vpd_mlx.types import Group, Problem, Rollout
 
-__all__ = ["Asking", "Outside"]
+__all__ = ["Asking", "Function", "Outside", "function_entry"]
 
 POLL = 0.1  # seconds between looks at whether the run is to stop
 
@@ -206,3 +207,36 @@ class _Pool:
             for _ in self._threads:
                 self._tasks.put(None)
             self._threads = []
+
+
+class Function(Asking):
+    """Asks a function of a Python program, `vpd.train(..., feedback=[words])`, about one rollout at a time, in a thread."""
+
+    def __init__(self, name: str, words: Callable[[Problem, Rollout], str | None], parts: SourceParts) -> None:
+        super().__init__(name, parts.cfg, 1, parts.host)
+        self._words = words
+
+    def ask(self, problem: Problem, rollout: Rollout) -> str | None:
+        """The function's text.
+
+        Raises:
+            SourceError: it raised, or returned something else.
+        """
+        try:
+            text = self._words(problem, rollout)
+        except (Exception, SystemExit) as error:
+            raise SourceError(failure(error)) from error
+        if not isinstance(text, str | None):
+            raise SourceError(f"returned {text!r}; needs a text, or None for no feedback")
+        return text
+
+
+def function_entry(name: str) -> SourceEntry:
+    """The entry of the source `function:NAME`."""
+
+    def build(parts: SourceParts) -> Source:
+        if name not in parts.functions:
+            raise not_handed_over("feedback.sources", f"the source {name.removeprefix(PREFIX)!r}")
+        return Function(name, parts.functions[name], parts)
+
+    return SourceEntry(build, on_success=True)

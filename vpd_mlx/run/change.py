@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,7 @@ from vpd_mlx.common.functions import NOTHING, Handed
 from vpd_mlx.engine.adapters import lora_of
 from vpd_mlx.errors import DataError
 from vpd_mlx.recipe import Recipe
-from vpd_mlx.run.evaluate import Measured, compared, summed
+from vpd_mlx.run.evaluate import Measured, compared, measure, summed
 from vpd_mlx.run.progress import Progress
 from vpd_mlx.run.step import Trainer
 from vpd_mlx.types import Problem
@@ -39,20 +40,17 @@ def evaluate_change(
     """
     if adapter is not None:
         recipe = recipe.model_copy(update={"lora": lora_of(adapter)})
-    trainer = Trainer.build(recipe, progress, handed=handed)
-    try:
+    trainer, before = Trainer.build(recipe, progress, handed=handed), None
+    with contextlib.closing(trainer.sources):
         problems = (trainer.task.train if split == "train" else trainer.task.held_out)[: recipe.evaluation.problems]
         if split != "train" and run is not None and trainer.task.held_out != trainer.task.train:
             _refuse_trained(run, problems)
-        before = None
         if adapter is not None:
             trainer.policy.load_adapter(adapter)
             if base:
                 with trainer.policy.adapter_off():
-                    before = trainer.measure(problems, greedy_only=greedy)
-        found = trainer.measure(problems, greedy_only=greedy)
-    finally:
-        trainer.sources.close()
+                    before = measure(trainer, problems, greedy_only=greedy)
+        found = measure(trainer, problems, greedy_only=greedy)
     out = {
         "model": recipe.model,
         "adapter": None if adapter is None else str(adapter),
@@ -73,15 +71,12 @@ def _figures(measured: Measured) -> dict[str, Any]:
 
 
 def _refuse_trained(run: Path, problems: Sequence[Problem]) -> None:
-    """A problem that a run was trained on is no test of it, whatever its data file says by now.
+    """A problem that a run was trained on does not test it, whatever its data file says now.
 
     Raises:
         DataError: a problem's prompt is among the run's rollouts.
     """
-    log = run / "rollouts.jsonl"
-    if not log.is_file():
-        return
-    trained = {row["prompt"] for row in read_rows(log)}
+    trained = {row["prompt"] for row in read_rows(run / "rollouts.jsonl")}
     for problem in problems:
         # Only the last message of a conversation is logged, and several may share it.
         if len(problem.messages) == 1 and problem.prompt in trained:

@@ -47,7 +47,6 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        # safetensors cannot hold an empty array, and mlx writes no empty file
         mx.save_safetensors(str(partial / ARRAYS), dict(checkpoint.arrays))
         state = {"version": VERSION, "step": checkpoint.step, **checkpoint.state}
         (partial / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
@@ -62,10 +61,8 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         _sync(folder)
     except (OSError, RuntimeError) as error:  # mlx reports a failed write as RuntimeError
         shutil.rmtree(partial, ignore_errors=True)
-        raise RunError(
-            f"{final}: the checkpoint cannot be written ({error}); free space or fix the permissions, then go on with "
-            "--resume"
-        ) from error
+        remedy = "free space or fix the permissions, then go on with --resume"
+        raise RunError(f"{final}: the checkpoint cannot be written ({error}); {remedy}") from error
     for old in _folders(folder)[keep:]:
         shutil.rmtree(old)
     return final
@@ -85,8 +82,7 @@ def find_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
             state = json.loads((path / STATE).read_text(encoding="utf-8"))
             if state["version"] > VERSION:
                 raise RunError(f"{path}: written by a newer vpd-mlx (checkpoint version {state['version']}); update it")
-            loaded: Any = mx.load(str(path / ARRAYS))
-            arrays: dict[str, mx.array] = dict(loaded)
+            arrays: Any = mx.load(str(path / ARRAYS))
             mx.eval(arrays)
             return Checkpoint(state["step"], arrays, state), notes
         notes.append(f"{path.name}: {fault}; going back to the one before")
@@ -97,9 +93,7 @@ def find_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 def _folders(folder: Path) -> list[Path]:
     """Newest first."""
-    if not folder.is_dir():
-        return []
-    found = [p for p in folder.iterdir() if re.fullmatch(r"step-\d{6,}", p.name) and p.is_dir()]
+    found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", p.name) and p.is_dir()]
     return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
 
 

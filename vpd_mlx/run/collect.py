@@ -43,10 +43,8 @@ def check_prompt_lengths(problems: Sequence[Problem], lengths: Sequence[int], li
     if over:
         row, length = over[0]
         count = f" ({len(over)} rows in all)" if len(over) > 1 else ""
-        raise DataError(
-            f"row {row}: its prompt has {length} tokens, more than rollout.max_prompt_tokens {limit}{count}; raise the limit "
-            "or remove such rows"
-        )
+        problem = f"its prompt has {length} tokens, more than rollout.max_prompt_tokens {limit}{count}"
+        raise DataError(f"row {row}: {problem}; raise the limit or remove such rows")
 
 
 def student_prompts(prompter: Prompter, problems: Sequence[Problem]) -> list[tuple[int, ...]]:
@@ -99,17 +97,14 @@ def collect(
                 on_progress(len(waiting), total)
         while wait(waiting.values(), timeout=HEARTBEAT).not_done:
             on_progress(len(waiting), total)
-        graded = {at: rollout.result() for at, rollout in waiting.items()}
+        graded = [(at, waiting[at].result()) for at in sorted(waiting)]
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    failures = [
-        f"{problems[p].id}: {r.verdict.error}"
-        for (p, _), r in sorted(graded.items(), key=lambda x: x[0])
-        if r.verdict is not None and r.verdict.error is not None
-    ]
-    good = {at: r for at, r in graded.items() if r.verdict is not None and r.verdict.error is None}
-    groups = [
-        Group(problem, prompt, tuple(good[p, n] for n in range(group_size) if (p, n) in good))
-        for p, (problem, prompt) in enumerate(zip(problems, prompts, strict=True))
-    ]
-    return Batch(groups, failures)
+    good: list[list[Rollout]] = [[] for _ in problems]
+    failures = []
+    for (p, _), rollout in graded:
+        if rollout.verdict is not None and rollout.verdict.error is not None:
+            failures.append(f"{problems[p].id}: {rollout.verdict.error}")
+        else:
+            good[p].append(rollout)
+    return Batch([Group(p, ids, tuple(g)) for p, ids, g in zip(problems, prompts, good, strict=True)], failures)

@@ -6,28 +6,28 @@ alone, so that two models are always compared problem by problem.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
 from vpd_mlx.common.seeds import phase_seed
 from vpd_mlx.common.stats import Paired, bootstrap_interval, majority, mean, paired, pass_at_k, powers
-from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.sampling import Sampling, default_streams, generate
 from vpd_mlx.errors import SourceError
 from vpd_mlx.feedback import add_context
-from vpd_mlx.feedback.base import Source
-from vpd_mlx.prompts import Prompter
 from vpd_mlx.recipe import Recipe
 from vpd_mlx.run.collect import Batch, collect
-from vpd_mlx.run.progress import Progress
+from vpd_mlx.run.setup import Parts
 from vpd_mlx.tasks import Task, answer_of, examine
 from vpd_mlx.types import Group, Problem, Rollout
 
-__all__ = ["Measured", "compared", "evaluate", "evaluation_sampling", "measure", "names", "sampled_figures", "summed"]
+__all__ = ["Measured", "compared", "evaluate", "measure", "names", "sampled_figures", "summed"]
 
 Result = dict[str, Any]
 Values = dict[str, float]
@@ -48,8 +48,7 @@ class Measured:
     facts: Mapping[str, Any]
 
 
-def evaluation_sampling(recipe: Recipe, *, greedy: bool) -> Sampling:
-    """How evaluation samples: the recipe's temperature and nucleus, or the likeliest token."""
+def _sampling(recipe: Recipe, greedy: bool) -> Sampling:
     rollout, cfg = recipe.rollout, recipe.evaluation
     return Sampling(
         temperature=0.0 if greedy else cfg.temperature,
@@ -95,16 +94,7 @@ def compared(base: Measured, other: Measured) -> dict[str, Paired]:
     return {name: difference for name, difference in both.items() if difference is not None}
 
 
-def evaluate(
-    policy: Policy,
-    prompter: Prompter,
-    task: Task,
-    sources: dict[str, Source],
-    recipe: Recipe,
-    *,
-    step: int,
-    progress: Progress,
-) -> Result:
+def evaluate(parts: Parts, step: int) -> Result:
     """A row of `evals.jsonl`: the held-out problems' figures with their intervals.
 
     `student_there` is the student's avg@k on the problems where the teacher had feedback, so that `gap`, teacher less student,
@@ -113,24 +103,14 @@ def evaluate(
     Raises:
         SourceError: the verifier failed on more than half of the completions.
     """
-    problems = task.held_out[: recipe.evaluation.problems]
-    found = measure(policy, prompter, task, sources, recipe, problems, progress=progress)
-    k = recipe.evaluation.samples
+    start, k = time.perf_counter(), parts.recipe.evaluation.samples
+    found = measure(parts, parts.task.held_out[: parts.recipe.evaluation.problems])
     row = summed(found, at=("student", "student_greedy", "teacher", f"pass@{k}", f"maj@{k}"))
-    return {"step": step, **row, "greedy_by_problem": found.figures["student_greedy"]}
+    seconds = round(time.perf_counter() - start, 3)
+    return {"step": step, **row, "greedy_by_problem": found.figures["student_greedy"], "seconds": seconds}
 
 
-def measure(
-    policy: Policy,
-    prompter: Prompter,
-    task: Task,
-    sources: Mapping[str, Source],
-    recipe: Recipe,
-    problems: Sequence[Problem],
-    *,
-    progress: Progress,
-    greedy_only: bool = False,
-) -> Measured:
+def measure(parts: Parts, problems: Sequence[Problem], *, greedy_only: bool = False) -> Measured:
     """Student and teacher on these problems, by the weights that the policy has now.
 
     With `greedy_only` nothing is sampled: the student's one completion is the likeliest, and so is the teacher's.
@@ -138,32 +118,33 @@ def measure(
     Raises:
         SourceError: the verifier failed on more than half of the completions.
     """
-    seed = policy.ranks.seed(phase_seed(recipe.seed, 0, "evaluation"))  # every evaluation of a run draws alike
+    recipe, ranks, task = parts.recipe, parts.policy.ranks, parts.task
+    seed = ranks.seed(phase_seed(recipe.seed, 0, "evaluation"))  # every evaluation of a run draws alike
     k = 1 if greedy_only else recipe.evaluation.samples
-    own = policy.ranks.own_range(len(problems))
+    own = ranks.own_range(len(problems))
     keys = [names(problems)[i] for i in own]
     problems = [problems[i] for i in own]
 
     def run(name: str, samples: int, greedy: bool) -> Batch:
         return collect(
-            policy,
-            prompter,
-            lambda problem, completion: examine(task, problem, completion),
+            parts.policy,
+            parts.prompter,
+            partial(examine, task),
             problems,
             samples,
-            evaluation_sampling(recipe, greedy=greedy),
+            _sampling(recipe, greedy),
             threshold=recipe.rollout.success_threshold,
             seed=phase_seed(seed, 0, name),
-            on_progress=lambda done, total: progress.phase(f"evaluation, {name}", done, total),
+            on_progress=lambda done, total: parts.progress.phase(f"evaluation, {name}", done, total),
         )
 
     sampled = None if greedy_only else run("student", k, False)
     greedy = run("greedy", 1, True)
     student = greedy if sampled is None else sampled
-    groups = add_context(sources, student.groups, prompter, recipe.feedback)
-    how = evaluation_sampling(recipe, greedy=greedy_only)
+    groups = add_context(parts.sources.for_evaluation(), student.groups, parts.prompter, recipe.feedback)
     named = dict(zip(keys, groups, strict=True))
-    teacher = _teacher(policy, task, named, how, phase_seed(seed, 0, "teacher"), progress)
+    teacher = _teacher(parts, named, _sampling(recipe, greedy_only), phase_seed(seed, 0, "teacher"))
+    mx.clear_cache()
     alone = {n: g.rollouts for n, g in zip(keys, greedy.groups, strict=True) if g.rollouts}
     figures = {} if sampled is None else sampled_figures(task, named, k)
     figures |= {"student_greedy": {n: _scores(rollouts)[0] for n, rollouts in alone.items()}, "teacher": teacher}
@@ -175,7 +156,7 @@ def measure(
         failures=[*greedy.failures, *([] if sampled is None else sampled.failures)],
         completions=len(problems) * (1 if sampled is None else 1 + k),
     )
-    return _whole(policy.ranks.gather(part), k, greedy_only=greedy_only)
+    return _whole(ranks.gather(part), k, greedy_only=greedy_only)
 
 
 @dataclass(frozen=True)
@@ -211,9 +192,7 @@ def _whole(parts: Sequence[_Part], k: int, *, greedy_only: bool) -> Measured:
     return Measured(sum(p.completions for p in parts) // (1 if greedy_only else 1 + k), k, figures, facts)
 
 
-def _teacher(
-    policy: Policy, task: Task, named: Mapping[str, Group], how: Sampling, seed: int, progress: Progress
-) -> Values:
+def _teacher(parts: Parts, named: Mapping[str, Group], how: Sampling, seed: int) -> Values:
     """The teacher on one completion per problem, the first that got a context: its score by problem."""
     chosen: list[tuple[str, Problem, tuple[int, ...]]] = []
     for name, group in named.items():
@@ -221,12 +200,11 @@ def _teacher(
         if prompt is not None:
             chosen.append((name, group.problem, prompt))
     scores: dict[int, float] = {}
-    if chosen:
-        for p, _, rollout in generate(policy, [prompt for *_, prompt in chosen], 1, how, seed):
-            verdict = examine(task, chosen[p][1], rollout.text)
-            if verdict.error is None:
-                scores[p] = verdict.score
-            progress.phase("evaluation, teacher", len(scores), len(chosen))
+    for p, _, rollout in generate(parts.policy, [prompt for *_, prompt in chosen], 1, how, seed) if chosen else ():
+        verdict = examine(parts.task, chosen[p][1], rollout.text)
+        if verdict.error is None:
+            scores[p] = verdict.score
+        parts.progress.phase("evaluation, teacher", len(scores), len(chosen))
     return {chosen[p][0]: scores[p] for p in sorted(scores)}
 
 

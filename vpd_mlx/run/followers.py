@@ -36,10 +36,6 @@ class _Follower:
     log: Path
     noted: bool = False
 
-    @property
-    def running(self) -> bool:
-        return self.process.poll() is None
-
     def failure(self) -> str | None:
         """Why the process ended before its time, once."""
         code = self.process.poll()
@@ -59,12 +55,13 @@ class Followers:
         Raises:
             ConfigError: a service's package is not installed.
         """
-        missing = [name for name in settings.to if not _installed(MODULES[name])]
-        if missing:
-            faults = (
-                ("logging.to", f"{n} needs the package {MODULES[n]}", f"pip install 'vpd-mlx[{n}]'") for n in missing
-            )
-            raise ConfigError([Fault(*fault) for fault in faults])
+        faults = [
+            Fault("logging.to", f"{name} needs the package {MODULES[name]}", f"pip install 'vpd-mlx[{name}]'")
+            for name in settings.to
+            if not _installed(MODULES[name])
+        ]
+        if faults:
+            raise ConfigError(faults)
         self._settings = settings
         self._progress = progress
         self._followers: list[_Follower] = []
@@ -87,9 +84,8 @@ class Followers:
         """Note each service that has failed, once."""
         for follower in self._followers:
             if (reason := follower.failure()) is not None:
-                self._progress.note(
-                    f"{follower.name} gets no more figures ({reason}); the run goes on, see {follower.log}"
-                )
+                problem = f"{follower.name} gets no more figures ({reason})"
+                self._progress.note(f"{problem}; the run goes on, see {follower.log}")
 
     def close(self) -> None:
         """The run is over: wait a little for the services, then leave the rest to them."""
@@ -97,7 +93,9 @@ class Followers:
             if follower.process.stdin is not None:
                 follower.process.stdin.close()
         deadline = time.monotonic() + PATIENCE
-        while (sending := [f.name for f in self._followers if f.running]) and time.monotonic() < deadline:
+        while (
+            sending := [f.name for f in self._followers if f.process.poll() is None]
+        ) and time.monotonic() < deadline:
             self._progress.phase(f"sending to {', '.join(sending)}")
             time.sleep(0.05)
         self.check()

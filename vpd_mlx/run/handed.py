@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vpd_mlx.common.functions import PREFIX, Handed, arity_fault, fingerprint, function_name
-from vpd_mlx.errors import ConfigError, Fault
+from vpd_mlx.common.functions import PREFIX, Handed, arity_faults, fingerprint, function_name
+from vpd_mlx.errors import Fault, config_error
 from vpd_mlx.recipe import Recipe, check_recipe, load_recipe, merged
-from vpd_mlx.run.log import RECIPE_FILE
-from vpd_mlx.run.resume import check_resume
+from vpd_mlx.run.log import RECIPE_FILE, check_resume
 from vpd_mlx.types import Problem
 
-__all__ = ["Feedback", "Problems", "combine", "fault", "resumed"]
+__all__ = ["Feedback", "Problems", "combine", "resumed"]
 
 Problems = Sequence[Problem | Mapping[str, Any]]
 Feedback = Sequence[str | Callable[..., str | None]] | Mapping[str, Any]
@@ -26,39 +25,36 @@ ROWS, HELD_OUT = "problems.jsonl", "held_out.jsonl"
 ARGUMENTS = ("problems", "held_out", "verify", "feedback", "algorithm", "steps", "out", "resume", "overwrite", "quiet")
 
 
-def fault(where: str, place: str, problem: str, remedy: str) -> ConfigError:
-    """The error of one wrong argument."""
-    return ConfigError([Fault(place, problem, remedy)], where)
-
-
 def combine(
     where: str,
-    raw: dict[str, Any],
+    raw: Mapping[str, Any],
     folder: Path,
-    problems: Problems | None,
-    held_out: Problems | None,
-    verify: Callable[..., Any] | None,
-    feedback: Feedback | None,
-    algorithm: str | Callable[..., Any] | None,
+    /,
+    *,
+    problems: Problems | None = None,
+    held_out: Problems | None = None,
+    verify: Callable[..., Any] | None = None,
+    feedback: Feedback | None = None,
+    algorithm: str | Callable[..., Any] | None = None,
+    **keys: Any,
 ) -> tuple[Recipe, Handed]:
     """The recipe that all arguments make together, and the objects that it names."""
-    faults = [_unknown(key, raw.pop(key)) for key in [k for k in raw if k not in Recipe.model_fields]]
-    raw = merged(raw, {} if feedback is None else {"feedback": _named(feedback)})
-    sources = {n: f for n, f in _functions(feedback) if callable(f)}
-    faults += [f for n, s in sources.items() if (f := arity_fault("feedback", s, ("problem", "rollout")))]
+    faults = [_unknown(key, keys.pop(key)) for key in list(keys) if key not in Recipe.model_fields]
+    section, sources = _feedback(feedback)
+    raw = merged(raw, {**keys, "feedback": section})
+    for source in sources.values():
+        faults += arity_faults("feedback", source, "problem", "rollout")
     learn = algorithm if callable(algorithm) else None
     if learn is not None:
         raw["algorithm"] = PREFIX + function_name(learn)
-        faults += [f for f in [arity_fault("algorithm", learn, ("policy", "groups", "step"))] if f]
+        faults += arity_faults("algorithm", learn, "policy", "groups", "step")
     elif algorithm is not None:
         raw["algorithm"] = algorithm
     files, more = _task(raw, folder.resolve(), problems, held_out, verify)
-    faults += more
     if problems is not None and "prompts" not in raw.get("rollout", {}):
         default = Recipe.model_fields["rollout"].default.prompts
         raw = merged(raw, {"rollout": {"prompts": max(1, min(default, len(problems)))}})
-    recipe = check_recipe(raw, where, Path(), faults)
-    return recipe, Handed(verify, sources, learn, files)
+    return check_recipe(raw, where, Path(), faults + more), Handed(verify, sources, learn, files)
 
 
 def _unknown(key: str, value: Any) -> Fault:
@@ -67,19 +63,14 @@ def _unknown(key: str, value: Any) -> Fault:
     return Fault(key, f"unknown keyword (value {value!r})", remedy)
 
 
-def _functions(feedback: Feedback | None) -> Iterator[tuple[Any, Any]]:
-    """(name, source) of each source in order: a name stands for itself."""
-    sources = feedback.get("sources") if isinstance(feedback, Mapping) else feedback
-    for source in sources if isinstance(sources, list | tuple) else ():
-        yield (PREFIX + function_name(source) if callable(source) else source), source
-
-
-def _named(feedback: Feedback) -> dict[str, Any]:
-    """The section `feedback` with a name for each function."""
-    section = dict(feedback) if isinstance(feedback, Mapping) else {"sources": feedback}
-    if isinstance(section.get("sources"), list | tuple):
-        section["sources"] = [name for name, _ in _functions(feedback)]
-    return section
+def _feedback(given: Feedback | None) -> tuple[dict[str, Any], dict[str, Callable[..., Any]]]:
+    """The section `feedback` with a name in place of each function, and the functions by name."""
+    section = dict(given) if isinstance(given, Mapping) else {} if given is None else {"sources": given}
+    functions = {}
+    if isinstance(sources := section.get("sources"), list | tuple):
+        functions = {PREFIX + function_name(s): s for s in sources if callable(s)}
+        section["sources"] = [PREFIX + function_name(s) if callable(s) else s for s in sources]
+    return section, functions
 
 
 def _task(
@@ -90,32 +81,29 @@ def _task(
     verify: Callable[..., Any] | None,
 ) -> tuple[dict[str, str], list[Fault]]:
     """Put the section `task` of a verifier of Python into `raw`; returns the rows to be written, and the faults."""
-    task = raw.get("task") or {}
-    if verify is None and problems is None and task:
-        return {}, []
-    if verify is None and problems is None:
-        fault: Fault | None = Fault(
-            "problems", "missing", "give problems=[{'prompt': …}] and verify=, or task={'kind': …}"
-        )
-    elif verify is None:
-        fault = Fault("verify", "missing", "give a function of (problem, completion) that returns a score in 0..1")
-    else:
-        fault = arity_fault("verify", verify, ("problem", "completion"))
-    if verify is None or fault is not None:
+    task, files, faults = raw.get("task") or {}, dict[str, str](), list[Fault]()
+    if verify is not None:
+        faults = arity_faults("verify", verify, "problem", "completion")
+    elif problems is not None:
+        faults = [Fault("verify", "missing", "give a function of (problem, completion) that returns a score in 0..1")]
+    elif not task:
+        faults = [Fault("problems", "missing", "give problems=[{'prompt': …}] and verify=, or task={'kind': …}")]
+    if faults:
         raw["task"] = {"kind": "addition"}  # a valid one, so that nothing else is reported about it
-        return {}, [fault] if fault is not None else []
-    files, faults = {}, []
+    if faults or verify is None:
+        return {}, faults
     if task.get("kind", "function") != "function":
         task = {}
     for name, rows, place in ((ROWS, problems, "problems"), (HELD_OUT, held_out, "held_out")):
         if rows is not None:
             files[name], more = _lines(place, rows, str(task.get("prompt", "prompt")))
             faults += more
-    own = {"data": str(folder / ROWS)} if ROWS in files or (folder / ROWS).is_file() else {}
+    own = {"kind": "function", "function": function_name(verify), "fingerprint": fingerprint(verify)}
+    if ROWS in files or (folder / ROWS).is_file():
+        own["data"] = str(folder / ROWS)
     if HELD_OUT in files or (problems is None and (folder / HELD_OUT).is_file()):
         own["eval_data"] = str(folder / HELD_OUT)
-    raw["task"] = {**task, "kind": "function", "function": function_name(verify), "fingerprint": fingerprint(verify)}
-    raw["task"] |= own
+    raw["task"] = {**task, **own}
     return files, faults
 
 
@@ -126,26 +114,26 @@ def _lines(place: str, problems: Any, column: str) -> tuple[str, list[Fault]]:
         return "", [Fault(place, f"got {problems!r}, a {type(problems).__name__}", remedy)]
     if not problems:
         return "", [Fault(place, "is empty", "give at least one dict with 'prompt'")]
-    lines = []
+    lines = ""
     for n, problem in enumerate(problems):
-        row = _row(problem) if isinstance(problem, Problem) else problem
+        at, row = f"{place}[{n}]", _row(problem) if isinstance(problem, Problem) else problem
         if not isinstance(row, Mapping):
-            return "", [Fault(f"{place}[{n}]", f"got {row!r}, a {type(row).__name__}", remedy)]
+            return "", [Fault(at, f"got {row!r}, a {type(row).__name__}", remedy)]
         if column not in row:
             keys = ", ".join(map(str, row)) or "none"
             add = "add it, or name the key that holds it: task={'prompt': …}"
-            return "", [Fault(f"{place}[{n}]", f"has no {column!r} (keys: {keys})", add)]
+            return "", [Fault(at, f"has no {column!r} (keys: {keys})", add)]
         try:
-            lines.append(json.dumps(dict(row)) + "\n")
+            lines += json.dumps(dict(row)) + "\n"
         except (TypeError, ValueError) as error:
-            return "", [Fault(f"{place}[{n}]", f"cannot be written as JSON ({error})", "use text, numbers and lists")]
-    return "".join(lines), []
+            return "", [Fault(at, f"cannot be written as JSON ({error})", "use text, numbers and lists")]
+    return lines, []
 
 
 def _row(problem: Problem) -> dict[str, Any]:
     texts = {"answer": problem.answer, "reference": problem.reference}
-    own = {"id": problem.id, "prompt": list(problem.messages), **{k: v for k, v in texts.items() if v is not None}}
-    return {**problem.data, **own}
+    given = {key: text for key, text in texts.items() if text is not None}
+    return {**problem.data, "id": problem.id, "prompt": list(problem.messages), **given}
 
 
 def resumed(where: str, folder: Path, recipe: Recipe, handed: Handed) -> Handed:
@@ -154,11 +142,12 @@ def resumed(where: str, folder: Path, recipe: Recipe, handed: Handed) -> Handed:
     old, new = (getattr(r.task, "fingerprint", None) for r in (before, recipe))
     if old != new:
         remedy = "resume with the run's own verifier, or start a new run"
-        raise fault(where, "verify", f"another function than the run's (fingerprint {new}, not {old})", remedy)
+        problem = f"another function than the run's (fingerprint {new}, not {old})"
+        raise config_error("verify", problem, remedy, where)
     for name, text in handed.files.items():
         path = folder / name
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             argument = "held_out" if name == HELD_OUT else "problems"
-            raise fault(where, argument, f"others than those in {path}", "leave them out, or start a new run")
+            raise config_error(argument, f"others than those in {path}", "leave them out, or start a new run", where)
     check_resume(folder, before, recipe, where)
     return Handed(handed.verify, handed.sources, handed.algorithm)

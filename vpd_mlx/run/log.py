@@ -1,4 +1,4 @@
-"""The run folder: append-only JSON lines, one writer, cut back to a known place on resume."""
+"""The run folder: append-only JSON lines, one writer, cut back to a known place on resume; and what a resume may change."""
 
 from __future__ import annotations
 
@@ -11,22 +11,25 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from vpd_mlx.common.files import file_errors, plain, read_rows, write_atomic
-from vpd_mlx.errors import RunError
+from vpd_mlx.errors import ConfigError, Fault, RunError, config_error
+from vpd_mlx.recipe import Recipe
 from vpd_mlx.run.records import upgraded
 
-__all__ = ["LOGS", "RECIPE_FILE", "RunLog", "free_run_folder", "json_lines"]
+__all__ = ["LOGS", "RECIPE_FILE", "RunLog", "check_resume", "free_run_folder", "json_lines"]
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl", "evals.jsonl")
 RECIPE_FILE = "config.yaml"  # a folder that holds it is a run
 LEAST_FREE = 64 << 20  # bytes: below it a run stops while its last checkpoint can still be written
+GIGABYTES = ("memory.limit_gb", "memory.cache_limit_gb", "memory.wired_limit_gb")
+MAY_CHANGE = ("steps", "evaluation.every", "checkpoint.", *GIGABYTES, "description", "logging.")  # on resume
 
 
-def free_run_folder(parent: Path, name: str) -> Path:
-    """`parent/name`, or with -2, -3 … behind it: the first that no older run holds."""
-    path, number = parent / name, 1
+def free_run_folder(base: Path) -> Path:
+    """`base`, or with -2, -3 … behind it: the first that holds nothing."""
+    path, number = base, 1
     while path.exists() and any(path.iterdir()):
         number += 1
-        path = parent / f"{name}-{number}"
+        path = base.with_name(f"{base.name}-{number}")
     return path
 
 
@@ -36,7 +39,8 @@ class RunLog:
     def __init__(self, path: Path = Path(), lock: TextIO | None = None) -> None:
         self.path = path
         self._lock = lock
-        self._files: dict[str, TextIO] = {}
+        names = LOGS if lock is not None else ()
+        self._files = {name: (path / name).open("a", encoding="utf-8") for name in names}
 
     @classmethod
     def create(cls, path: Path, config: str, *, overwrite: bool) -> RunLog:
@@ -47,22 +51,20 @@ class RunLog:
         """
         with file_errors(path):
             taken = path.exists() and any(path.iterdir())
-            if taken and not overwrite:
-                if not (path / RECIPE_FILE).exists():
-                    raise RunError(f"{path}: holds other files already; give another --out")
-                raise RunError(f"{path}: holds a run already; give another --out, or --overwrite to replace it")
             if taken and not (path / RECIPE_FILE).exists():
-                raise RunError(f"{path}: is not a run folder, so --overwrite leaves it alone; give another --out")
+                what = (
+                    "is not a run folder, so --overwrite leaves it alone" if overwrite else "holds other files already"
+                )
+                raise RunError(f"{path}: {what}; give another --out")
+            if taken and not overwrite:
+                raise RunError(f"{path}: holds a run already; give another --out, or --overwrite to replace it")
             path.mkdir(parents=True, exist_ok=True)
-            log = cls(path, _hold(path))
-            if taken:
-                for item in path.iterdir():
-                    if item.name != "run.lock":
-                        shutil.rmtree(item) if item.is_dir() else item.unlink()
+            lock = _hold(path)
+            for item in path.iterdir():
+                if item.name != "run.lock":
+                    shutil.rmtree(item) if item.is_dir() else item.unlink()
             write_atomic(path / RECIPE_FILE, config)
-            for name in LOGS:
-                log._open(name)
-            return log
+            return cls(path, lock)
 
     @classmethod
     def reopen(cls, path: Path) -> RunLog:
@@ -74,13 +76,7 @@ class RunLog:
         if not (path / RECIPE_FILE).exists():
             raise RunError(f"{path}: no run to resume here ({RECIPE_FILE} is missing)")
         with file_errors(path):
-            log = cls(path, _hold(path))
-            for name in LOGS:
-                log._open(name)
-            return log
-
-    def _open(self, name: str) -> None:
-        self._files[name] = (self.path / name).open("a", encoding="utf-8")
+            return cls(path, _hold(path))
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of `metrics.jsonl` as it stands."""
@@ -128,14 +124,10 @@ class RunLog:
         Raises:
             RunError: less than 64 MB are free.
         """
-        if not self._files:
-            return
-        free = shutil.disk_usage(self.path).free
-        if free < LEAST_FREE:
-            raise RunError(
-                f"{self.path}: {free >> 20} MB left on the disk, less than the {LEAST_FREE >> 20} MB that a checkpoint and "
-                "the logs need; free some space, then go on with --resume"
-            )
+        if self._files and (free := shutil.disk_usage(self.path).free) < LEAST_FREE:
+            needed = f"{LEAST_FREE >> 20} MB that a checkpoint and the logs need"
+            remedy = "free some space, then go on with --resume"
+            raise RunError(f"{self.path}: {free >> 20} MB left on the disk, less than the {needed}; {remedy}")
 
     def close(self) -> None:
         """Close the files and let the folder go."""
@@ -146,7 +138,7 @@ class RunLog:
 
 
 def json_lines(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as a file has them."""
+    """Rows as lines of a log."""
     return "".join(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in rows)
 
 
@@ -164,3 +156,28 @@ def _hold(path: Path) -> TextIO:
     lock.write(str(os.getpid()))
     lock.flush()
     return lock
+
+
+def check_resume(folder: Path, before: Recipe, after: Recipe, where: str) -> None:
+    """Refuse to resume a run under a recipe that would make another run of it.
+
+    Raises:
+        ConfigError: a key differs that may not, or more steps are done than are asked for.
+    """
+    rows = read_rows(folder / "metrics.jsonl")
+    done = int(rows[-1]["step"]) if rows else 0
+    if after.steps < before.steps and after.steps < done:
+        short = f"{after.steps}, and {done} are done"
+        raise config_error("steps", short, "ask for more, or take an earlier checkpoint's adapter", where)
+    changed = [key for key in _changed(before.model_dump(), after.model_dump()) if not key.startswith(MAY_CHANGE)]
+    if changed:
+        keys = ", ".join(k.removesuffix(".") for k in MAY_CHANGE)
+        remedy = f"start a new run for that; on resume only these may change: {keys}"
+        raise ConfigError([Fault(key, "differs from the run's recipe", remedy) for key in changed], where)
+
+
+def _changed(before: Any, after: Any, path: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = [*before, *(k for k in after if k not in before)]
+        return [c for k in keys for c in _changed(before.get(k), after.get(k), f"{path}.{k}" if path else k)]
+    return [] if before == after else [path]

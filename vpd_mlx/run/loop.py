@@ -61,10 +61,10 @@ def train(
         for name, text in handed.files.items():
             log.write(name, text)
         ranks.gather(None)  # the first rank has the folder
-        if ranks.first:
-            trainer.sources.open(out)
-        elif trainer.sources.outside():
-            trainer.sources.open(_folder_of(out, ranks))
+        if ranks.first or trainer.sources.outside():
+            own = out if ranks.first else out / f"rank-{ranks.index}"  # for what sources keep
+            own.mkdir(parents=True, exist_ok=True)
+            trainer.sources.open(own)
         with Heartbeat(ranks):
             return _run(RunState(trainer, log, started), followers, resume)
     finally:
@@ -146,9 +146,8 @@ def _patience_is_out(state: RunState) -> bool:
     values = [e["student"] or 0.0 for e in state.evaluations]
     if patience is None or len(values) - 1 - values.index(max(values)) < patience:
         return False
-    state.trainer.progress.note(
-        f"stopping early after step {state.done}: no better student in {patience} evaluations (evaluation.patience)"
-    )
+    reason = f"no better student in {patience} evaluations (evaluation.patience)"
+    state.trainer.progress.note(f"stopping early after step {state.done}: {reason}")
     return True
 
 
@@ -161,10 +160,3 @@ def _finish(state: RunState) -> dict[str, Any]:
     step, adapter = state.best
     state.trainer.policy.set_adapter(adapter)
     return next(e for e in state.evaluations if e["step"] == step)
-
-
-def _folder_of(out: Path, ranks: Ranks) -> Path:
-    """Where a rank that does not write keeps what its feedback sources must keep."""
-    folder = out / f"rank-{ranks.index}"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

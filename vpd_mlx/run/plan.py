@@ -23,8 +23,9 @@ from mlx_lm.utils import _get_classes
 
 from vpd_mlx.algos.base import Algorithm, Step, save_parts
 from vpd_mlx.common.stats import Clock
+from vpd_mlx.common.text import size
 from vpd_mlx.engine.policy import Policy
-from vpd_mlx.errors import ConfigError, Fault, ModelError
+from vpd_mlx.errors import ConfigError, Fault, ModelError, config_error
 from vpd_mlx.recipe import Recipe
 from vpd_mlx.types import Context, Group, Problem, Rollout, TokenRow, Verdict
 
@@ -55,48 +56,38 @@ def read_model_config(recipe: Recipe) -> dict[str, Any]:
     """
     try:
         local = Path(recipe.model)
+        revision = recipe.model_revision
         path = (
-            local / "config.json"
-            if local.is_dir()
-            else Path(hf_hub_download(recipe.model, "config.json", revision=recipe.model_revision))
+            local / "config.json" if local.is_dir() else hf_hub_download(recipe.model, "config.json", revision=revision)
         )
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        return config
     except (OSError, ValueError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"model: no config.json of {recipe.model!r} ({first}); give a model folder or a hub id"
         ) from None
-    return config
-
-
-def _shrunk(config: dict[str, Any], blocks: int) -> dict[str, Any]:
-    whole = config["num_hidden_layers"]
-    # a list with an entry a block says what kind each one is
-    return {k: v[:blocks] if isinstance(v, list) and len(v) == whole else v for k, v in config.items()} | {
-        "num_hidden_layers": blocks
-    }
 
 
 def _build(config: dict[str, Any], blocks: int) -> nn.Module:
     kind, arguments = _get_classes(config)
-    model = kind(arguments.from_dict(_shrunk(config, blocks)))
-    dtype = getattr(mx, str(config.get("torch_dtype", config.get("dtype", "float32"))), mx.float32)
-    model.set_dtype(dtype)
-    quantisation = config.get("quantization")
-    if quantisation is not None:
-        size, bits = quantisation["group_size"], quantisation["bits"]
+    whole = config["num_hidden_layers"]
+    # a list with one entry per block says what kind of block each one is
+    few = {k: v[:blocks] if isinstance(v, list) and len(v) == whole else v for k, v in config.items()}
+    model = kind(arguments.from_dict({**few, "num_hidden_layers": blocks}))
+    model.set_dtype(getattr(mx, str(config.get("torch_dtype", config.get("dtype", "float32"))), mx.float32))
+    if (quantisation := config.get("quantization")) is not None:
+        width, bits = quantisation["group_size"], quantisation["bits"]
 
         def fits(_path: str, module: nn.Module) -> bool:
-            return hasattr(module, "to_quantized") and module.weight.shape[-1] % size == 0
+            return hasattr(module, "to_quantized") and module.weight.shape[-1] % width == 0
 
-        nn.quantize(model, group_size=size, bits=bits, class_predicate=fits)
+        nn.quantize(model, group_size=width, bits=bits, class_predicate=fits)
     mx.eval(model.parameters())
     return model
 
 
 class _NoTokenizer:
-    """The probe encodes nothing."""
-
     eos_token_ids = frozenset({0})
 
 
@@ -113,37 +104,19 @@ def _groups(
     def ids(n: int) -> tuple[int, ...]:
         return tuple(int(i) for i in rng.integers(1, min(vocabulary, 32000), n))
 
-    size = recipe.rollout.group_size
+    def rollout(right: bool) -> Rollout:
+        tokens, logps, verdict = ids(completion), (-1.0,) * completion, Verdict(float(right))
+        return Rollout(tokens, logps, "", "length", verdict, right, Context("verifier", ""), ids(teacher_prompt))
 
-    def rollout(n: int) -> Rollout:
-        right = n % 2 == 0
-        return Rollout(
-            tokens=ids(completion),
-            logps=(-1.0,) * completion,
-            text="",
-            finish="length",
-            verdict=Verdict(float(right)),
-            success=right,
-            context=Context("verifier", ""),
-            teacher_prompt=ids(teacher_prompt),
-        )
-
+    per_group = recipe.rollout.group_size
     return [
-        Group(Problem(str(g), ()), ids(prompt), tuple(rollout(g * size + n) for n in range(size))) for g in range(count)
+        Group(Problem(str(g), ()), ids(prompt), tuple(rollout((g * per_group + n) % 2 == 0) for n in range(per_group)))
+        for g in range(count)
     ]
 
 
 def _grown(positions: int) -> int:
     return -(-positions // CACHE_STEP) * CACHE_STEP
-
-
-def _update_peak(algorithm: Algorithm, policy: Policy, groups: list[Group], first: list[Group]) -> int:
-    """Peak bytes of a step on `groups`, after one on `first`, which makes the optimizers' moments and the teacher's weights."""
-    algorithm(policy, first, Step(0, 0, Clock()))
-    mx.clear_cache()
-    mx.reset_peak_memory()
-    algorithm(policy, groups, Step(0, 0, Clock()))
-    return int(mx.get_peak_memory())
 
 
 def plan(recipe: Recipe, *, prompt: int | None = None, context: int | None = None) -> Plan:
@@ -183,22 +156,12 @@ def plan(recipe: Recipe, *, prompt: int | None = None, context: int | None = Non
     cache = whole("cache_per_token") * length * decoded
     # a prompt's own cache, from which its rows' are made
     prompts = whole("cache_per_token") * _grown(longest) * -(-decoded // rollout.group_size)
-    # while one block's cache grows, its old and its new copy stand side by side
+    # while one block's cache grows, its old and its new copy are held side by side
     growth = (found[1]["cache_per_token"] - found[0]["cache_per_token"]) * length * decoded
     logits = 3 * 4 * vocabulary * decoded
-    return Plan(
-        weights=weights,
-        adapter=adapter,
-        phases={
-            "rollout": weights + adapter + whole("held") + cache + prompts + growth + logits,
-            "update": whole("update"),
-        },
-        blocks=blocks,
-        rows=rows,
-        prompt=longest,
-        teacher_prompt=teacher_prompt,
-        completion=rollout.max_completion_tokens,
-    )
+    sampling = weights + adapter + whole("held") + cache + prompts + growth + logits
+    phases = {"rollout": sampling, "update": whole("update")}
+    return Plan(weights, adapter, phases, blocks, rows, longest, teacher_prompt, rollout.max_completion_tokens)
 
 
 def _probe(
@@ -218,14 +181,19 @@ def _probe(
     del cache
     completion = recipe.rollout.max_completion_tokens
     # Peak memory is that of the fullest micro-batch: two micro-batches' worth of groups find it.
-    size = recipe.rollout.group_size * (teacher_prompt + completion)
-    count = min(recipe.rollout.prompts, 2 + 2 * recipe.memory.micro_batch_tokens // size)
+    tokens = recipe.rollout.group_size * (teacher_prompt + completion)
+    count = min(recipe.rollout.prompts, 2 + 2 * recipe.memory.micro_batch_tokens // tokens)
     groups = _groups(recipe, count, prompt, teacher_prompt, completion, vocabulary)
     trained = _bytes(model.trainable_parameters())
     # Active memory that is not this network's: what else the process holds.
     foreign = max(0, before - _bytes(model.parameters()) + trained)
     algorithm: Algorithm = recipe.entry.load()(recipe, policy)
-    peak = _update_peak(algorithm, policy, groups, _groups(recipe, count, 2, 3, 2, vocabulary)) - foreign
+    # A first step, of few tokens, makes the optimizers' moments and the teacher's weights.
+    algorithm(policy, _groups(recipe, count, 2, 3, 2, vocabulary), Step(0, 0, Clock()))
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    algorithm(policy, groups, Step(0, 0, Clock()))
+    peak = int(mx.get_peak_memory()) - foreign
     if recipe.entry.contexts:
         # The teacher's hidden states of the whole batch stay until the update is through.
         states, _ = policy.hidden([TokenRow(groups[0].prompt, groups[0].rollouts[0].tokens)])
@@ -244,10 +212,8 @@ def memory_limit(recipe: Recipe) -> int:
     if recipe.memory.limit_gb is not None:
         return int(recipe.memory.limit_gb * 2**30)
     info = mx.device_info(mx.default_device())
-    size = info.get("max_recommended_working_set_size", info.get("memory_size"))
-    if size is None:
-        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(size)
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(info.get("max_recommended_working_set_size", info.get("memory_size", machine)))
 
 
 def check_fits(recipe: Recipe, planned: Plan, limit: int) -> None:
@@ -256,37 +222,19 @@ def check_fits(recipe: Recipe, planned: Plan, limit: int) -> None:
     Raises:
         ConfigError: a phase needs more than `limit` bytes.
     """
-
-    def gb(n: int) -> str:
-        return f"{n / 2**30:.2f} GB"
-
     if planned.weights > limit:
-        raise ConfigError(
-            [
-                Fault(
-                    "model",
-                    f"its weights take {gb(planned.weights)} of {gb(limit)}",
-                    "take a smaller model or fewer bits",
-                )
-            ]
-        )
-    remedies = {
-        "update": (
-            "memory.micro_batch_tokens",
-            recipe.memory.micro_batch_tokens,
-            "lower it (not below the longest sequence), or lower rollout.max_prompt_tokens, "
-            "rollout.max_completion_tokens or lora.rank",
-        ),
-        "rollout": (
-            "memory.rollout_rows",
-            recipe.memory.rollout_rows,
-            f"set it below {planned.rows}, or lower rollout.max_completion_tokens",
-        ),
+        problem = f"its weights take {size(planned.weights)} of {size(limit)}"
+        raise config_error("model", problem, "use a smaller model or fewer bits")
+    sequences = "rollout.max_prompt_tokens, rollout.max_completion_tokens or lora.rank"
+    keys = {
+        "update": ("micro_batch_tokens", f"lower it (not below the longest sequence), or lower {sequences}"),
+        "rollout": ("rollout_rows", f"set it below {planned.rows}, or lower rollout.max_completion_tokens"),
     }
     faults = []
-    for phase, size in planned.phases.items():
-        if size > limit:
-            key, value, remedy = remedies[phase]
-            faults.append(Fault(key, f"{value}: the {phase} phase would take {gb(size)} of {gb(limit)}", remedy))
+    for phase, peak in planned.phases.items():
+        if peak > limit:
+            key, remedy = keys[phase]
+            problem = f"{getattr(recipe.memory, key)}: the {phase} phase would take {size(peak)} of {size(limit)}"
+            faults.append(Fault(f"memory.{key}", problem, remedy))
     if faults:
         raise ConfigError(faults, "memory")

@@ -12,14 +12,13 @@ from typing import Self
 import mlx.core as mx
 
 from vpd_mlx import __version__
-from vpd_mlx.algos.base import Algorithm
-from vpd_mlx.algos.function import Function
+from vpd_mlx.algos.base import Algorithm, Function
 from vpd_mlx.common.functions import NOTHING, PREFIX, Handed
 from vpd_mlx.common.seeds import phase_seed
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.ranks import ALONE, Ranks
 from vpd_mlx.engine.sampling import Sampling, default_streams, generate, probe_batches
-from vpd_mlx.errors import ConfigError, DataError, Fault
+from vpd_mlx.errors import ConfigError, DataError, Fault, config_error
 from vpd_mlx.feedback import SOURCES, Sources, build_sources
 from vpd_mlx.feedback.base import Generate, Host
 from vpd_mlx.prompts import Prompter
@@ -30,15 +29,7 @@ from vpd_mlx.run.progress import Progress, Silent, Stop
 from vpd_mlx.tasks import Task, build_task, fingerprint, prove
 from vpd_mlx.types import Problem
 
-__all__ = [
-    "Parts",
-    "build_prompter",
-    "check_prompts",
-    "check_ranks",
-    "check_sources",
-    "load_policy",
-    "refuse_what_cannot_fit",
-]
+__all__ = ["Parts", "build_prompter", "check_ranks", "load_policy", "refuse_what_cannot_fit"]
 
 
 @dataclass
@@ -70,17 +61,17 @@ class Parts:
         """
         progress, stop = progress or Silent(), stop or Stop()
         task = build_task(recipe, handed)
-        if not task.train or not task.held_out:
-            side = "train on" if not task.train else "evaluate on"
-            raise DataError(f"task: no problem to {side}; widen the task's filter or add rows")
+        for side, rows in (("train", task.train), ("evaluate", task.held_out)):
+            if not rows:
+                raise DataError(f"task: no problem to {side} on; widen the task's filter or add rows")
         prove(task)
-        check_sources(recipe, task)
+        _check_sources(recipe, task)
         policy = load_policy(recipe)
         policy.ranks = ranks
         check_ranks(recipe, policy, task)
         prompter = build_prompter(recipe, policy)
         problems = (*task.train, *task.held_out)
-        check_prompts(prompter, problems)
+        _check_prompts(prompter, problems)
         ask, host = _critic(recipe, policy), _host(progress, stop)
         sources = build_sources(recipe.feedback, prompter, ask, host, {p.id for p in problems}, handed.sources)
         algorithm = recipe.entry.load()(recipe, policy) if handed.algorithm is None else Function(handed.algorithm)
@@ -122,29 +113,23 @@ def refuse_what_cannot_fit(recipe: Recipe) -> None:
     if recipe.algorithm.startswith(PREFIX):
         return  # a function of a Python program: only a run of it would tell
     limit, folder = memory_limit(recipe), Path(recipe.model)
-    size = sum(p.stat().st_size for p in folder.glob("*.safetensors")) if folder.is_dir() else None
-    if size is None or (size and size * 50 < limit and limit > 2**30):
-        return  # a hub model is planned for by `vpd-mlx plan`; here it is not fetched twice
-    check_fits(recipe, plan(recipe), limit)
+    size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+    tiny = size and size * 50 < limit and limit > 2**30
+    if folder.is_dir() and not tiny:  # a hub model is planned for by `vpd-mlx plan`; here it is not fetched twice
+        check_fits(recipe, plan(recipe), limit)
 
 
 def _wire(limit_gb: float | None) -> None:
-    """Keep the model from being paged out, where the device knows such a limit.
-
-    Raises:
-        ConfigError: a limit is asked for, and there is none here, or it is more than the device allows.
-    """
+    """Keep the model from being paged out if the device has such a limit; a limit that it cannot keep is a `ConfigError`."""
     most = mx.device_info().get("max_recommended_working_set_size")
     if most is None and limit_gb is not None:
-        fault = Fault(
-            "memory.wired_limit_gb", f"{limit_gb:g}: {mx.default_device()} has no wired memory", "leave it null here"
-        )
-        raise ConfigError([fault])
+        problem = f"{limit_gb:g}: {mx.default_device()} has no wired memory"
+        raise config_error("memory.wired_limit_gb", problem, "leave it null here")
     if most is None:
         return
     if limit_gb is not None and limit_gb * 2**30 > int(most):
-        much = f"{limit_gb:g} is more than this machine's {int(most) / 2**30:.1f}"
-        raise ConfigError([Fault("memory.wired_limit_gb", much, "lower it, or leave it null")])
+        problem = f"{limit_gb:g} is more than this machine's {int(most) / 2**30:.1f}"
+        raise config_error("memory.wired_limit_gb", problem, "lower it, or leave it null")
     mx.set_wired_limit(int(most) if limit_gb is None else int(limit_gb * 2**30))
 
 
@@ -163,30 +148,18 @@ def load_policy(recipe: Recipe) -> Policy:
 
 def build_prompter(recipe: Recipe, policy: Policy) -> Prompter:
     """The recipe's wording and limits with the policy's tokenizer."""
-    return Prompter(
-        tokenizer=policy.tokenizer,
-        templates=recipe.templates,
-        thinking=recipe.thinking,
-        max_prompt_tokens=recipe.rollout.max_prompt_tokens,
-        max_context_tokens=recipe.feedback.max_tokens,
-    )
+    prompt, context = recipe.rollout.max_prompt_tokens, recipe.feedback.max_tokens
+    return Prompter(policy.tokenizer, recipe.templates, recipe.thinking, prompt, context)
 
 
-def check_prompts(prompter: Prompter, problems: Sequence[Problem]) -> None:
-    """See that every prompt fits, before anything is written.
-
-    Raises:
-        DataError: a prompt is longer than the limit.
-    """
+def _check_prompts(prompter: Prompter, problems: Sequence[Problem]) -> None:
+    """Raise a `DataError` if a prompt is longer than the limit."""
     frame = len(prompter.encode([{"role": "user", "content": "x"}])) + 16
     template = len(prompter.template("student").encode())
-
-    def may_be_long(problem: Problem) -> bool:
-        # A prompt has at most one token per byte, its template aside: short ones need not be encoded.
-        size = template + sum(len(m["content"].encode()) + frame for m in problem.messages)
-        return size > prompter.max_prompt_tokens
-
-    student_prompts(prompter, [p for p in problems if may_be_long(p)])
+    # A prompt has at most one token per byte, apart from its template: short ones need not be encoded.
+    sizes = [template + sum(len(m["content"].encode()) + frame for m in p.messages) for p in problems]
+    long = [p for p, size in zip(problems, sizes, strict=True) if size > prompter.max_prompt_tokens]
+    student_prompts(prompter, long)
 
 
 def check_ranks(recipe: Recipe, policy: Policy, task: Task) -> None:
@@ -196,16 +169,16 @@ def check_ranks(recipe: Recipe, policy: Policy, task: Task) -> None:
         ConfigError: the recipe is not for so many.
         RunError: versions, model or data differ.
     """
-    ranks, faults = policy.ranks, []
+    ranks, prompts = policy.ranks, recipe.rollout.prompts
     if ranks.size == 1:
         return
-    if recipe.rollout.prompts < ranks.size:
-        faults.append(
-            Fault("rollout.prompts", f"{recipe.rollout.prompts} for {ranks.size} ranks", "one a rank at least")
-        )
-    for name in recipe.feedback.sources:
-        if SOURCES[name].single_rank:
-            faults.append(Fault("feedback.sources", f"{name} cannot serve several ranks", "train on one machine"))
+    faults = [
+        Fault("feedback.sources", f"{name} cannot serve several ranks", "train on one machine")
+        for name in recipe.feedback.sources
+        if SOURCES[name].single_rank
+    ]
+    if prompts < ranks.size:
+        faults.append(Fault("rollout.prompts", f"{prompts} for {ranks.size} ranks", "give each rank at least one"))
     if faults:
         raise ConfigError(faults)
     ranks.agree("versions", f"vpd-mlx {__version__}, mlx {version('mlx')}, mlx-lm {version('mlx-lm')}")
@@ -213,16 +186,10 @@ def check_ranks(recipe: Recipe, policy: Policy, task: Task) -> None:
     ranks.agree("the data", fingerprint(task))
 
 
-def check_sources(recipe: Recipe, task: Task) -> None:
-    """A recipe that learns from reference solutions alone needs some.
-
-    Raises:
-        DataError: no row to train on has one.
-    """
+def _check_sources(recipe: Recipe, task: Task) -> None:
+    """Raise a `DataError` if reference solutions are the only feedback and no row to train on has one."""
     if recipe.feedback.sources == ["reference"] and recipe.entry.contexts and not any(p.reference for p in task.train):
         column = getattr(recipe.task, "reference", None)
         where = f"column {column!r} (task.reference)" if column else "task"
-        raise DataError(
-            f"feedback.sources: reference is all there is, and no row has a reference solution in its {where}; add them, or "
-            "name another source"
-        )
+        problem = f"reference is the only source, and no row has a reference solution in its {where}"
+        raise DataError(f"feedback.sources: {problem}; add them, or name another source")

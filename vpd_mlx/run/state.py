@@ -95,28 +95,23 @@ class RunState:
         """Keep all of the run as it stands after a whole step. Arrays are immutable, so this copies nothing."""
         arrays, scalars = save_parts(self.trainer.algorithm.parts)
         step, best = self.best or (None, {})
-        self._snapshot = Checkpoint(
-            self.done,
-            {
-                **{f"adapter.{k}": v for k, v in self.trainer.policy.adapter.items()},
-                **{f"algorithm.{k}": v for k, v in arrays.items()},
-                **{f"best.{k}": v for k, v in best.items()},
-            },
-            {
-                "best": step,
-                "algorithm": scalars,
-                "offsets": self.log.offsets(),
-                "evaluations": list(self.evaluations),
-                "seconds": dict(self.seconds),
-                "wall": self._wall_now(),
-                "tokens": self._tokens,
-                "nonfinite": self._nonfinite,
-                "nonfinite_in_a_row": self.trainer.nonfinite_in_a_row,
-                "task": self._task,
-                "sources": sources[0],
-                **({"sources_of_ranks": sources} if len(sources) > 1 else {}),
-            },
-        )
+        parts = {"adapter": self.trainer.policy.adapter, "algorithm": arrays, "best": best}
+        state = {
+            "best": step,
+            "algorithm": scalars,
+            "offsets": self.log.offsets(),
+            "evaluations": list(self.evaluations),
+            "seconds": dict(self.seconds),
+            "wall": self._wall_now(),
+            "tokens": self._tokens,
+            "nonfinite": self._nonfinite,
+            "nonfinite_in_a_row": self.trainer.nonfinite_in_a_row,
+            "task": self._task,
+            "sources": sources[0],
+            **({"sources_of_ranks": sources} if len(sources) > 1 else {}),
+        }
+        named = {f"{part}.{name}": array for part, found in parts.items() for name, array in found.items()}
+        self._snapshot = Checkpoint(self.done, named, state)
 
     def checkpoint(self) -> None:
         """Write the last snapshot, unless it is on the disk. Whatever an unfinished step has done since has no part in it."""
@@ -175,10 +170,8 @@ class RunState:
         of_ranks = state.get("sources_of_ranks", [state.get("sources", {})])
         trainer.sources.restore(dict(enumerate(of_ranks)).get(trainer.ranks.index, {}))
         if state.get("task", self._task) != self._task:
-            trainer.progress.note(
-                "the task's rows or its verifier have changed since this run's last checkpoint: from here on the run differs "
-                "from an undisturbed one"
-            )
+            change = "the task's rows or its verifier have changed since this run's last checkpoint"
+            trainer.progress.note(f"{change}: from here on the run differs from an undisturbed one")
         self.done = found.step
         self.evaluations = state["evaluations"]
         self.seconds = state["seconds"]

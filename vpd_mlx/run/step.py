@@ -18,7 +18,7 @@ from vpd_mlx.engine.sampling import Sampling, default_streams
 from vpd_mlx.errors import RunError, SourceError, VpdError
 from vpd_mlx.feedback import add_context
 from vpd_mlx.run.collect import Batch, collect
-from vpd_mlx.run.evaluate import Measured, evaluate, measure
+from vpd_mlx.run.evaluate import evaluate
 from vpd_mlx.run.progress import Interrupted
 from vpd_mlx.run.records import RolloutRow, rollout_metrics, rollout_row
 from vpd_mlx.run.setup import Parts
@@ -37,8 +37,7 @@ class _RankRollouts:
     batch: Batch = field(default_factory=lambda: Batch([], []))
     groups: Sequence[Group] = ()
     stop: int | None = None
-    source_error: str | None = None
-    error: str | None = None
+    error: tuple[type[VpdError], str] | None = None
 
 
 def problems_of_step(problems: Sequence[Problem], step: int, count: int, seed: int) -> list[Problem]:
@@ -106,17 +105,14 @@ class Trainer(Parts):
             return _RankRollouts(batch, groups, stop=self.stop.signal)
         except Interrupted:
             return _RankRollouts(stop=self.stop.signal)
-        except SourceError as error:
-            return _RankRollouts(source_error=str(error))
         except VpdError as error:
-            return _RankRollouts(error=str(error))
+            return _RankRollouts(error=(SourceError if isinstance(error, SourceError) else RunError, str(error)))
 
     def _merge(self, parts: Sequence[_RankRollouts]) -> tuple[Batch, list[Group]]:
         for rank, part in enumerate(parts):
-            if part.source_error is not None:
-                raise SourceError(f"rank {rank}: {part.source_error}")
             if part.error is not None:
-                raise RunError(f"rank {rank}: {part.error}")
+                kind, reason = part.error
+                raise kind(f"rank {rank}: {reason}")
         self._stop_together([p.stop for p in parts])
         batch = Batch([g for p in parts for g in p.batch.groups], [f for p in parts for f in p.batch.failures])
         return batch, [g for p in parts for g in p.groups]
@@ -179,28 +175,7 @@ class Trainer(Parts):
 
     def evaluate(self, step: int) -> dict[str, Any]:
         """Accuracy on held-out problems after `step` steps."""
-        start = time.perf_counter()
-        sources = self.sources.for_evaluation()
-        result = evaluate(
-            self.policy, self.prompter, self.task, sources, self.recipe, step=step, progress=self.progress
-        )
-        mx.clear_cache()
-        return {**result, "seconds": round(time.perf_counter() - start, 3)}
-
-    def measure(self, problems: Sequence[Problem], *, greedy_only: bool = False) -> Measured:
-        """Student and teacher on these problems, a value for each."""
-        found = measure(
-            self.policy,
-            self.prompter,
-            self.task,
-            self.sources.for_evaluation(),
-            self.recipe,
-            problems,
-            progress=self.progress,
-            greedy_only=greedy_only,
-        )
-        mx.clear_cache()
-        return found
+        return evaluate(self, step)
 
     # --- stopping
 
@@ -253,7 +228,5 @@ class Trainer(Parts):
         if bad:
             self.progress.note(f"{bad} update(s) left out: loss or gradient was not finite")
         if self.nonfinite_in_a_row >= NONFINITE_IN_A_ROW:
-            raise RunError(
-                f"{self.nonfinite_in_a_row} updates in a row were not finite; lower optimizer.learning_rate, then go on "
-                "with --resume from the last checkpoint"
-            )
+            remedy = "lower optimizer.learning_rate, then go on with --resume from the last checkpoint"
+            raise RunError(f"{self.nonfinite_in_a_row} updates in a row were not finite; {remedy}")

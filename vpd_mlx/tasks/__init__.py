@@ -29,11 +29,10 @@ from vpd_mlx.tasks.addition import Addition, AdditionSettings
 from vpd_mlx.tasks.base import Task, answer_of, examine
 from vpd_mlx.tasks.code import Code, CodeSettings
 from vpd_mlx.tasks.exact import Exact, ExactSettings
-from vpd_mlx.tasks.function import Function, FunctionSettings
 from vpd_mlx.tasks.json_schema import JsonSchema, JsonSchemaSettings
 from vpd_mlx.tasks.math import Math, MathSettings
 from vpd_mlx.tasks.mcq import Mcq, McqSettings
-from vpd_mlx.tasks.python_file import PythonFile, PythonSettings
+from vpd_mlx.tasks.python_file import Function, FunctionSettings, PythonFile, PythonSettings
 from vpd_mlx.tasks.reasoning_gym import ReasoningGym, ReasoningGymSettings
 from vpd_mlx.tasks.regex import Regex, RegexSettings
 

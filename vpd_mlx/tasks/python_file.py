@@ -1,6 +1,6 @@
-"""A verifier of the user's own: a Python file with `verify(problem, completion)`.
+"""A verifier of the user's own: a Python file with `verify(problem, completion)`, or a function given to `vpd.train`.
 
-The file is the user's and runs in our process. It gets completions as text; they are never executed here.
+It is the user's and runs in our process. It gets completions as text; they are never executed here.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ import importlib.util
 import math
 import numbers
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from vpd_mlx.common.functions import failure
+from vpd_mlx.common.functions import failure, not_handed_over
 from vpd_mlx.errors import ConfigError, config_error
 from vpd_mlx.tasks.data import DatasetSettings, read_split
 from vpd_mlx.types import Problem, Verdict
 
-__all__ = ["PythonFile", "PythonSettings", "as_verdict"]
+__all__ = ["Function", "FunctionSettings", "PythonFile", "PythonSettings", "as_verdict"]
 
 
 class PythonSettings(DatasetSettings):
@@ -53,6 +53,38 @@ class PythonFile:
     def reference_completion(self, problem: Problem) -> str | None:
         """The reference solution where the data has one, else the answer."""
         return problem.reference or problem.answer
+
+
+class FunctionSettings(DatasetSettings):
+    """A verifier of a Python program, written by `vpd.train` (docs/python.md). Only that program can train with it."""
+
+    kind: Literal["function"]
+    function: str = Field(description="Name of the verifier.")
+    fingerprint: str = Field(description="Hash of its source. A run is resumed with the same verifier only.")
+
+
+class Function(PythonFile):
+    """Calls the function `verify`. Rows that are not on the disk yet come in `files`, name -> lines.
+
+    Where a hash leaves no row for training or for evaluation, all rows serve for both.
+    """
+
+    def __init__(
+        self,
+        cfg: FunctionSettings,
+        verify: Callable[[Problem, str], Any] | None = None,
+        files: Mapping[str, str] | None = None,
+    ) -> None:
+        if verify is None:
+            raise not_handed_over("task.kind", f"the verifier {cfg.function!r}")
+        self._verify = verify
+        self.fingerprint = cfg.fingerprint.encode()
+        paths = [path for path in (cfg.data, cfg.eval_data) if path is not None]
+        given = {path: files[Path(path).name] for path in paths if files and Path(path).name in files}
+        self.train, self.held_out = read_split(cfg, given, reuse=True)
+        if cfg.eval_data is None and self.train == self.held_out:
+            few = "evaluation is on the training problems: there are too few to hold some out; give held_out=[…] for others"
+            self.notices = (few,)
 
 
 def as_verdict(result: Any) -> Verdict:
