@@ -172,13 +172,13 @@ def check_ranks(recipe: Recipe, policy: Policy, task: Task) -> None:
     ranks, prompts = policy.ranks, recipe.rollout.prompts
     if ranks.size == 1:
         return
-    faults = [
+    few = Fault("rollout.prompts", f"{prompts} for {ranks.size} ranks", "give each rank at least one")
+    faults = [few] if prompts < ranks.size else []
+    faults += [
         Fault("feedback.sources", f"{name} cannot serve several ranks", "train on one machine")
         for name in recipe.feedback.sources
         if SOURCES[name].single_rank
     ]
-    if prompts < ranks.size:
-        faults.append(Fault("rollout.prompts", f"{prompts} for {ranks.size} ranks", "give each rank at least one"))
     if faults:
         raise ConfigError(faults)
     ranks.agree("versions", f"vpd-mlx {__version__}, mlx {version('mlx')}, mlx-lm {version('mlx-lm')}")
