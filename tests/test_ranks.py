@@ -22,8 +22,7 @@ import pytest
 
 from vpd_mlx.common.files import read_rows
 from vpd_mlx.common.stats import Clock
-from vpd_mlx.engine.heartbeat import _addresses, _dial
-from vpd_mlx.engine.ranks import ALONE, Ranks
+from vpd_mlx.engine.ranks import ALONE, Ranks, _addresses, _dial
 from vpd_mlx.errors import ConfigError, RunError
 from vpd_mlx.recipe import Recipe
 from vpd_mlx.run.checkpoint import find_checkpoint

@@ -286,19 +286,10 @@ def policy_gradient_loss(
     clip_high: float,
     dual_clip: float | None = None,
 ) -> LossAndMetrics:
-    """Token mean of the clipped surrogate.
+    """Token mean of `policy_gradient_tokens`, whose clips it takes: -> (scalar, means of its metrics over the mask).
 
-    Args:
-        logps: (B, T) of the policy.
-        old_logps: (B, T) of the policy that sampled.
-        advantages: (B,) one per completion, or (B, T).
-        mask: (B, T) 1 for a completion's tokens; what is masked has no part in value or gradient.
-        clip_low: the ratio is clipped below at 1 - this.
-        clip_high: the ratio is clipped above at 1 + this.
-        dual_clip: bound for negative advantages.
-
-    Returns:
-        (scalar, {"ratio", "clipped", "dual_clipped"}: means over the mask). All masked gives 0.
+    Log-probabilities and `mask` are (B, T), `advantages` (B,), one per completion, or (B, T). What is masked has no part in value
+    or gradient; all masked gives 0.
     """
     mask = mask.astype(mx.float32)
     seen = mask > 0

@@ -69,9 +69,7 @@ class Teacher(Stateful):
             with policy.adapter_off():
                 initial = policy.states(rows)
             return [{"teacher": a, "initial": b} for a, b in zip(live, initial, strict=True)]
-        if self.weights is None:
-            return [{"teacher": s} for s in policy.states(rows)]
-        with policy.using(self.weights):
+        with contextlib.nullcontext() if self.weights is None else policy.using(self.weights):
             return [{"teacher": s} for s in policy.states(rows)]
 
     def logits(self, fixed: Mapping[str, mx.array], head: Head) -> mx.array:

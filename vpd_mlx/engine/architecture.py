@@ -104,9 +104,7 @@ def _is_adapted(module: Any) -> bool:
 def can_share_prompts(model: nn.Module, states: Callable[[Sequence[TokenRow], bool], mx.array]) -> bool:
     """Whether a prompt that is read once gives its completions the states that reading it for each of them does.
 
-    Args:
-        model: the network, whose caches are looked at.
-        states: (rows, whether they share their prompts) -> hidden states (M, D) of their completion positions.
+    `states` is (rows, whether they share their prompts) -> hidden states (M, D) of their completion positions.
     """
     caches = make_prompt_cache(model)
     if any(type(c).__name__ not in ("KVCache", "RotatingKVCache") for c in caches):

@@ -50,16 +50,8 @@ def weighted_token_loss(
 ) -> LossAndMetrics:
     """sum_t w_t * loss_t, differentiable in `hidden`, and each token's loss and metrics without gradient.
 
-    Args:
-        head: the frozen head.
-        token_loss: loss of each token of a chunk.
-        hidden: (M, D) states that predict the completion's tokens.
-        weights: (M,) float32.
-        constants: arrays with M rows: targets, old log-probabilities, the teacher's hidden states.
-        chunk: tokens per chunk.
-
-    Returns:
-        (scalar float32, {"loss": (M,), name: (M,)}).
+    `hidden` (M, D) are the states that predict the completion's tokens, `weights` (M,) float32, `constants` arrays with M rows:
+    targets, old log-probabilities, the teacher's hidden states. Returns (scalar float32, {"loss": (M,), name: (M,)}).
     """
     names: list[str] = []
 

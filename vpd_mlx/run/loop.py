@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vpd_mlx.common.functions import NOTHING, Handed
-from vpd_mlx.engine.heartbeat import Heartbeat
-from vpd_mlx.engine.ranks import ALONE, Ranks
+from vpd_mlx.engine.ranks import ALONE, Heartbeat, Ranks
 from vpd_mlx.errors import RunError, SourceError
 from vpd_mlx.recipe import Recipe, dump
 from vpd_mlx.run.followers import Followers
