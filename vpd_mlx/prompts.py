@@ -71,8 +71,7 @@ class Templates(Section):
     review: str | None = Field(None, description="The teacher's user message with feedback from any other source.")
     attempt: str | None = Field(None, description="Text before the feedback when `include_attempt`, with `{attempt}`.")
     critic: str | None = Field(
-        None,
-        description="The question to the critic, with `{prompt}`, `{attempt}`, `{answer}` and `{feedback}`.",
+        None, description="The question to the critic, with `{prompt}`, `{attempt}`, `{answer}` and `{feedback}`."
     )
     critic_right: str | None = Field(None, description="The same about a right attempt, with `feedback.on_success`.")
 
@@ -188,11 +187,9 @@ class Prompter:
 
     def _fit(self, build: Callable[[str], tuple[int, ...]], text: str) -> tuple[tuple[int, ...], bool]:
         tokens = self.tokenizer.encode(text, add_special_tokens=False)
-        budget = self.max_context_tokens
-        ids = build(text)
-        if len(tokens) <= budget and len(ids) <= self.max_prompt_tokens:
+        budget, ids = min(self.max_context_tokens, len(tokens)), build(text)
+        if budget == len(tokens) and len(ids) <= self.max_prompt_tokens:
             return ids, False
-        budget = min(budget, len(tokens))
         while True:
             # Only the context may shrink; do so until the whole prompt fits.
             head, tail = tokens[: (budget + 1) // 2], tokens[len(tokens) - budget // 2 :]

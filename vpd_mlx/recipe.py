@@ -17,25 +17,14 @@ from pydantic import Field, create_model
 from pydantic.fields import FieldInfo
 
 from vpd_mlx.algos import ALGORITHMS, Entry
-from vpd_mlx.common.settings import OneOf, Positive, Section, absolute, assign, parse_yaml, validate
+from vpd_mlx.common.settings import OneOf, Positive, Section, absolute, parse_yaml, validate
 from vpd_mlx.engine.settings import LoraSettings, MemorySettings, OptimizerSettings, RolloutSettings
 from vpd_mlx.errors import ConfigError, Fault, config_error
 from vpd_mlx.feedback import FeedbackSettings
 from vpd_mlx.prompts import Templates
 from vpd_mlx.tasks import TASKS
 
-__all__ = [
-    "RECIPE_VERSION",
-    "Recipe",
-    "builtin_recipes",
-    "check_recipe",
-    "dump",
-    "json_schema",
-    "load_recipe",
-    "merged",
-    "model_fields",
-    "resolve_recipe_path",
-]
+__all__ = ["Recipe", "builtin_recipes", "check_recipe", "dump", "load_recipe", "model_fields", "resolve_recipe_path"]
 
 RECIPE_VERSION = 1
 
@@ -159,11 +148,8 @@ def builtin_recipes() -> dict[str, Path]:
     package = Path(__file__).parent
     # A wheel carries the recipes inside the package; in a checkout they stand beside it.
     root = package / "_recipes" if (package / "_recipes").is_dir() else package.parent / "recipes"
-    found: dict[str, Path] = {}
-    for path in sorted(root.glob("*/*.yaml")):
-        name = path.parent.name if path.stem == path.parent.name else f"{path.parent.name}/{path.stem}"
-        found[name] = path
-    return found
+    files = sorted(root.glob("*/*.yaml"))
+    return {f.parent.name if f.stem == f.parent.name else f"{f.parent.name}/{f.stem}": f for f in files}
 
 
 def resolve_recipe_path(recipe: str) -> Path:
@@ -203,13 +189,27 @@ def load_recipe(path: Path, overrides: list[tuple[str, Any]] | None = None) -> R
     if isinstance(version, int) and not isinstance(version, bool) and version > RECIPE_VERSION:
         remedy = "update vpd-mlx to read this recipe"
         raise config_error("version", f"{version} is newer than {RECIPE_VERSION}", remedy, str(path))
-    faults = [fault for key, value in overrides or [] for fault in assign(raw, key, value)]
+    faults = [fault for key, value in overrides or [] for fault in _assign(raw, key, value)]
     try:
         return check_recipe(raw, str(path), path.parent, faults)
     except ConfigError as error:
         overridden = {key for key, _ in overrides or []}
         blamed = any(f.path in overridden for f in error.faults)
         raise ConfigError(error.faults, f"{path}, as overridden" if blamed else str(path)) from None
+
+
+def _assign(raw: dict[str, Any], key: str, value: Any) -> list[Fault]:
+    """Set a dotted key in a tree of mappings; a value where a section is needed is a fault."""
+    *parents, last = key.split(".")
+    node = raw
+    for i, part in enumerate(parents):
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            place = ".".join(parents[: i + 1])
+            return [Fault(key, f"{place} is {child!r}, not a section", f"set {place} itself")]
+        node = child
+    node[last] = value
+    return []
 
 
 def check_recipe(raw: dict[str, Any], where: str, folder: Path, faults: Sequence[Fault] = ()) -> Recipe:
@@ -240,11 +240,6 @@ def merged(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every key written out."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
-
-
-def json_schema() -> dict[str, Any]:
-    """The JSON Schema of a recipe, for editors that complete and check YAML."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
 
 
 def model_fields(model: type[Section] = Recipe, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

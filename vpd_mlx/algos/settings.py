@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from vpd_mlx.common.settings import Positive, Section, Unit
+from vpd_mlx.common.settings import Positive, Section
 from vpd_mlx.errors import Fault
 
 __all__ = ["EStepSettings", "GrpoSettings", "HybridSettings", "MStepSettings", "TeacherSettings", "minibatch_faults"]
+
+Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 def minibatch_faults(section: str, size: int | None, recipe: Any) -> Iterator[Fault]:

@@ -19,26 +19,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from vpd_mlx.errors import ConfigError, Fault
+from vpd_mlx.errors import ConfigError, Fault, config_error
 
-__all__ = [
-    "HUB",
-    "OneOf",
-    "Positive",
-    "Section",
-    "Unit",
-    "absolute",
-    "assign",
-    "kind_of",
-    "parse_set",
-    "parse_yaml",
-    "validate",
-]
+__all__ = ["HUB", "OneOf", "Positive", "Section", "absolute", "kind_of", "parse_set", "parse_yaml", "validate"]
 
 HUB = "hf://"  # prefix of data on the Hugging Face hub
 
 Positive = Annotated[int, Field(ge=1)]
-Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 @dataclass(frozen=True)
@@ -52,9 +39,6 @@ class OneOf:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(self._checked)
-
-    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
-        return {"type": "string", "enum": list(self.names)}
 
     def _checked(self, value: Any) -> str:
         if not isinstance(value, str) or value not in self.names:
@@ -126,7 +110,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dic
     for key, _ in node.value:
         if key.value in seen:
             line = key.start_mark.line + 1
-            raise ConfigError([Fault(f"line {line}", f"the key {key.value!r} is given twice", "keep one of them")])
+            raise config_error(f"line {line}", f"the key {key.value!r} is given twice", "keep one of them")
         seen.add(key.value)
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
@@ -148,7 +132,7 @@ def parse_yaml(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}" if mark is not None else "text"
         what = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError([Fault(line, f"not valid YAML ({what})", "fix that line")], where) from None
+        raise config_error(line, f"not valid YAML ({what})", "fix that line", where) from None
 
 
 def parse_set(items: list[str]) -> list[tuple[str, Any]]:
@@ -162,25 +146,11 @@ def parse_set(items: list[str]) -> list[tuple[str, Any]]:
         key, eq, text = item.partition("=")
         if not eq or not key.strip() or not all(key.split(".")):
             faults.append(Fault(item, "is not of the form key=value", "write e.g. --set rollout.group_size=4"))
-            continue
-        pairs.append((key.strip(), parse_yaml(text, f"--set {key}")))
+        else:
+            pairs.append((key.strip(), parse_yaml(text, f"--set {key}")))
     if faults:
         raise ConfigError(faults, "--set")
     return pairs
-
-
-def assign(raw: dict[str, Any], key: str, value: Any) -> list[Fault]:
-    """Set a dotted key in a tree of mappings; a value where a section is needed is a fault."""
-    *parents, last = key.split(".")
-    node = raw
-    for i, part in enumerate(parents):
-        child = node.setdefault(part, {})
-        if not isinstance(child, dict):
-            place = ".".join(parents[: i + 1])
-            return [Fault(key, f"{place} is {child!r}, not a section", f"set {place} itself")]
-        node = child
-    node[last] = value
-    return []
 
 
 # --- checking

@@ -98,11 +98,9 @@ class Human(Outside):
             self._person.show(menu)
             match self._person.key():
                 case "t" | "\r" | "\n":
-                    text = self._person.line()
-                    how = "line"
+                    how, text = "line", self._person.line()
                 case "e":
-                    text = self._person.edit(_question(1, 1, problem, rollout, whole=True))
-                    how = "editor"
+                    how, text = "editor", self._person.edit(_question(1, 1, problem, rollout, whole=True))
                 case "r" if self._last is not None:
                     return "repeat", self._last
                 case "s":
@@ -144,9 +142,8 @@ class Human(Outside):
             text = path.read_bytes()
             self._file.truncate(text.rfind(b"\n") + 1)  # drops the unfinished line of a run that was killed
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError(
-                f"{path}: cannot be used ({type(error).__name__}: {error}); fix it, or move it away"
-            ) from None
+            what = f"{type(error).__name__}: {error}"
+            raise RunError(f"{path}: cannot be used ({what}); fix it, or move it away") from None
 
     def close(self) -> None:
         """Close the file."""
@@ -229,9 +226,8 @@ def _question(number: int, count: int, problem: Problem, rollout: Rollout, *, wh
         ("reference", problem.reference or ""),
     ]
     head = f"\n--- {number} of {count}  problem {one_line(problem.id)} ---\n"
-    return head + "".join(
-        f"{name}: {_visible(text if whole else _short(text, LONG))}\n" for name, text in parts if text
-    )
+    shown = [(name, text if whole else _short(text, LONG)) for name, text in parts if text]
+    return head + "".join(f"{name}: {_visible(text)}\n" for name, text in shown)
 
 
 def _visible(text: str) -> str:

@@ -83,7 +83,9 @@ class Asking(Outside):
         self._name = name
         self._most_failures = cfg.max_failures
         self._host = host
-        self._pool = _Pool(workers, name)
+        self._workers = workers
+        self._threads: list[threading.Thread] = []
+        self._requests: queue.SimpleQueue[tuple[Future[Answer], Problem, Rollout] | None] = queue.SimpleQueue()
         self._begun: dict[tuple[str, ...], list[Future[Answer]]] = defaultdict(list)
         self._lock = threading.Lock()
         self._in_a_row = 0
@@ -140,7 +142,24 @@ class Asking(Outside):
         return out
 
     def _submit(self, problem: Problem, rollout: Rollout) -> Future[Answer]:
-        return self._pool.submit(lambda: self._answer(problem, rollout))
+        future: Future[Answer] = Future()
+        self._requests.put((future, problem, rollout))
+        with self._lock:
+            if len(self._threads) < self._workers:
+                # Unlike an executor's threads they are daemons: one that waits for ever does not keep the process from ending.
+                thread = threading.Thread(target=self._work, name=f"feedback-{self._name}", daemon=True)
+                self._threads.append(thread)
+                thread.start()
+        return future
+
+    def _work(self) -> None:
+        while (request := self._requests.get()) is not None:
+            future, problem, rollout = request
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(self._answer(problem, rollout))
+                except BaseException as error:  # noqa: BLE001 - future.result() raises it
+                    future.set_exception(error)
 
     def _answer(self, problem: Problem, rollout: Rollout) -> Answer:
         if self._broken is not None:
@@ -158,55 +177,19 @@ class Asking(Outside):
         return None if text is None else without_surrogates(text)
 
     def close(self) -> None:
-        """Break off what is under way, without waiting."""
-        self._pool.close()
+        """Drop the requests that have not begun, and let the threads end, without waiting."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._requests.get_nowait()
+        with self._lock:
+            for _ in self._threads:
+                self._requests.put(None)
+            self._threads = []
 
 
 def _key(problem: Problem, rollout: Rollout) -> tuple[str, ...]:
     # Rollouts with the same key make the same request, so their answers are interchangeable.
     return (problem.id, problem.prompt, rollout.text)
-
-
-class _Pool:
-    """Threads that work off a queue. Unlike an executor's threads they are daemons: one that waits for ever on a source does not
-    keep the process from ending."""
-
-    def __init__(self, size: int, name: str) -> None:
-        self._size = size
-        self._name = name
-        self._tasks: queue.SimpleQueue[tuple[Future[Answer], Callable[[], Answer]] | None] = queue.SimpleQueue()
-        self._threads: list[threading.Thread] = []
-        self._lock = threading.Lock()
-
-    def submit(self, task: Callable[[], Answer]) -> Future[Answer]:
-        """Queue a task."""
-        future: Future[Answer] = Future()
-        self._tasks.put((future, task))
-        with self._lock:
-            if len(self._threads) < self._size:
-                thread = threading.Thread(target=self._work, name=f"feedback-{self._name}", daemon=True)
-                self._threads.append(thread)
-                thread.start()
-        return future
-
-    def _work(self) -> None:
-        while (item := self._tasks.get()) is not None:
-            future, task = item
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(task())
-                except BaseException as error:  # noqa: BLE001 - future.result() raises it
-                    future.set_exception(error)
-
-    def close(self) -> None:
-        """Drop the tasks that have not begun, and let the threads end."""
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._tasks.get_nowait()
-        with self._lock:
-            for _ in self._threads:
-                self._tasks.put(None)
-            self._threads = []
 
 
 class Function(Asking):

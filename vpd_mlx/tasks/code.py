@@ -97,12 +97,8 @@ class Code:
     def _tests(self, problem: Problem, private: bool) -> Suite:
         row, cfg = problem.data, self._cfg
         column = cfg.private_tests if private and row.get(cfg.private_tests) else cfg.tests
-        return read_suite(
-            row.get(column),
-            _function(row.get(cfg.entry_point)),
-            str(row.get(cfg.setup) or ""),
-            f"row {problem.id}, {column}",
-        )
+        function, setup = _function(row.get(cfg.entry_point)), str(row.get(cfg.setup) or "")
+        return read_suite(row.get(column), function, setup, f"row {problem.id}, {column}")
 
     def _grade(self, problem: Problem, completion: str, private: bool) -> Verdict:
         program = in_fence(completion)
@@ -158,11 +154,10 @@ class Code:
     def _feedback(self, failed: list[_FailedTest], program: str) -> str:
         """The program's failure with its line, else a few wrong results."""
         last = failed[-1]
-        failure = last.failure
-        if failure is not None:
+        if (failure := last.failure) is not None:
             lines = program.split("\n")
-            timeout = last.ended == "timeout"
-            text = f"Time limit: the program {failure.message}." if timeout else self._cut(str(failure))
+            late = last.ended == "timeout"
+            text = f"Time limit: the program {failure.message}." if late else self._cut(str(failure))
             if 0 < failure.line <= len(lines):
                 text += f"\nLine {failure.line}: {self._cut(lines[failure.line - 1].strip())}"
             return f"{text}\nInput: {self._cut(last.shown)}" if last.shown else text

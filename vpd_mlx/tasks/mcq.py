@@ -30,10 +30,8 @@ class Mcq:
         for problem in (*self.train, *self.held_out):
             answer = (problem.answer or "").strip()
             if len(answer) != 1 or not answer.isascii() or not answer.isupper():
-                raise DataError(
-                    f"row {problem.id}: the answer {problem.answer!r} is not a capital letter; "
-                    "name the column of the letters in task.answer, or fix the row"
-                )
+                remedy = "name the column of the letters in task.answer, or fix the row"
+                raise DataError(f"row {problem.id}: the answer {problem.answer!r} is not a capital letter; {remedy}")
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
         """1 for the right letter, else 0 with what is wrong, which does not give the right letter away."""

@@ -104,9 +104,8 @@ def _assertions(statements: list[str], setup: str, function: str | None, place: 
         called = unbound - set(USUAL)
         if len(called) != 1:
             names = ", ".join(sorted(called)) or "no function"
-            raise DataError(
-                f"{place}: the tests call {names}; name the one under test in the column of task.entry_point"
-            )
+            remedy = "name the one under test in the column of task.entry_point"
+            raise DataError(f"{place}: the tests call {names}; {remedy}")
         function = called.pop()
     needed = sorted(USUAL[name] for name in unbound & set(USUAL) - {function})
     return Suite("assert", tuple((s, None) for s in statements), function, "\n".join([*needed, setup]))
