@@ -24,9 +24,8 @@ from vpd_mlx.algos.samples import gather, teacher_row
 from vpd_mlx.algos.settings import GrpoSettings, MStepSettings, TeacherSettings
 from vpd_mlx.algos.teacher import Teacher
 from vpd_mlx.common.stats import Clock
-from vpd_mlx.engine.gradients import accumulate, unit_weights
 from vpd_mlx.engine.heads import target_logps
-from vpd_mlx.engine.optimizer import Learner
+from vpd_mlx.engine.learner import Learner, accumulate, unit_weights
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.sampling import Sampling, default_streams, generate
 from vpd_mlx.recipe import Recipe, load_recipe

@@ -36,9 +36,9 @@ from vpd_mlx.feedback.replay import Replay
 from vpd_mlx.feedback.server import Server
 from vpd_mlx.feedback.server import ServerSettings as Settings
 from vpd_mlx.recipe import Recipe
-from vpd_mlx.run.checkpoint import find_checkpoint
 from vpd_mlx.run.loop import train
 from vpd_mlx.run.progress import Silent
+from vpd_mlx.run.state import find_checkpoint
 from vpd_mlx.run.step import Trainer
 from vpd_mlx.types import Group, Problem, Rollout, Verdict
 

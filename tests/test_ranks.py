@@ -25,8 +25,8 @@ from vpd_mlx.common.stats import Clock
 from vpd_mlx.engine.ranks import ALONE, Ranks, _addresses, _dial
 from vpd_mlx.errors import ConfigError, RunError
 from vpd_mlx.recipe import Recipe
-from vpd_mlx.run.checkpoint import find_checkpoint
 from vpd_mlx.run.setup import check_ranks
+from vpd_mlx.run.state import find_checkpoint
 from vpd_mlx.run.step import Trainer
 from vpd_mlx.types import TokenRow, Verdict
 
@@ -92,7 +92,7 @@ from vpd_mlx.algos.base import Step
 from vpd_mlx.common.stats import Clock
 from vpd_mlx.engine.ranks import Ranks
 from vpd_mlx.run.step import Trainer
-from vpd_mlx.engine import optimizer as learner
+from vpd_mlx.engine import learner
 
 ranks, found = Ranks.of_environment(), {}
 applied = learner.Learner.apply

@@ -21,11 +21,11 @@ from vpd_mlx.algos import ALGORITHMS
 from vpd_mlx.common.files import read_rows
 from vpd_mlx.errors import DataError, RunError, SourceError
 from vpd_mlx.recipe import load_recipe
-from vpd_mlx.run.checkpoint import find_checkpoint
 from vpd_mlx.run.folder import load_run
 from vpd_mlx.run.loop import train
 from vpd_mlx.run.progress import Silent, Stop
 from vpd_mlx.run.records import EvaluationRow, MetricsRow, RolloutRow, Summary
+from vpd_mlx.run.state import find_checkpoint
 from vpd_mlx.run.step import Trainer, problems_of_step
 from vpd_mlx.types import Problem
 
@@ -375,7 +375,7 @@ def test_the_adapter_off_is_the_initial_model(small):
 
 
 def test_one_gradient_that_is_not_finite_is_left_out_and_the_run_goes_on(small, tmp_path: Path, monkeypatch):
-    from vpd_mlx.engine import gradients as learner
+    from vpd_mlx.engine import learner
 
     real, calls = learner.accumulate, []
 

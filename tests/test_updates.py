@@ -24,9 +24,8 @@ from vpd_mlx.algos.settings import GrpoSettings, MStepSettings
 from vpd_mlx.algos.teacher import Teacher
 from vpd_mlx.common.stats import Clock
 from vpd_mlx.engine.batching import micro_batches, pad
-from vpd_mlx.engine.gradients import accumulate
 from vpd_mlx.engine.heads import target_logps
-from vpd_mlx.engine.optimizer import Learner
+from vpd_mlx.engine.learner import Learner, accumulate
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.feedback import add_context
 from vpd_mlx.feedback.sibling import sibling
@@ -325,7 +324,7 @@ COMPILED_UPDATES = """
 import json, sys
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from vpd_mlx.engine import optimizer
+from vpd_mlx.engine import learner as optimizer
 from vpd_mlx.engine.settings import OptimizerSettings
 
 class Model:

@@ -10,8 +10,7 @@ import mlx.core as mx
 
 from vpd_mlx.common.functions import function_name
 from vpd_mlx.common.stats import Clock
-from vpd_mlx.engine.gradients import Floats
-from vpd_mlx.engine.optimizer import Metrics
+from vpd_mlx.engine.learner import Floats, Metrics
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.errors import RunError
 from vpd_mlx.types import Group

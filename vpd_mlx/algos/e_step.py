@@ -24,9 +24,8 @@ from vpd_mlx.algos.settings import EStepSettings
 from vpd_mlx.algos.teacher import Teacher
 from vpd_mlx.common.seeds import phase_seed
 from vpd_mlx.common.stats import auc, correlation, mean
-from vpd_mlx.engine.gradients import Floats, accumulate, accumulate_weighed, scored
 from vpd_mlx.engine.heads import target_logps
-from vpd_mlx.engine.optimizer import Learner, Metrics, update_metrics
+from vpd_mlx.engine.learner import Floats, Learner, Metrics, accumulate, accumulate_weighed, scored, update_metrics
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.types import TokenRow
 

@@ -21,9 +21,8 @@ from vpd_mlx.algos.settings import GrpoSettings
 from vpd_mlx.common.seeds import phase_seed
 from vpd_mlx.common.stats import mean
 from vpd_mlx.engine.batching import token_weights
-from vpd_mlx.engine.gradients import Constants, Floats, Pass, accumulate, scored
 from vpd_mlx.engine.heads import Head, TokenLoss
-from vpd_mlx.engine.optimizer import Learner, update_metrics
+from vpd_mlx.engine.learner import Constants, Floats, Learner, Pass, accumulate, scored, update_metrics
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.losses import LossAndMetrics
 from vpd_mlx.types import Group

@@ -23,9 +23,8 @@ from vpd_mlx.algos.settings import GrpoSettings, HybridSettings, MStepSettings, 
 from vpd_mlx.algos.teacher import Teacher
 from vpd_mlx.common.seeds import phase_seed
 from vpd_mlx.engine.batching import token_weights
-from vpd_mlx.engine.gradients import unit_weights
 from vpd_mlx.engine.heads import Head
-from vpd_mlx.engine.optimizer import Learner
+from vpd_mlx.engine.learner import Learner, unit_weights
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.losses import LossAndMetrics
 from vpd_mlx.types import Group

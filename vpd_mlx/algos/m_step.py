@@ -15,9 +15,8 @@ from vpd_mlx.algos.teacher import Teacher
 from vpd_mlx.common.seeds import phase_seed
 from vpd_mlx.common.stats import auc, mean
 from vpd_mlx.engine.batching import token_weights
-from vpd_mlx.engine.gradients import Floats, accumulate
 from vpd_mlx.engine.heads import Head
-from vpd_mlx.engine.optimizer import Learner, Metrics, update_metrics
+from vpd_mlx.engine.learner import Floats, Learner, Metrics, accumulate, update_metrics
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.losses import LossAndMetrics
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vpd_mlx.engine.gradients import Floats
+from vpd_mlx.engine.learner import Floats
 from vpd_mlx.types import Group, Rollout, TokenRow
 
 __all__ = ["Sample", "epochs", "gather", "minibatches", "teacher_row", "token_mean"]

@@ -16,7 +16,7 @@ from vpd_mlx.algos.samples import gather
 from vpd_mlx.algos.settings import MStepSettings, TeacherSettings
 from vpd_mlx.algos.teacher import Kind, Teacher
 from vpd_mlx.common.seeds import phase_seed
-from vpd_mlx.engine.optimizer import Learner
+from vpd_mlx.engine.learner import Learner
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.types import Group
 

@@ -19,7 +19,7 @@ from vpd_mlx.algos.sdpo import Sdpo
 from vpd_mlx.algos.settings import EStepSettings
 from vpd_mlx.algos.teacher import Kind
 from vpd_mlx.common.seeds import phase_seed
-from vpd_mlx.engine.optimizer import Learner
+from vpd_mlx.engine.learner import Learner
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.types import Group
 

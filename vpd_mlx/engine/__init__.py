@@ -4,7 +4,7 @@
 writes LoRA folders, and `policy` is the one copy of the weights that is student, teacher and initial model in turn.
 `sampling` decodes a step's completions. To learn from them, `batching` packs rows into padded arrays of a bounded size and lets
 completions share one pass over their prompt; `heads` turns hidden states into token losses chunk by chunk, never
-holding all logits; `gradients` sums a minibatch's gradient over micro-batches, and `optimizer` applies it with AdamW.
+holding all logits; `learner` sums a minibatch's gradient over micro-batches and applies it with AdamW.
 `ranks` divides all of this among processes, and notices when one of them is lost.
 """
 

@@ -8,7 +8,7 @@ One step, file by file:
 - `records` declares the rows that a step, a completion and an evaluation leave in the logs, and makes the first two.
 - `log` appends them to the run folder's files, which one process holds.
 - `warnings` looks through the rows for what goes wrong. `evaluate` measures student and teacher on held-out problems.
-- `state` keeps where the run stands and turns it into a checkpoint, or a checkpoint into it; `checkpoint` writes and finds those.
+- `state` keeps where the run stands and turns it into a checkpoint, or a checkpoint into it.
 
 Before the first step `plan` refuses what does not fit into memory, `setup` builds and checks the parts of a run, and `followers`
 starts the processes that send figures to logging services. `progress` is what the loop tells a view, and how a view stops it.

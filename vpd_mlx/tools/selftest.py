@@ -22,9 +22,8 @@ from vpd_mlx import losses
 from vpd_mlx.algos.m_step import Distillation
 from vpd_mlx.algos.settings import MStepSettings, TeacherSettings
 from vpd_mlx.algos.teacher import Teacher
-from vpd_mlx.engine.gradients import Floats, accumulate, unit_weights
 from vpd_mlx.engine.heads import TokenLoss, target_logps, weighted_token_loss
-from vpd_mlx.engine.optimizer import adam_step
+from vpd_mlx.engine.learner import Floats, accumulate, adam_step, unit_weights
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.sampling import Sampling, generate
 from vpd_mlx.types import TokenRow
