@@ -11,19 +11,11 @@ import typer
 
 from vpd_mlx.errors import ConfigError, Fault
 
-__all__ = ["Format", "export"]
+__all__ = ["export"]
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
-
-
-class Format(StrEnum):
-    """What to write."""
-
-    adapters = "adapters"
-    fused = "fused"
-    peft = "peft"
-    hub = "hub"
+Format = StrEnum("Format", ["adapters", "fused", "peft", "hub"])  # what to write
 
 
 def export(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
@@ -12,43 +13,7 @@ import typer
 from vpd_mlx.errors import wrong_option
 from vpd_mlx.recipe import builtin_recipes
 
-__all__ = ["RECIPE", "SUMS", "VERIFIER", "new"]
-
-RECIPE = """# Made by `vpd-mlx new {name}`. It runs as it is, on the tiny model that comes with the package:
-#
-#     vpd-mlx train {name}/{name}.yaml
-#
-# Then put in your own rows, your own verifier and your own model.
-name: {name}
-description: Write what it teaches, in one line.
-algorithm: vpd              # or sdpo, grpo, joint, reshape, reweight: the same loop
-model: {model}  # a folder or a hub id, e.g. mlx-community/Qwen3-0.6B-4bit
-steps: 20
-
-task:
-  kind: python
-  data: rows.jsonl          # one problem a line: prompt, answer, and whatever else your verifier needs
-  verifier: verifier.py     # verify(problem, completion) -> score in 0..1, or (score, what is wrong in words)
-  held_out: 0.3             # chosen by a hash of each row, so that the split never changes
-
-feedback:
-  sources: [sibling, verifier]   # where feedback comes from, in order of preference
-  max_tokens: 32
-
-rollout:
-  prompts: 4                # problems a step
-  group_size: 4             # completions of each
-  max_prompt_tokens: 64     # raise these three for a real model: 2048, 1024, 256
-  max_completion_tokens: 6
-
-optimizer:
-  learning_rate: 5e-4       # 1e-4 for models of 0.5B and more
-
-templates:                  # remove these for a real model: the tiny one was trained to read these wordings
-  sibling: "{{prompt}}\\nA correct answer: {{context}}"
-  verifier: "{{prompt}}\\nFeedback: {{context}}"
-  review: "{{prompt}}\\nFeedback: {{context}}"     # of command, server, human and replay
-"""
+__all__ = ["new"]
 
 VERIFIER = '''"""Says how good a completion is and, in words, what is wrong with it. The words are what the model learns from."""
 
@@ -74,9 +39,10 @@ def new(name: Annotated[str, typer.Argument(help="Name of the folder, and of the
     if folder.exists() and any(folder.iterdir()):
         raise wrong_option("NAME", f"{folder} holds something already", "give another name")
     model = builtin_recipes()["quickstart"].parent / "model"
+    recipe = (files("vpd_mlx.commands") / "new.yaml").read_text(encoding="utf-8")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{folder.name}.yaml").write_text(RECIPE.format(name=folder.name, model=model), encoding="utf-8")
+        (folder / f"{folder.name}.yaml").write_text(recipe.format(name=folder.name, model=model), encoding="utf-8")
         (folder / "verifier.py").write_text(VERIFIER, encoding="utf-8")
         rows = "".join(json.dumps({"prompt": f"{a}+{b}=", "answer": str(a + b)}) + "\n" for a, b in SUMS)
         (folder / "rows.jsonl").write_text(rows, encoding="utf-8")

@@ -75,8 +75,7 @@ def _rollout(console: Console, row: Mapping[str, Any], full: bool) -> None:
         f"  step {row.get('step', '?')}  problem {visible(row.get('problem', '?'))}  feedback: {kind}",
         f"  {row.get('tokens', '?')} tokens{', cut off' if row.get('finish') == 'length' else ''}",
     )
-    console.print(Rule(style="dim"))
-    console.print(head)
+    console.print(Rule(style="dim"), head)
     grid = Table.grid(padding=(0, 1))
     grid.add_column(style="dim", width=15, no_wrap=True)
     grid.add_column(overflow="fold")

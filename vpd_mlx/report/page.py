@@ -55,15 +55,11 @@ def _render(template: str, **values: Any) -> str:
     )
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     environment.filters |= {form.__name__: form for form in (duration, percent, points, steps)}
-    environment.filters |= {"grouped": "{:,.0f}".format, "plain": _plain}
+    environment.filters["grouped"] = "{:,.0f}".format
+    environment.filters["plain"] = lambda v: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)
     environment.globals |= {"figures": figures, "number": number, "points_range": points_range}
     # Half a surrogate pair is legal in JSON's escapes but cannot be written to a UTF-8 file.
     return without_surrogates(environment.get_template(template).render(values))
-
-
-def _plain(value: Any) -> str:
-    """A recipe's value as text."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def run_page(run: Run, most: int) -> str:
@@ -163,11 +159,6 @@ def _for_browser(row: Mapping[str, Any]) -> dict[str, Any]:
     """What browser.js shows of a rollout, whatever a broken row holds."""
     context, pieces, shift = _mapping(row.get("context")), row.get("pieces"), row.get("shift")
     sample, score = number(row.get("sample")), number(row.get("score"))
-
-    def text(key: str) -> str:
-        value = row.get(key)
-        return "" if value is None else str(value)
-
     return {
         "step": int(number(row.get("step")) or 0),
         "problem": str(row.get("problem", "?")),
@@ -176,12 +167,9 @@ def _for_browser(row: Mapping[str, Any]) -> dict[str, Any]:
         "score": None if score is None else round(score, 4),
         "kind": str(context.get("kind")) if context else NO_CONTEXT,
         "cut": bool(context.get("cut")),
-        "prompt": text("prompt"),
-        "completion": text("completion"),
-        "verdict": text("verdict"),
-        "teacher": text("teacher_prompt"),
+        **{key: str(row.get(key) or "") for key in ("prompt", "completion", "verdict", "finish")},
+        "teacher": str(row.get("teacher_prompt") or ""),
         "tokens": int(number(row.get("tokens")) or 0),
-        "finish": text("finish"),
         "pieces": [str(p) for p in pieces] if isinstance(pieces, list) else None,
         "shift": [number(x) for x in shift] if isinstance(shift, list) else None,
     }

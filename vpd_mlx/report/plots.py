@@ -42,6 +42,9 @@ STYLE: Any = {
     "grid.color": GRID,
     "grid.linewidth": 0.6,
     "legend.fontsize": 8.5,
+    "legend.borderaxespad": 0.1,
+    "legend.handlelength": 1.6,
+    "legend.columnspacing": 1.2,
     **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
     **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
@@ -129,14 +132,7 @@ def _finish(axis: Axes, *, y: str, x: str = "step", legend: bool = True) -> None
     axis.yaxis.set_major_locator(MaxNLocator(nbins=6))
     if legend and axis.get_legend_handles_labels()[1]:
         # Above the plot, so that it hides no curve.
-        axis.legend(
-            loc="lower left",
-            bbox_to_anchor=(-0.02, 1.0),
-            ncol=4,
-            borderaxespad=0.1,
-            handlelength=1.6,
-            columnspacing=1.2,
-        )
+        axis.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncol=4)
 
 
 def _stack(axis: Axes, parts: Sequence[tuple[str, str, Series]], y: str) -> bool:
@@ -169,9 +165,7 @@ def _two_rows(figure: Figure, **options: Any) -> tuple[Axes, Axes]:
     return top, bottom
 
 
-def _curves(
-    axis: Axes, run: Run, y: str, *curves: Curve, x: str = "step", scale: float = 1.0, legend: bool = True
-) -> bool:
+def _curves(axis: Axes, run: Run, y: str, *curves: Curve, x: str = "step", scale: int = 1, legend: bool = True) -> bool:
     """A line for each metric, the second one dashed."""
     drawn = []
     for (key, color, label), style in zip(curves, DASHES, strict=False):

@@ -90,29 +90,29 @@ def send(folder: Path, log: Log, sent: TextIO, over: Callable[[], bool]) -> None
             sent.flush()
 
 
-def _wandb(about: Mapping[str, Any]) -> Service:
+def _wandb(folder: Path, run_id: str, about: Mapping[str, Any]) -> Service:
     wandb: Any = importlib.import_module("wandb")
-    run = wandb.init(**_named(about), id=about["id"], resume="allow", dir=about["folder"])
+    run = wandb.init(**about, id=run_id, resume="allow", dir=str(folder))
     return lambda step, values: run.log(dict(values), step=step), run.finish
 
 
-def _swanlab(about: Mapping[str, Any]) -> Service:
+def _swanlab(folder: Path, run_id: str, about: Mapping[str, Any]) -> Service:
     swanlab: Any = importlib.import_module("swanlab")
-    folder = Path(about["folder"]) / "swanlab"
-    folder.mkdir(exist_ok=True)
-    swanlab.init(**_named(about), id=about["id"], resume="allow", log_dir=str(folder))
+    logs = folder / "swanlab"
+    logs.mkdir(exist_ok=True)
+    swanlab.init(**about, id=run_id, resume="allow", log_dir=str(logs))
     return lambda step, values: swanlab.log(dict(values), step=step), swanlab.finish
 
 
-def _trackio(about: Mapping[str, Any]) -> Service:
+def _trackio(folder: Path, run_id: str, about: Mapping[str, Any]) -> Service:
     trackio: Any = importlib.import_module("trackio")
-    own = {**_named(about), "name": f"{about['name']}-{about['id'][:6]}"}  # it knows runs by name alone
+    own = {**about, "name": f"{folder.name}-{run_id[:6]}"}  # it knows runs by name alone
     trackio.init(**own, resume="allow", auto_log_cpu=False, auto_log_gpu=False)
     return lambda step, values: trackio.log(dict(values), step=step), trackio.finish
 
 
-def _tensorboard(about: Mapping[str, Any]) -> Service:
-    writer = importlib.import_module("tensorboardX").SummaryWriter(str(Path(about["folder"]) / "tensorboard"))
+def _tensorboard(folder: Path, run_id: str, about: Mapping[str, Any]) -> Service:
+    writer = importlib.import_module("tensorboardX").SummaryWriter(str(folder / "tensorboard"))
 
     def log(step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -120,10 +120,6 @@ def _tensorboard(about: Mapping[str, Any]) -> Service:
         writer.flush()
 
     return log, writer.close
-
-
-def _named(about: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: about[key] for key in ("project", "name", "config")}
 
 
 SERVICES = {"wandb": _wandb, "swanlab": _swanlab, "trackio": _trackio, "tensorboard": _tensorboard}
@@ -147,16 +143,11 @@ def main(folder: Path, service: str) -> None:
     """Send a run's figures to a service until the run is over."""
     over = _until_the_end()
     config = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
-    about = {
-        "project": config["logging"]["project"],
-        "name": folder.name,
-        "folder": str(folder),
-        "id": (folder / "logging" / "id").read_text(encoding="utf-8"),
-        "config": config,
-    }
+    run_id = (folder / "logging" / "id").read_text(encoding="utf-8")
+    about = {"project": config["logging"]["project"], "name": folder.name, "config": config}
     with (folder / "logging" / f"{service}.sent").open("a+", encoding="utf-8") as sent:
         fcntl.flock(sent, fcntl.LOCK_EX)  # the process of a run that was killed may still be sending
-        log, finish = SERVICES[service](about)
+        log, finish = SERVICES[service](folder, run_id, about)
         send(folder, log, sent, over)
         finish()
 

@@ -134,8 +134,7 @@ class Run:
             for phase, value in (phases if isinstance(phases, dict) else {}).items():
                 if phase != "total" and (seconds := number(value)) is not None:
                     total[phase] = total.get(phase, 0.0) + seconds
-        evaluation = sum(number(e.get("seconds")) or 0.0 for e in self.evals)
-        if evaluation:
+        if evaluation := sum(number(e.get("seconds")) or 0.0 for e in self.evals):
             total["evaluation"] = total.get("evaluation", 0.0) + evaluation
         return dict(sorted(total.items(), key=lambda item: -item[1]))
 
@@ -181,14 +180,14 @@ def load_run(path: Path) -> Run:
     """
     if not (path / RECIPE_FILE).is_file():
         there = "holds no run" if path.is_dir() else "does not exist, so holds no run"
-        raise wrong_option(
-            "RUN", f"{path} {there} ({RECIPE_FILE} is missing)", "give the folder of a run, e.g. runs/quickstart"
-        )
+        remedy = "give the folder of a run, e.g. runs/quickstart"
+        raise wrong_option("RUN", f"{path} {there} ({RECIPE_FILE} is missing)", remedy)
     try:
         config = yaml.safe_load(_text(path / RECIPE_FILE))
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path / RECIPE_FILE}: not valid YAML ({reason}); fix the file") from None
+        raise DataError(
+            f"{path / RECIPE_FILE}: not valid YAML ({' '.join(str(error).split())}); fix the file"
+        ) from None
     summary: Any = {}
     if (path / "summary.json").is_file():
         try:

@@ -229,20 +229,19 @@ def rollout_metrics(batch: Batch, groups: Sequence[Group]) -> MetricsRow:
     rollouts = [r for g in groups for r in g.rollouts]
     lengths = np.array([len(r.tokens) for r in rollouts] or [0])
     scores = [r.verdict.score for r in rollouts if r.verdict is not None]
-    full = [g for g in groups if g.rollouts]
-    right = [sum(r.success for r in g.rollouts) for g in full]
+    sizes = [(sum(r.success for r in g.rollouts), len(g.rollouts)) for g in groups if g.rollouts]  # (right, all)
     kinds = Counter(r.context.kind for r in rollouts if r.context is not None)
     copied = [overlap(r.text, r.context.text) for r in rollouts if r.context is not None]
-    n = max(1, len(full))
+    n = max(1, len(sizes))
     return {
         "reward": float(np.mean(scores)) if scores else None,
         "success": float(np.mean([r.success for r in rollouts])) if rollouts else None,
         "length": float(lengths.mean()),
         "length_max": int(lengths.max()),
         "truncated": float(np.mean([r.finish == "length" for r in rollouts])) if rollouts else None,
-        "groups_mixed": sum(0 < k < len(g.rollouts) for k, g in zip(right, full, strict=True)) / n,
-        "groups_all_right": sum(k == len(g.rollouts) for k, g in zip(right, full, strict=True)) / n,
-        "groups_all_wrong": sum(k == 0 for k in right) / n,
+        "groups_mixed": sum(0 < right < size for right, size in sizes) / n,
+        "groups_all_right": sum(right == size for right, size in sizes) / n,
+        "groups_all_wrong": sum(right == 0 for right, _ in sizes) / n,
         "contexts": dict(kinds),
         "contexts_none": sum(r.context is None for r in rollouts),
         "contexts_cut": sum(r.context is not None and r.context.cut for r in rollouts),

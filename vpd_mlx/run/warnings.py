@@ -6,7 +6,7 @@ Each check has one threshold. Those on steps look at the last ten, since one bad
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,6 @@ from vpd_mlx.run.folder import Run, greedy_by_problem
 __all__ = ["Warnings", "findings", "warnings"]
 
 Row = Mapping[str, Any]
-Finding = tuple[str, str]  # a short name, and what goes wrong with its remedy
 
 WINDOW = 10  # steps
 UNIFORM = 0.95  # of the groups
@@ -56,119 +55,113 @@ def _contexts(row: Row) -> float:
     return sum(number(n) or 0.0 for n in kinds.values()) if isinstance(kinds, Mapping) else 0.0
 
 
-def _on_groups(rows: Sequence[Row]) -> Iterator[Finding]:
+def _on_groups(rows: Sequence[Row]) -> dict[str, str]:
     """Whether there is something to learn from, and whether it is learned."""
+    found = {}
     bad = sum(number(v) or 0.0 for row in rows for k, v in row.items() if k.endswith("/nonfinite"))
     if bad:
-        yield (
-            "nonfinite",
-            f"{bad:.0f} update(s) were left out because loss or gradient was not finite; lower optimizer.learning_rate",
+        found["nonfinite"] = (
+            f"{bad:.0f} update(s) were left out because loss or gradient was not finite; lower optimizer.learning_rate"
         )
     if failed := sum(_values(rows, "verifier_failures")):
-        yield "verifier", f"the verifier failed on {failed:.0f} completions, which were left out; fix the verifier"
+        found["verifier"] = f"the verifier failed on {failed:.0f} completions, which were left out; fix the verifier"
     if (wrong := _recent(rows, "groups_all_wrong")) > UNIFORM:
         rest = (
             "only feedback teaches anything; give easier problems, or raise rollout.group_size"
             if any(_contexts(row) for row in rows[-WINDOW:])
             else "and without feedback nothing is learned; add a source to feedback.sources, or give easier problems"
         )
-        yield "all wrong", f"all completions are wrong in {percent(wrong)} of the last groups: {rest}"
+        found["all wrong"] = f"all completions are wrong in {percent(wrong)} of the last groups: {rest}"
     if (right := _recent(rows, "groups_all_right")) > UNIFORM:
-        yield (
-            "all right",
+        found["all right"] = (
             f"all completions are right in {percent(right)} of the last groups: nothing is left to learn; give harder "
-            "problems, or stop",
+            "problems, or stop"
         )
     # A divergence from the teacher is all that such a step has to learn from, so it is logged even if there is none.
     silent = [row for row in rows[-SILENT_STEPS:] if "student/divergence" in row and not _contexts(row)]
     if len(silent) == SILENT_STEPS and np.mean(_values(silent, "groups_all_right") or [0.0]) < UNIFORM:
-        yield (
-            "no feedback",
-            f"no completion of the last {SILENT_STEPS} steps got feedback: nothing is learned; check feedback.sources",
+        found["no feedback"] = (
+            f"no completion of the last {SILENT_STEPS} steps got feedback: nothing is learned; check feedback.sources"
         )
     skipped = _values(rows, "e_step/skipped")
     if len(skipped) >= NEGATIVE_MARGINS and np.mean(skipped) > SKIPPED:
-        yield (
-            "skipped",
+        found["skipped"] = (
             f"{sum(skipped):.0f} of {len(skipped)} E-steps were skipped because all their completions were right, or all "
-            "wrong; raise rollout.prompts, or choose problems that the student sometimes solves",
+            "wrong; raise rollout.prompts, or choose problems that the student sometimes solves"
         )
+    return found
 
 
-def _on_figures(rows: Sequence[Row]) -> Iterator[Finding]:
+def _on_figures(rows: Sequence[Row]) -> dict[str, str]:
     """The teacher's margin, the student's entropy, lengths."""
+    found = {}
     e_steps = _values(rows, "e_step/margin")[-NEGATIVE_MARGINS:]
     if len(e_steps) == NEGATIVE_MARGINS and max(e_steps) < 0:
-        yield (
-            "margin",
+        found["margin"] = (
             f"the E-step's margin has been negative three times (last {e_steps[-1]:.2f}): the teacher prefers wrong "
-            "completions; lower e_step.learning_rate_ratio, or check the feedback",
+            "completions; lower e_step.learning_rate_ratio, or check the feedback"
         )
     elif not e_steps and (margin := _recent(rows, "student/margin")) < 0:
-        yield (
-            "margin",
+        found["margin"] = (
             f"the teacher's margin is negative ({margin:.2f}): it prefers wrong completions, and teaches them; check the "
-            "feedback",
+            "feedback"
         )
     (before, after), reward = _change(rows, "student/entropy"), _recent(rows, "reward", 1)
     if after < ENTROPY_LEFT * before and after < ENTROPY_LOW and reward < SOLVED:
-        yield (
-            "entropy",
+        found["entropy"] = (
             f"entropy collapse: {before:.3f} -> {after:.3f} nats at a reward of {reward:.2f}; lower "
-            "optimizer.learning_rate, raise rollout.temperature, or return to an earlier checkpoint",
+            "optimizer.learning_rate, raise rollout.temperature, or return to an earlier checkpoint"
         )
     before, after = _change(rows, "length")
     if after < SHORTER * before:
-        yield "length", f"length collapse: {before:.1f} -> {after:.1f} tokens; check what the verifier rewards"
+        found["length"] = f"length collapse: {before:.1f} -> {after:.1f} tokens; check what the verifier rewards"
     elif after > LONGER * before:
         growth = f"length growth: {before:.1f} -> {after:.1f} tokens"
-        yield "length", f"{growth}; read some completions: they may ramble or repeat"
+        found["length"] = f"{growth}; read some completions: they may ramble or repeat"
     before, after = _change(rows, "truncated")
     if after > RUNAWAY and after > 2 * before:
-        yield (
-            "truncated",
+        found["truncated"] = (
             f"{after:.0%} of completions are cut off at the limit: the model no longer stops; lower "
-            "optimizer.learning_rate, or raise rollout.max_completion_tokens if the task needs it",
+            "optimizer.learning_rate, or raise rollout.max_completion_tokens if the task needs it"
         )
     elif (share := _recent(rows, "truncated")) > CUT_OFF:
-        yield (
-            "truncated",
+        found["truncated"] = (
             f"{share:.0%} of completions are cut off: the model learns from unfinished answers; raise "
-            "rollout.max_completion_tokens",
+            "rollout.max_completion_tokens"
         )
     cut, given = sum(_values(rows, "contexts_cut")), sum(map(_contexts, rows))
     if given and cut > CONTEXTS_CUT * given:
-        yield "cut", f"{percent(cut / given)} of the feedback was cut; raise feedback.max_tokens if memory allows"
+        found["cut"] = f"{percent(cut / given)} of the feedback was cut; raise feedback.max_tokens if memory allows"
+    return found
 
 
-def _on_evaluations(evaluations: Sequence[Row]) -> Iterator[Finding]:
+def _on_evaluations(evaluations: Sequence[Row]) -> dict[str, str]:
     if len(evaluations) < 2:
-        return
+        return {}
+    found = {}
     first, last, bounds = evaluations[0], evaluations[-1], interval(evaluations[-1], "student")
     change = None if number(first.get("step")) else paired(greedy_by_problem(first), greedy_by_problem(last))
     if change is not None and change.verdict == "worse":
-        yield (
-            "worse",
+        found["worse"] = (
             f"the student got worse: greedy {percent(first.get('student_greedy'))} before, "
-            f"{percent(last.get('student_greedy'))} after; lower optimizer.learning_rate, or take an earlier checkpoint",
+            f"{percent(last.get('student_greedy'))} after; lower optimizer.learning_rate, or take an earlier checkpoint"
         )
     best = max(evaluations, key=lambda e: number(e.get("student")) or 0.0)
     value = number(best.get("student"))
     if len(evaluations) > 2 and bounds is not None and value is not None and value > bounds[1]:
-        yield (
-            "past best",
+        found["past best"] = (
             f"the best evaluation was after step {best.get('step')} ({percent(value)}), the last is at "
-            f"{percent(last.get('student'))}; set evaluation.keep_best, or lower optimizer.learning_rate",
+            f"{percent(last.get('student'))}; set evaluation.keep_best, or lower optimizer.learning_rate"
         )
     measured = [e for e in evaluations if number(e.get("gap")) is not None]
     gone = len(measured) > 1 and measured[0]["gap"] > GAP_BEFORE and measured[-1]["gap"] < GAP_LEFT
     if gone and (number(measured[-1].get("student")) or 0.0) < SOLVED:
         teacher, student = (percent(measured[-1].get(key)) for key in ("teacher", "student_there"))
-        yield (
-            "gap",
+        found["gap"] = (
             f"the teacher's gap is gone ({teacher} against the student's {student}): feedback no longer helps; stop here, "
-            "or give better feedback",
+            "or give better feedback"
         )
+    return found
 
 
 NOTED = ("nonfinite", "verifier")  # the loop says so at the step itself
@@ -176,7 +169,7 @@ NOTED = ("nonfinite", "verifier")  # the loop says so at the step itself
 
 def warnings(rows: Sequence[Row], evaluations: Sequence[Row] = ()) -> dict[str, str]:
     """What goes wrong, by a short name: rows of `metrics.jsonl` and `evals.jsonl`, oldest first."""
-    return {**dict(_on_evaluations(evaluations)), **dict(_on_groups(rows)), **dict(_on_figures(rows))}
+    return _on_evaluations(evaluations) | _on_groups(rows) | _on_figures(rows)
 
 
 def findings(run: Run) -> list[str]:

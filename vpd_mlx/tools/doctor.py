@@ -62,8 +62,7 @@ def facts() -> Iterator[Fact]:
 
 
 def _memory() -> Iterator[Fact]:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    available = None
+    total, available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, None
     if Path("/proc/meminfo").exists():
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         available = int(lines["MemAvailable"].split()[0]) / 2**20
@@ -80,15 +79,14 @@ def _hub() -> Fact:
     try:
         HfApi().model_info("mlx-community/Qwen3-0.6B-4bit", timeout=HUB_SECONDS)
     except Exception as error:  # noqa: BLE001 - whatever fails, the hub is not reachable from here
-        remedy = "models must be in the cache or in a local folder"
-        return Fact("hub", f"not reachable ({type(error).__name__})", remedy)
+        return Fact(
+            "hub", f"not reachable ({type(error).__name__})", "models must be in the cache or in a local folder"
+        )
     return Fact("hub", "reachable")
 
 
 def self_test() -> tuple[list[Check], float]:
     """The numerics self-test on the embedded model: (checks, seconds)."""
-    policy, start = (
-        Policy.load(load_recipe(builtin_recipes()["quickstart"]).model, LoraSettings(rank=4)),
-        time.perf_counter(),
-    )
+    policy = Policy.load(load_recipe(builtin_recipes()["quickstart"]).model, LoraSettings(rank=4))
+    start = time.perf_counter()
     return list(checks(policy)), time.perf_counter() - start

@@ -85,18 +85,19 @@ def _logits(model: Any, prompts: Sequence[tuple[int, ...]]) -> list[mx.array]:
 
 def _kl(a: Sequence[mx.array], b: Sequence[mx.array]) -> float:
     """KL(a|b) per token."""
-    values = [losses.divergence(y, x, alpha=0.0) for x, y in zip(a, b, strict=True)]
-    return float(mx.concatenate(values).mean())
+    return float(mx.concatenate([losses.divergence(y, x, alpha=0.0) for x, y in zip(a, b, strict=True)]).mean())
 
 
 def _difference(a: Sequence[mx.array], b: Sequence[mx.array]) -> float:
     return max(float(mx.abs(x - y).max()) for x, y in zip(a, b, strict=True))
 
 
-def _make_folder(out: Path) -> None:
+def _new_folder(out: Path, run: TrainedRun, what: str) -> None:
+    """An empty folder, but for the model card."""
     if out.exists() and any(out.iterdir()):
         raise RunError(f"{out}: is not empty; give another --out")
     out.mkdir(parents=True, exist_ok=True)
+    (out / "README.md").write_text(model_card(run, what), encoding="utf-8")
 
 
 def _compared(run: TrainedRun, loaded: Sequence[mx.array], out: Path) -> tuple[float, float]:
@@ -118,10 +119,9 @@ def export_adapters(run: TrainedRun, out: Path) -> Export:
     Raises:
         RunError: `out` is not empty, or what was written does not give the trained model's logits.
     """
-    _make_folder(out)
+    _new_folder(out, run, "mlx-lm adapter")
     for name in ("adapters.safetensors", "adapter_config.json"):
         shutil.copyfile(run.folder.path / "adapters" / name, out / name)
-    (out / "README.md").write_text(model_card(run, "mlx-lm adapter"), encoding="utf-8")
     model = mlx_lm.load(run.recipe.model, adapter_path=str(out))[0]
     difference, kl = _compared(run, _logits(model, run.prompts), out)
     return Export(out, difference, kl, _commands(run.recipe.model, out))
@@ -133,7 +133,7 @@ def export_fused(run: TrainedRun, out: Path, *, bits: int | None = None, group_s
     Raises:
         RunError: `out` is not empty, or the dequantised model does not give the trained model's logits.
     """
-    _make_folder(out)
+    _new_folder(out, run, "fused model")
     adapters = str(run.folder.path / "adapters")
     loaded: Any = mlx_lm.load(run.recipe.model, adapter_path=adapters, return_config=True)
     model, tokenizer, config = loaded
@@ -147,7 +147,6 @@ def export_fused(run: TrainedRun, out: Path, *, bits: int | None = None, group_s
     save_model(out, model)
     save_config(config, config_path=out / "config.json")
     tokenizer.save_pretrained(out)
-    (out / "README.md").write_text(model_card(run, "fused model"), encoding="utf-8")
     back = _logits(mlx_lm.load(str(out))[0], run.prompts)
     if bits is None:
         return Export(out, *_compared(run, back, out), _commands(str(out)))
@@ -170,7 +169,7 @@ def export_peft(run: TrainedRun, out: Path) -> Export:
     Raises:
         RunError: `out` is not empty, or what was written is not the adapter.
     """
-    _make_folder(out)
+    _new_folder(out, run, "PEFT adapter")
     lora = run.recipe.lora
     tensors: dict[str, mx.array] = {}
     for name, value in run.policy.adapter.items():
@@ -194,7 +193,6 @@ def export_peft(run: TrainedRun, out: Path) -> Export:
         "inference_mode": True,
     }
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (out / "README.md").write_text(model_card(run, "PEFT adapter"), encoding="utf-8")
     back: Any = mx.load(str(out / "adapter_model.safetensors"))
     worst = 0.0
     for name, a in run.policy.adapter.items():
