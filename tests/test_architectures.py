@@ -17,9 +17,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import quantize_model
 
 from vpd_mlx import losses
-from vpd_mlx.engine.adapters import lora_of
 from vpd_mlx.engine.heads import target_logps
 from vpd_mlx.engine.learner import accumulate
+from vpd_mlx.engine.models import lora_of
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.sampling import Sampling, generate, probe_batches
 from vpd_mlx.engine.settings import LoraSettings

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from vpd_mlx.commands.app import app
 from vpd_mlx.common.files import read_rows
-from vpd_mlx.engine.adapters import lora_of
+from vpd_mlx.engine.models import lora_of
 from vpd_mlx.engine.settings import LoraSettings
 from vpd_mlx.errors import ConfigError, DataError, ModelError
 from vpd_mlx.recipe import load_recipe

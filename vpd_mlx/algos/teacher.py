@@ -15,8 +15,8 @@ import mlx.core as mx
 
 from vpd_mlx.algos.base import Stateful
 from vpd_mlx.algos.settings import TeacherSettings
-from vpd_mlx.engine.adapters import Adapter
 from vpd_mlx.engine.heads import Head
+from vpd_mlx.engine.models import Adapter
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.types import TokenRow
 

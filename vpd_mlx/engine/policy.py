@@ -8,6 +8,7 @@ ever exist twice.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,10 +21,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from vpd_mlx.common.seeds import phase_seed
-from vpd_mlx.engine.adapters import Adapter, config_of, fingerprint, load_adapter, save_adapter
-from vpd_mlx.engine.architecture import can_share_prompts, check_lora, checkpoint_blocks, load_model, split_head
+from vpd_mlx.engine import models
 from vpd_mlx.engine.batching import Capture, Extend, by_row, micro_batches, pad, shared_prompts
 from vpd_mlx.engine.heads import Head, chunk_size, map_tokens, target_logps
+from vpd_mlx.engine.models import Adapter
 from vpd_mlx.engine.ranks import ALONE, Ranks
 from vpd_mlx.engine.settings import LoraSettings, MemorySettings
 from vpd_mlx.types import TokenRow
@@ -68,8 +69,6 @@ class Policy:
             mx.disable_compile()  # there a compiled kernel costs a run of the C++ compiler, and saves nothing
         self._probe()
 
-    # --- loading
-
     @classmethod
     def load(
         cls,
@@ -86,7 +85,7 @@ class Policy:
             ModelError: the model is not there or cannot be loaded.
             ConfigError: `lora` does not fit it.
         """
-        model, tokenizer = load_model(path, revision)
+        model, tokenizer = models.load_model(path, revision)
         model.freeze()
         policy = cls(model, tokenizer, path, memory)
         if lora is not None:
@@ -94,13 +93,13 @@ class Policy:
         if memory.gradient_checkpointing:
             # A checkpointed block takes its cache for a constant: the prompt's share of the gradient would be lost.
             policy.shares_prompts = False
-            checkpoint_blocks(model)
+            models.checkpoint_blocks(model)
         return policy
 
     def adapt(self, lora: LoraSettings, seed: int) -> None:
         """Put LoRA on the frozen base: A uniform from `seed`, B zero, so the network is unchanged at first."""
-        check_lora(self.model, lora)
-        config = config_of(lora, blocks=len(self.model.layers))
+        models.check_lora(self.model, lora)
+        config = models.config_of(lora, blocks=len(self.model.layers))
         mx.random.seed(phase_seed(seed, 0, "lora"))
         linear_to_lora_layers(self.model, config["num_layers"], dict(config["lora_parameters"]))
         self._lora_config = config
@@ -111,13 +110,13 @@ class Policy:
     def _probe(self) -> None:
         """Find out, on a few tokens, what this architecture allows, and note what it does not."""
         self.notes = []
-        self._body, head, self.vocabulary = split_head(self.model)
+        self._body, head, self.vocabulary = models.split_head(self.model)
         self.head: Head = head or (lambda logits: logits)
         if head is None:
             self.notes.append(
                 f"{self.architecture}: body and head cannot run apart, so losses hold whole logits (more memory, same numbers)"
             )
-        self.shares_prompts = can_share_prompts(self.model, lambda rows, shared: self.hidden(rows, shared=shared)[0])
+        self.shares_prompts = models.can_share_prompts(self.model, self.hidden)
         if not self.shares_prompts:
             self.notes.append(
                 f"{self.architecture}: completions cannot share their prompt's keys, so updates read it for each (slower, "
@@ -128,8 +127,6 @@ class Policy:
     def architecture(self) -> str:
         """mlx-lm's name of the model's kind."""
         return type(self.model).__module__.rsplit(".", 1)[-1]
-
-    # --- scoring
 
     @property
     def head_chunk(self) -> int:
@@ -216,8 +213,6 @@ class Policy:
 
         return self._map_rows(rows, pieces)
 
-    # --- adapters
-
     @property
     def adapter(self) -> Adapter:
         """The adapter's tensors, by name. Arrays are immutable: this is a snapshot."""
@@ -226,7 +221,11 @@ class Policy:
     @property
     def fingerprint(self) -> str:
         """A short hash of the adapter: equal where every bit is."""
-        return fingerprint(self.adapter)
+        found = hashlib.sha256()
+        for name, tensor in sorted(self.adapter.items()):
+            found.update(name.encode())
+            found.update(np.array(tensor.astype(mx.float32)).tobytes())
+        return found.hexdigest()[:16]
 
     def set_adapter(self, adapter: Adapter) -> None:
         """Put these tensors in."""
@@ -270,9 +269,9 @@ class Policy:
             self.model.eval()
 
     def load_adapter(self, folder: Path) -> None:
-        """Put in the adapter of a run's folder, which must fit (`adapters.load_adapter`)."""
-        self.set_adapter(load_adapter(folder, self.adapter))
+        """Put in the adapter of a run's folder, which must fit (`models.load_adapter`)."""
+        self.set_adapter(models.load_adapter(folder, self.adapter))
 
     def save_adapter(self, folder: Path) -> None:
-        """Write the adapter as mlx-lm reads it (`adapters.save_adapter`)."""
-        save_adapter(folder, self.adapter, {**self._lora_config, "model": self.path})
+        """Write the adapter as mlx-lm reads it (`models.save_adapter`)."""
+        models.save_adapter(folder, self.adapter, {**self._lora_config, "model": self.path})

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 import numpy as np
@@ -42,11 +42,7 @@ TOKEN = 16  # bytes that tell our own ranks from other callers
 class Ranks:
     """This process's place among those that train together. Without a group it is alone, and nothing is ever sent.
 
-    Whatever sends something raises a RunError when another rank is gone.
-
-    Attributes:
-        index: this rank, from 0; 0 is the one that writes.
-        size: how many there are.
+    `index` is this rank, from 0, and `size` how many there are. Whatever sends something raises a RunError when another is gone.
     """
 
     def __init__(self, group: mx.distributed.Group | None = None) -> None:
@@ -74,8 +70,6 @@ class Ranks:
     def first(self) -> bool:
         """Whether this is the rank that writes."""
         return self.index == 0
-
-    # --- who does what
 
     def own_range(self, count: int) -> range:
         """This rank's contiguous part of `count` things; the parts differ by one at most."""
@@ -106,8 +100,6 @@ class Ranks:
                 mine += units[n]
         return sorted(mine)
 
-    # --- exchange
-
     def gather(self, thing: T) -> list[T]:
         """Every rank's `thing`, by rank. Anything that pickles: only this program's own ranks send it."""
         if self.size == 1:
@@ -124,9 +116,7 @@ class Ranks:
         """What `make` returns on the first rank, on all ranks."""
         if self.size == 1:
             return make()
-        things: list[Any] = self.gather(make() if self.first else None)
-        found: T = things[0]
-        return found
+        return cast(T, self.gather(make() if self.first else None)[0])
 
     def collect(self, own: Sequence[int], values: Sequence[T], count: int) -> list[T]:
         """All `count` values, where this rank has those at `own`."""
@@ -164,9 +154,8 @@ class Ranks:
             mx.eval(out)
             return out
         except RuntimeError as error:
-            raise RunError(
-                f"rank {self.index} has lost another rank ({error}); that one's last message says why. Go on with --resume"
-            ) from None
+            lost = f"rank {self.index} has lost another rank ({error}); that one's last message says why"
+            raise RunError(f"{lost}. Go on with --resume") from None
 
 
 ALONE = Ranks()
@@ -215,16 +204,13 @@ class Heartbeat:
                         self._admit(line, token)
         else:
             port, token, addresses = ranks.gather((0, b"", [""]))[0]
-            dialled = _dial(addresses, port, token, ranks.index)
-            if dialled is not None:
+            if (dialled := _dial(addresses, port, token, ranks.index)) is not None:
                 self._lines[0] = dialled
         there = ranks.gather(len(self._lines))
         if there[0] < ranks.size - 1:
-            missing = [str(r) for r in range(1, ranks.size) if not there[r]]
-            raise RunError(
-                f"rank {' and '.join(missing)} cannot reach rank 0's machine on a port of its choice; open the firewall between "
-                "the machines for python"
-            )
+            missing = " and ".join(str(r) for r in range(1, ranks.size) if not there[r])
+            problem = f"rank {missing} cannot reach rank 0's machine on a port of its choice"
+            raise RunError(f"{problem}; open the firewall between the machines for python")
 
     def _admit(self, line: socket.socket, token: bytes) -> None:
         line.settimeout(JOIN)
@@ -264,16 +250,13 @@ class Heartbeat:
 def _addresses(environment: Mapping[str, str] = os.environ) -> list[str]:
     """Where this machine may be reached: as the others' hosts file names it, by its own names, on this machine itself."""
     found: list[str] = []
-    hosts = environment.get("MLX_HOSTFILE")
-    if hosts is not None:
+    if (hosts := environment.get("MLX_HOSTFILE")) is not None:
         first = json.loads(Path(hosts).read_text(encoding="utf-8"))[0]
         found += [str(address).rsplit(":", 1)[0] for address in first]
     with contextlib.suppress(OSError):  # a machine whose own name resolves to nothing
         found += [str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)]
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as outward:
-        outward.connect(
-            ("10.255.255.255", 1)
-        )  # sends nothing; only picks the address that such a packet would leave by
+        outward.connect(("10.255.255.255", 1))  # sends nothing: picks the address that such a packet would leave by
         found.append(outward.getsockname()[0])
     return list(dict.fromkeys([*found, "127.0.0.1"]))
 

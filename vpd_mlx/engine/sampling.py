@@ -30,13 +30,13 @@ CPU_STREAMS = 2  # one mlx stream keeps one core busy; a constant, so that a run
 @dataclass(frozen=True)
 class Sampling:
     """How to sample. `temperature` 0 is greedy; `rows` bounds the sequences decoded side by side; `streams` is the number of
-    threads among which prompts are divided, each with draws of its own."""
+    threads among which prompts are divided, each with draws of its own; None takes the number that suits the device."""
 
     temperature: float
     top_p: float
     max_tokens: int
     rows: int | None = None
-    streams: int = 1
+    streams: int | None = 1
 
 
 def default_streams() -> int:
@@ -56,7 +56,7 @@ def generate(
     The same seed, prompts and counts give the same tokens. Log-probabilities are those of the untempered distribution
     that the sampler saw.
     """
-    parts = min(how.streams, len(prompts))
+    parts = min(how.streams or default_streams(), len(prompts))
     if parts > 1:
         yield from _side_by_side(policy, prompts, samples, how, seed, parts)
         return

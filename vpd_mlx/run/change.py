@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from vpd_mlx.common.files import read_rows
 from vpd_mlx.common.functions import NOTHING, Handed
-from vpd_mlx.engine.adapters import lora_of
+from vpd_mlx.engine.models import lora_of
 from vpd_mlx.errors import DataError
 from vpd_mlx.recipe import Recipe
 from vpd_mlx.run.evaluate import Measured, compared, measure, summed

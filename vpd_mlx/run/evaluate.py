@@ -18,7 +18,7 @@ import numpy as np
 
 from vpd_mlx.common.seeds import phase_seed
 from vpd_mlx.common.stats import Paired, bootstrap_interval, majority, mean, paired, pass_at_k, powers
-from vpd_mlx.engine.sampling import Sampling, default_streams, generate
+from vpd_mlx.engine.sampling import Sampling, generate
 from vpd_mlx.errors import SourceError
 from vpd_mlx.feedback import add_context
 from vpd_mlx.recipe import Recipe
@@ -49,14 +49,10 @@ class Measured:
 
 
 def _sampling(recipe: Recipe, greedy: bool) -> Sampling:
-    rollout, cfg = recipe.rollout, recipe.evaluation
-    return Sampling(
-        temperature=0.0 if greedy else cfg.temperature,
-        top_p=1.0 if greedy else cfg.top_p,
-        max_tokens=rollout.max_completion_tokens,
-        rows=recipe.memory.rollout_rows or rollout.prompts * rollout.group_size,
-        streams=recipe.memory.rollout_streams or default_streams(),
-    )
+    rollout, memory, cfg = recipe.rollout, recipe.memory, recipe.evaluation
+    temperature, top_p = (0.0, 1.0) if greedy else (cfg.temperature, cfg.top_p)
+    rows = memory.rollout_rows or rollout.prompts * rollout.group_size
+    return Sampling(temperature, top_p, rollout.max_completion_tokens, rows, memory.rollout_streams)
 
 
 def names(problems: Sequence[Problem]) -> list[str]:

@@ -11,6 +11,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -24,6 +25,7 @@ from mlx_lm.utils import _get_classes
 from vpd_mlx.algos.base import Algorithm, Step, save_parts
 from vpd_mlx.common.stats import Clock
 from vpd_mlx.common.text import size
+from vpd_mlx.engine.models import first_line
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.errors import ConfigError, Fault, ModelError, config_error
 from vpd_mlx.recipe import Recipe
@@ -54,19 +56,14 @@ def read_model_config(recipe: Recipe) -> dict[str, Any]:
     Raises:
         ModelError: there is none, or it cannot be read.
     """
+    local, name = Path(recipe.model), "config.json"
     try:
-        local = Path(recipe.model)
-        revision = recipe.model_revision
-        path = (
-            local / "config.json" if local.is_dir() else hf_hub_download(recipe.model, "config.json", revision=revision)
-        )
+        path = local / name if local.is_dir() else hf_hub_download(recipe.model, name, revision=recipe.model_revision)
         config: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
         return config
     except (OSError, ValueError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f"model: no config.json of {recipe.model!r} ({first}); give a model folder or a hub id"
-        ) from None
+        problem = f"no config.json of {recipe.model!r} ({first_line(error)})"
+        raise ModelError(f"model: {problem}; give a model folder or a hub id") from None
 
 
 def _build(config: dict[str, Any], blocks: int) -> nn.Module:
@@ -85,10 +82,6 @@ def _build(config: dict[str, Any], blocks: int) -> nn.Module:
         nn.quantize(model, group_size=width, bits=bits, class_predicate=fits)
     mx.eval(model.parameters())
     return model
-
-
-class _NoTokenizer:
-    eos_token_ids = frozenset({0})
 
 
 def _bytes(tree: Any) -> int:
@@ -122,10 +115,7 @@ def _grown(positions: int) -> int:
 def plan(recipe: Recipe, *, prompt: int | None = None, context: int | None = None) -> Plan:
     """Peak memory of each phase when prompts and completions are as long as the recipe lets them be.
 
-    Args:
-        recipe: the run.
-        prompt: longest student prompt in tokens, if known; otherwise `rollout.max_prompt_tokens`.
-        context: longest context in tokens, if known; otherwise `feedback.max_tokens`.
+    `prompt` and `context` are the longest of the data in tokens, where known, instead of the recipe's limits.
 
     Raises:
         ModelError: no config, or an architecture that mlx-lm does not know.
@@ -170,7 +160,7 @@ def _probe(
     model = _build(config, blocks)
     model.freeze()
     before = mx.get_active_memory()
-    policy = Policy(model, _NoTokenizer(), recipe.model, recipe.memory)
+    policy = Policy(model, SimpleNamespace(eos_token_ids={0}), recipe.model, recipe.memory)
     # `lora.layers` counts from the last block; of two or three blocks all are adapted, as all would be.
     policy.adapt(recipe.lora.model_copy(update={"layers": -1}), 0)
     cache = make_prompt_cache(model)

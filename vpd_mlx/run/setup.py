@@ -17,7 +17,7 @@ from vpd_mlx.common.functions import NOTHING, PREFIX, Handed
 from vpd_mlx.common.seeds import phase_seed
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.ranks import ALONE, Ranks
-from vpd_mlx.engine.sampling import Sampling, default_streams, generate, probe_batches
+from vpd_mlx.engine.sampling import Sampling, generate, probe_batches
 from vpd_mlx.errors import ConfigError, DataError, Fault, config_error
 from vpd_mlx.feedback import SOURCES, Sources, build_sources
 from vpd_mlx.feedback.base import Generate, Host
@@ -82,8 +82,8 @@ def _critic(recipe: Recipe, policy: Policy) -> Generate:
     """The model's own critiques: sampled like rollouts, with a seed that depends on the prompts."""
 
     def ask(prompts: Sequence[tuple[int, ...]], max_tokens: int) -> list[str]:
-        streams = recipe.memory.rollout_streams or default_streams()
-        how = Sampling(recipe.rollout.temperature, recipe.rollout.top_p, max_tokens, streams=streams)
+        cfg = recipe.rollout
+        how = Sampling(cfg.temperature, cfg.top_p, max_tokens, streams=recipe.memory.rollout_streams)
         seed = phase_seed(recipe.seed, hash(tuple(prompts)) & 0xFFFFFFFF, "critique")
         texts = {p: r.text for p, _, r in generate(policy, prompts, 1, how, seed)}
         return [texts[i] for i in range(len(prompts))]

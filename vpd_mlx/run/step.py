@@ -14,7 +14,7 @@ from vpd_mlx.algos.base import Step
 from vpd_mlx.common.seeds import phase_seed
 from vpd_mlx.common.stats import Clock
 from vpd_mlx.engine.ranks import Ranks
-from vpd_mlx.engine.sampling import Sampling, default_streams
+from vpd_mlx.engine.sampling import Sampling
 from vpd_mlx.errors import RunError, SourceError, VpdError
 from vpd_mlx.feedback import add_context
 from vpd_mlx.run.collect import Batch, collect
@@ -119,7 +119,6 @@ class Trainer(Parts):
 
     def _roll_out(self, problems: Sequence[Problem], step: int, clock: Clock) -> tuple[Batch, list[Group]]:
         cfg, memory = self.recipe.rollout, self.recipe.memory
-        streams = memory.rollout_streams or default_streams()
 
         def on_progress(done: int, total: int) -> None:
             self.stop.check()
@@ -132,7 +131,9 @@ class Trainer(Parts):
                 self.task.verify,
                 problems,
                 cfg.group_size,
-                Sampling(cfg.temperature, cfg.top_p, cfg.max_completion_tokens, memory.rollout_rows, streams),
+                Sampling(
+                    cfg.temperature, cfg.top_p, cfg.max_completion_tokens, memory.rollout_rows, memory.rollout_streams
+                ),
                 threshold=cfg.success_threshold,
                 seed=self.ranks.seed(phase_seed(self.recipe.seed, step, "rollout")),
                 on_progress=on_progress,

@@ -1,13 +1,15 @@
-"""What a model's architecture allows: where its head comes off, whether completions can share a prompt, what LoRA adapts.
+"""Models and adapters: read and written in mlx-lm's format, and what a model's architecture allows.
 
-Found out by running the model on a few tokens, so that no list of architectures has to be kept.
+Where its head comes off and whether completions can share a prompt is found out by running the model on a few tokens, so that no
+list of architectures has to be kept.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,13 @@ from mlx_lm.tuner.trainer import grad_checkpoint
 
 from vpd_mlx.engine.heads import Head
 from vpd_mlx.engine.settings import LoraSettings
-from vpd_mlx.errors import ConfigError, Fault, ModelError
+from vpd_mlx.errors import ConfigError, Fault, ModelError, RunError
 from vpd_mlx.types import TokenRow
 
-__all__ = ["can_share_prompts", "check_lora", "checkpoint_blocks", "load_model", "split_head"]
+__all__ = ["Adapter", "first_line", "lora_of"]
+
+Adapter = dict[str, mx.array]
+"""Name -> tensor of every LoRA matrix, float32."""
 
 PROBE = tuple(range(1, 9))
 LINEAR = ("Linear", "QuantizedLinear", "SwitchLinear", "QuantizedSwitchLinear", "Embedding", "QuantizedEmbedding")
@@ -41,18 +46,16 @@ def load_model(path: str, revision: str | None) -> tuple[nn.Module, Any]:
     try:
         model, tokenizer = mlx_lm.load(str(folder) if folder.is_dir() else path, revision=revision)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
-        raise ModelError(
-            f"model: {path!r} is no local folder and was not found on the hub ({_first_line(error)}); "
-            "check the name and the network, or download it first"
-        ) from None
+        problem = f"{path!r} is no local folder and was not found on the hub ({first_line(error)})"
+        raise ModelError(f"model: {problem}; check the name and the network, or download it first") from None
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ModelError(
-            f"model: {path!r} cannot be loaded ({_first_line(error)}); it must be a complete model in mlx-lm's format"
-        ) from error
+        problem = f"{path!r} cannot be loaded ({first_line(error)})"
+        raise ModelError(f"model: {problem}; it must be a complete model in mlx-lm's format") from error
     return model, tokenizer
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its kind where it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
@@ -101,19 +104,16 @@ def _is_adapted(module: Any) -> bool:
     return module is not None and "lora_b" in module
 
 
-def can_share_prompts(model: nn.Module, states: Callable[[Sequence[TokenRow], bool], mx.array]) -> bool:
-    """Whether a prompt that is read once gives its completions the states that reading it for each of them does.
-
-    `states` is (rows, whether they share their prompts) -> hidden states (M, D) of their completion positions.
-    """
+def can_share_prompts(model: nn.Module, hidden: Callable[..., tuple[mx.array, mx.array]]) -> bool:
+    """Whether a prompt that is read once gives its completions the states, by `Policy.hidden`, that reading it for each does."""
     caches = make_prompt_cache(model)
     if any(type(c).__name__ not in ("KVCache", "RotatingKVCache") for c in caches):
         return False  # recurrent layers keep no keys to share
     long, short = PROBE[:5], PROBE[2:4]
     rows = [TokenRow(long, PROBE[:3]), TokenRow(long, PROBE[2:6]), TokenRow(short, PROBE[:2]), TokenRow(short, (1,))]
-    separate = states(rows, False)
+    separate, _ = hidden(rows, shared=False)
     try:
-        shared = states(rows, True)
+        shared, _ = hidden(rows, shared=True)
         mx.eval(shared)
     except (TypeError, ValueError, AttributeError, IndexError):
         return False  # this architecture needs more from a cache than keys, values and a mask
@@ -162,3 +162,68 @@ def check_lora(model: nn.Module, lora: LoraSettings) -> None:
         faults.append(Fault("lora.keys", "[] adapts nothing", "name layers, or use null for all"))
     if faults:
         raise ConfigError(faults)
+
+
+def config_of(lora: LoraSettings, blocks: int) -> dict[str, Any]:
+    """`lora` as mlx-lm's `adapter_config.json` has it, for a model of so many blocks; `lora_of` reads it back."""
+    parameters: dict[str, Any] = {"rank": lora.rank, "scale": lora.scale, "dropout": lora.dropout}
+    if lora.keys is not None:
+        parameters["keys"] = list(lora.keys)
+    layers = lora.layers if lora.layers > 0 else blocks
+    return {"fine_tune_type": "lora", "num_layers": layers, "lora_parameters": parameters}
+
+
+def lora_of(folder: Path) -> LoraSettings:
+    """The LoRA settings of an adapter folder in mlx-lm's format, whatever program trained it.
+
+    Raises:
+        ModelError: there is no config, it is not LoRA's, or its settings cannot be read.
+    """
+    path = folder / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kind, parameters = config.get("fine_tune_type", "lora"), config["lora_parameters"]
+        if kind != "lora":
+            raise ModelError(f"{path}: fine_tune_type is {kind!r}; only LoRA adapters can be evaluated")
+        scale, dropout = float(parameters["scale"]), float(parameters.get("dropout", 0.0))
+        layers, keys = config["num_layers"], parameters.get("keys")
+        return LoraSettings(rank=parameters["rank"], scale=scale, dropout=dropout, layers=layers, keys=keys)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror}); give an adapter folder of mlx-lm's") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # ValueError: bad JSON or a bad value
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ModelError(f"{path}: is not an adapter's config ({what}); export it again") from None
+
+
+def load_adapter(folder: Path, like: Adapter) -> Adapter:
+    """The adapter in a folder, which must have the names and shapes of `like`.
+
+    Raises:
+        ModelError: there is none, or it does not fit.
+    """
+    path = folder / "adapters.safetensors"
+    if not path.is_file():
+        raise ModelError(f"{path}: no such adapter; finish or resume the run first")
+    loaded: Adapter = dict(mx.load(str(path)))  # type: ignore[arg-type]
+    wrong = sorted(set(like) ^ set(loaded)) or [k for k in like if like[k].shape != loaded[k].shape]
+    if wrong:
+        raise ModelError(f"{path}: does not fit the model ({wrong[0]} differs); use the run's own model and recipe")
+    return loaded
+
+
+def save_adapter(folder: Path, adapter: Adapter, config: dict[str, Any]) -> None:
+    """Write an adapter folder.
+
+    Raises:
+        RunError: it cannot be written; an older adapter there stays as it is.
+    """
+    partial = folder / "adapters.partial.safetensors"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        mx.save_safetensors(str(partial), adapter)
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, folder / "adapters.safetensors")
+    except (OSError, RuntimeError) as error:  # mlx reports a failed write as RuntimeError
+        partial.unlink(missing_ok=True)
+        remedy = "free space or fix the permissions, then go on with --resume"
+        raise RunError(f"{folder}: the adapter cannot be written ({error}); {remedy}") from error
