@@ -2,8 +2,8 @@
 
 One file for each source. It holds the keys that the source adds to the recipe's section `feedback`, the source itself, and a
 `SourceEntry` that says how to build it and what the rest of the program must know of it. `SOURCES` lists the entries; the
-recipe, the reference page, `vpd-mlx verify` and `vpd-mlx show --kind` follow from this list. `base.py` has the types,
-`settings.py` the keys of no particular source, `outside.py` what is common to sources that may be slow or fail.
+recipe, the reference page, `vpd-mlx verify` and `vpd-mlx show --kind` follow from this list. `base.py` has the types
+and the keys of no particular source, `outside.py` what is common to sources that may be slow or fail.
 
 A run calls, in this order:
 
@@ -28,7 +28,7 @@ from pydantic import Field
 from vpd_mlx.common.functions import Listed
 from vpd_mlx.common.settings import OneOf
 from vpd_mlx.errors import Fault
-from vpd_mlx.feedback.base import Answer, Failed, Generate, Host, Source, SourceEntry, SourceParts
+from vpd_mlx.feedback.base import Answer, CommonKeys, Failed, Generate, Host, Source, SourceEntry, SourceParts
 from vpd_mlx.feedback.command import COMMAND
 from vpd_mlx.feedback.critique import CRITIQUE
 from vpd_mlx.feedback.human import HUMAN
@@ -36,7 +36,6 @@ from vpd_mlx.feedback.outside import Outside, function_entry
 from vpd_mlx.feedback.reference import REFERENCE
 from vpd_mlx.feedback.replay import REPLAY
 from vpd_mlx.feedback.server import SERVER
-from vpd_mlx.feedback.settings import CommonKeys
 from vpd_mlx.feedback.sibling import SIBLING
 from vpd_mlx.feedback.verifier import VERIFIER
 from vpd_mlx.prompts import NoRoom, Prompter
@@ -203,13 +202,11 @@ def add_context(
 ) -> list[Group]:
     """The groups, with context and teacher prompt for each rollout on which a source has an answer."""
     chosen = choose_contexts(sources, groups, cfg)
-    return [
-        replace(
-            group,
-            rollouts=tuple(_with_context(prompter, cfg, group, r, c) for r, c in zip(group.rollouts, row, strict=True)),
-        )
-        for group, row in zip(groups, chosen, strict=True)
-    ]
+    out = []
+    for group, row in zip(groups, chosen, strict=True):
+        rollouts = (_with_context(prompter, cfg, group, r, c) for r, c in zip(group.rollouts, row, strict=True))
+        out.append(replace(group, rollouts=tuple(rollouts)))
+    return out
 
 
 def _with_context(prompter: Prompter, cfg: CommonKeys, group: Group, rollout: Rollout, choice: Choice) -> Rollout:

@@ -14,13 +14,13 @@ import queue
 import selectors
 import shutil
 import signal
-import subprocess
 import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from subprocess import PIPE, Popen, TimeoutExpired
 from typing import Any, Self
 
 from pydantic import Field
@@ -87,13 +87,14 @@ class Command(Asking):
             SourceError: it died, was too slow, or broke the protocol.
         """
         verdict = rollout.verdict
+        assert verdict is not None  # see `asks`
         request = {
             "id": str(next(self._numbers)),
             "problem": problem.id,
             "prompt": problem.prompt,
             "completion": rollout.text,
-            "score": None if verdict is None else verdict.score,
-            "verdict": "" if verdict is None else verdict.text,
+            "score": verdict.score,
+            "verdict": verdict.text,
             "answer": problem.answer,
             "reference": problem.reference,
         }
@@ -117,7 +118,7 @@ class _Program:
     _timeout: float
     _closed: threading.Event
     _failures: int = 0
-    _process: subprocess.Popen[bytes] | None = None
+    _process: Popen[bytes] | None = None
     _end: weakref.finalize[..., _Program] | None = None
     _rest: bytes = b""
     _said: list[bytes] = field(default_factory=list)  # the end of its standard error
@@ -136,21 +137,14 @@ class _Program:
         self._failures = 0
         return text
 
-    def _running(self) -> subprocess.Popen[bytes]:
+    def _running(self) -> Popen[bytes]:
         if self._closed.is_set():
             raise SourceError("the run is ending")
         if self._process is not None:
             return self._process
         try:
             # A session of its own: Ctrl-C in the terminal does not reach it, and its whole process group can be killed.
-            process = subprocess.Popen(
-                self._argv,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                bufsize=0,
-                start_new_session=True,
-            )
+            process = Popen(self._argv, bufsize=0, stdin=PIPE, stdout=PIPE, stderr=PIPE, start_new_session=True)
         except OSError as error:
             raise SourceError(f"{self._argv[0]} cannot be started ({error.strerror or error})") from None
         assert process.stdin is not None
@@ -160,7 +154,7 @@ class _Program:
         threading.Thread(target=_listen, args=(process, self._said), daemon=True).start()
         return process
 
-    def _exchange(self, process: subprocess.Popen[bytes], data: bytes) -> bytes:
+    def _exchange(self, process: Popen[bytes], data: bytes) -> bytes:
         assert process.stdin is not None
         assert process.stdout is not None
         give, take = process.stdin.fileno(), process.stdout.fileno()
@@ -191,10 +185,10 @@ class _Program:
         line, _, self._rest = got.partition(b"\n")
         return line
 
-    def _obituary(self, process: subprocess.Popen[bytes]) -> str:
+    def _obituary(self, process: Popen[bytes]) -> str:
         try:
             code = process.wait(1.0)
-        except subprocess.TimeoutExpired:
+        except TimeoutExpired:
             return "closed its standard output"
         time.sleep(0.05)  # for the last of its standard error
         lines = b"".join(self._said).decode(errors="replace").strip().splitlines()
@@ -202,16 +196,15 @@ class _Program:
         return f"the program {end}" + (f": {lines[-1][:200]}" if lines else "")
 
     def kill(self) -> None:
-        """Kill it and all that it started."""
         self._process = None
         if self._end is not None:
             self._end()  # only the first call does anything, so a process id that the system reuses is safe
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    with contextlib.suppress(subprocess.TimeoutExpired):
+    with contextlib.suppress(TimeoutExpired):
         process.wait(5.0)
 
 
@@ -222,7 +215,7 @@ def _signal(number: int) -> str:
         return f"signal {number}"
 
 
-def _listen(process: subprocess.Popen[bytes], said: list[bytes]) -> None:
+def _listen(process: Popen[bytes], said: list[bytes]) -> None:
     assert process.stderr is not None
     with contextlib.suppress(OSError, ValueError):
         while chunk := os.read(process.stderr.fileno(), 1 << 12):

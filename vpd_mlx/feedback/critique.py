@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from pydantic import Field
 
 from vpd_mlx.common.settings import Positive, Section
-from vpd_mlx.feedback.base import Answer, Failed, Generate, Source, SourceEntry, SourceParts
-from vpd_mlx.prompts import NoRoom, Prompter, demonstration
-from vpd_mlx.types import Group
+from vpd_mlx.feedback.base import Answer, Failed, SourceEntry, SourceParts, answer_each
+from vpd_mlx.prompts import NoRoom, demonstration
+from vpd_mlx.types import Group, Rollout
 
 __all__ = ["CRITIQUE", "CritiqueKeys", "critique"]
 
@@ -20,28 +21,26 @@ class CritiqueKeys(Section):
     critique_tokens: Positive = Field(160, description="Longest critique the model writes for itself, in tokens.")
 
 
-def critique(
-    groups: Sequence[Group], wanted: list[list[bool]], prompter: Prompter, generate: Generate, max_tokens: int
-) -> list[list[Answer]]:
+def critique(parts: SourceParts, groups: Sequence[Group], wanted: list[list[bool]]) -> list[list[Answer]]:
     """Two or three sentences of the model's own for every failure that still wants a context."""
-    places, prompts = [], []
-    out: list[list[Answer]] = [[None] * len(g.rollouts) for g in groups]
-    for g, (group, wants) in enumerate(zip(groups, wanted, strict=True)):
-        for i, (rollout, want) in enumerate(zip(group.rollouts, wants, strict=True)):
-            if want and not rollout.success:
-                verdict = rollout.verdict.text if rollout.verdict is not None else ""
-                try:
-                    prompts.append(prompter.critic(group.problem, rollout.text, verdict))
-                    places.append((g, i))
-                except NoRoom as error:
-                    out[g][i] = Failed(str(error))
-    for (g, i), text in zip(places, generate(prompts, max_tokens) if prompts else [], strict=True):
-        out[g][i] = demonstration(text) or None
-    return out
+    prompts = []
+
+    def place(group: Group, rollout: Rollout) -> int | Failed | None:
+        """Where in `prompts` the question about this rollout stands."""
+        if rollout.success:
+            return None
+        verdict = rollout.verdict.text if rollout.verdict is not None else ""
+        try:
+            prompts.append(parts.prompter.critic(group.problem, rollout.text, verdict))
+        except NoRoom as error:
+            return Failed(str(error))
+        return len(prompts) - 1
+
+    places = answer_each(groups, wanted, place)
+    texts = parts.generate(prompts, parts.cfg.critique_tokens) if prompts else []
+    return [[demonstration(texts[at]) or None if isinstance(at, int) else at for at in row] for row in places]
 
 
-def _build(parts: SourceParts) -> Source:
-    return lambda groups, wanted: critique(groups, wanted, parts.prompter, parts.generate, parts.cfg.critique_tokens)
-
-
-CRITIQUE = SourceEntry(_build, keys=CritiqueKeys, template="critique", whole_groups=True, needs="the model")
+CRITIQUE = SourceEntry(
+    lambda parts: partial(critique, parts), keys=CritiqueKeys, template="critique", whole_groups=True, needs="the model"
+)

@@ -20,8 +20,7 @@ from typing import Any
 from vpd_mlx.common.functions import PREFIX, failure, not_handed_over
 from vpd_mlx.common.text import without_surrogates
 from vpd_mlx.errors import SourceError
-from vpd_mlx.feedback.base import Answer, Failed, Host, Source, SourceEntry, SourceParts, answer_each
-from vpd_mlx.feedback.settings import CommonKeys
+from vpd_mlx.feedback.base import Answer, CommonKeys, Failed, Host, Source, SourceEntry, SourceParts, answer_each
 from vpd_mlx.types import Group, Problem, Rollout
 
 __all__ = ["Asking", "Function", "Outside", "function_entry"]

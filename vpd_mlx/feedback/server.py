@@ -149,9 +149,8 @@ class Server(Asking):
                 why = f"status {status}{_detail(answer)}"
                 if status != 429 and status < 500:
                     break  # the server would say the same again
-            if attempt < self._cfg.retries and self._closed.wait(
-                min(most, first * 2.0**attempt if wait is None else wait)
-            ):
+            pause = min(most, first * 2.0**attempt if wait is None else wait)
+            if attempt < self._cfg.retries and self._closed.wait(pause):
                 why = "the run is ending"
                 break
         raise SourceError(f"{self._url}: {why}")

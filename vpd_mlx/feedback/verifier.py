@@ -14,9 +14,11 @@ def verifier(groups: Sequence[Group], wanted: list[list[bool]]) -> list[list[Ans
     """The verifier's text for every failure that got one; nothing for a success."""
 
     def text(_: Group, rollout: Rollout) -> Answer:
-        if rollout.success or rollout.verdict is None or not rollout.verdict.text.strip():
-            return None
-        return rollout.verdict.text
+        return (
+            None
+            if rollout.success or rollout.verdict is None
+            else rollout.verdict.text.strip() and rollout.verdict.text
+        )
 
     return answer_each(groups, wanted, text)
 

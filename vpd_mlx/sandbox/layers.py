@@ -80,7 +80,7 @@ def python() -> str:
 
 
 def child_command(
-    limits: Limits, layers: Sequence[str], packages: Sequence[str], mode: str, pipes: tuple[int, int], tmp: str
+    limits: Limits, layers: Sequence[str], packages: Sequence[str], mode: str, pipes: Sequence[int], tmp: str
 ) -> list[str]:
     """The command line of a child. `pipes` are its ends of the control and result pipes, `tmp` its folder."""
     # No other process has this user id: the kernel counts threads per user, and lets a user's processes signal one another.

@@ -71,17 +71,10 @@ class Process:
                 os.set_blocking(self._open[name], False)
                 if name in READ:
                     self._selector.register(read, selectors.EVENT_READ, name)
-            given = (theirs["ctl"], theirs["res"])
+            stdin, out, err, *given = (theirs[name] for name in ("in", "out", "err", "ctl", "res"))
             command = child_command(self.limits, layers, packages, mode, given, self._folder or "/tmp")
             return subprocess.Popen(
-                command,
-                stdin=theirs["in"],
-                stdout=theirs["out"],
-                stderr=theirs["err"],
-                pass_fds=given,
-                env={},
-                cwd="/",
-                start_new_session=True,
+                command, stdin=stdin, stdout=out, stderr=err, pass_fds=given, env={}, cwd="/", start_new_session=True
             )
         except OSError as error:
             self._release()

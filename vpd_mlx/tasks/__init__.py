@@ -2,8 +2,8 @@
 
 One file for each kind of task. It holds the task's settings, which are the recipe's section `task` when `kind` names it, and the
 class that is built from them. `TASKS` lists both; the recipe, the reference page and `build_task` follow from this list.
-`base.py` has the protocol that the class fulfils and what it may offer besides, `data.py` the keys and the rows of all tasks that
-read files, `answers.py` and `suites.py` what several verifiers share.
+`Task` is what the class must offer, and may offer besides; `data.py` has the keys and the rows of all tasks that read files,
+`answers.py` what several verifiers share.
 
 A run calls, in this order:
 
@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from vpd_mlx.common.functions import NOTHING, Handed
 from vpd_mlx.common.settings import Section
 from vpd_mlx.errors import DataError
 from vpd_mlx.tasks.addition import Addition, AdditionSettings
-from vpd_mlx.tasks.base import Task, answer_of, examine
+from vpd_mlx.tasks.answers import spoken
 from vpd_mlx.tasks.code import Code, CodeSettings
 from vpd_mlx.tasks.exact import Exact, ExactSettings
 from vpd_mlx.tasks.json_schema import JsonSchema, JsonSchemaSettings
@@ -35,8 +35,34 @@ from vpd_mlx.tasks.mcq import Mcq, McqSettings
 from vpd_mlx.tasks.python_file import Function, FunctionSettings, PythonFile, PythonSettings
 from vpd_mlx.tasks.reasoning_gym import ReasoningGym, ReasoningGymSettings
 from vpd_mlx.tasks.regex import Regex, RegexSettings
+from vpd_mlx.types import Problem, Verdict
 
 __all__ = ["TASKS", "Task", "answer_of", "build_task", "examine", "fingerprint", "notices", "prove"]
+
+
+class Task(Protocol):
+    """Problems to train on, problems held out, and a verifier. A task may also have
+
+    - `notices`, a tuple of lines to show the user at the start;
+    - `fingerprint`, bytes on which its verdicts depend besides the rows;
+    - `evaluate`, as `verify`, where evaluation grades otherwise: by tests that no feedback quotes, for example;
+    - `answer_in(completion)`, the short final answer in a completion, or None.
+    """
+
+    @property
+    def train(self) -> tuple[Problem, ...]:
+        """Problems to train on."""
+
+    @property
+    def held_out(self) -> tuple[Problem, ...]:
+        """Problems never trained on."""
+
+    def verify(self, problem: Problem, completion: str) -> Verdict:
+        """Grade one completion. A failure of the verifier itself comes back as `Verdict.error`, never as a score."""
+
+    def reference_completion(self, problem: Problem) -> str | None:
+        """A completion that must score 1.0, or None if the data has none."""
+
 
 TASKS: list[tuple[type[Section], Callable[[Any], Task]]] = [
     (AdditionSettings, Addition),
@@ -64,6 +90,18 @@ def build_task(recipe: Any, handed: Handed = NOTHING) -> Task:
     kind = next(task for settings, task in TASKS if isinstance(recipe.task, settings))
     found: Task = kind(recipe.task) if handed.verify is None else Function(recipe.task, handed.verify, handed.files)
     return found
+
+
+def examine(task: Task, problem: Problem, completion: str) -> Verdict:
+    """Grade one completion for evaluation: by the task's `evaluate` if it has one, else by its `verify`."""
+    grade: Callable[[Problem, str], Verdict] = getattr(task, "evaluate", task.verify)
+    return grade(problem, completion)
+
+
+def answer_of(task: Task, completion: str) -> str | None:
+    """What a completion votes for in maj@k: its final answer, or its whole text if the task does not extract one."""
+    answer_in: Callable[[str], str | None] = getattr(task, "answer_in", lambda text: spoken(text).strip())
+    return answer_in(completion)
 
 
 def notices(task: Task) -> tuple[str, ...]:
