@@ -14,11 +14,8 @@ def verifier(groups: Sequence[Group], wanted: list[list[bool]]) -> list[list[Ans
     """The verifier's text for every failure that got one; nothing for a success."""
 
     def text(_: Group, rollout: Rollout) -> Answer:
-        return (
-            None
-            if rollout.success or rollout.verdict is None
-            else rollout.verdict.text.strip() and rollout.verdict.text
-        )
+        found = "" if rollout.success or rollout.verdict is None else rollout.verdict.text
+        return found if found.strip() else None
 
     return answer_each(groups, wanted, text)
 
