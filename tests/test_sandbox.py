@@ -322,6 +322,8 @@ def box() -> Sandbox:
         ("import json\n\njson.loads('{')", "error", "JSONDecodeError", 3),
         ("import sys\nsys.exit(3)", "error", "SystemExit", 0),
         ("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)", "error", "Killed", 0),
+        ("import sys\nsys.exit(163)", "error", "SystemExit", 0),
+        ("import os\nos.kill(os.getpid(), 35)", "error", "SystemExit", 0),
         ("x = [0]\nwhile True: x *= 2", "memory", "MemoryError", 2),
         ("import sys\nsys.exit()", "ok", None, 0),
         ("", "ok", None, 0),

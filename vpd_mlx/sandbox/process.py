@@ -164,8 +164,9 @@ class Process:
             return "error", error
         if code == 0:
             return "ok", None
-        if code is not None and code > 128 and code - 128 in signal.valid_signals():
-            return "error", Failure("Killed", f"ended by signal {signal.Signals(code - 128).name}")
+        # Real-time signals have numbers without a name.
+        if killed_by := {128 + s: s.name for s in signal.Signals}.get(code or 0):
+            return "error", Failure("Killed", f"ended by signal {killed_by}")
         return "error", Failure("SystemExit", f"ended with status {code}")
 
     def _move(self, name: str) -> None:
