@@ -84,11 +84,8 @@ class FeedbackSettings(*reversed(_KEYS), CommonKeys):  # type: ignore[misc]
                 case (key, remedy) if attrgetter(key)(self) is None:
                     yield Fault(f"feedback.{key}", f"is not set, and `feedback.sources` names {name}", remedy)
         if self.on_success and not any(SOURCES[name].on_success for name in self.sources):
-            yield Fault(
-                "feedback.on_success",
-                f"means nothing for {self.sources}",
-                f"name {', '.join(_ON_SUCCESS[:-1])} or {_ON_SUCCESS[-1]} in feedback.sources, or take it out",
-            )
+            remedy = f"name {', '.join(_ON_SUCCESS[:-1])} or {_ON_SUCCESS[-1]} in feedback.sources, or take it out"
+            yield Fault("feedback.on_success", f"means nothing for {self.sources}", remedy)
 
 
 class Sources(dict[str, Source]):
@@ -114,11 +111,7 @@ class Sources(dict[str, Source]):
         return Sources({name: s.for_evaluation if isinstance(s, Outside) else s for name, s in self.items()})
 
     def ready(self) -> None:
-        """Check that all sources can work here.
-
-        Raises:
-            ConfigError: one cannot.
-        """
+        """Check that all sources can work here, see `Outside.ready`."""
         for source in self.outside().values():
             source.ready()
 

@@ -126,19 +126,14 @@ class CommonKeys(Section):
         if len(set(sources)) != len(sources):
             yield Fault("feedback.sources", f"{sources} names a source twice", "name each once")
         if needed is not None and needed not in sources:
-            yield Fault(
-                "feedback.sources",
-                f"{sources} has no {needed}, and {recipe.algorithm} learns from {needed} solutions",
-                f"set feedback.sources to [{needed}]",
-            )
+            what = f"{sources} has no {needed}, and {recipe.algorithm} learns from {needed} solutions"
+            yield Fault("feedback.sources", what, f"set feedback.sources to [{needed}]")
         if self.with_solution and not {"sibling", "verifier"} <= set(sources):
             yield Fault("feedback.with_solution", "needs both sibling and verifier", "name both in feedback.sources")
         if self.max_tokens >= recipe.rollout.max_prompt_tokens:
-            yield Fault(
-                "feedback.max_tokens",
-                f"{self.max_tokens} leaves no room in rollout.max_prompt_tokens {recipe.rollout.max_prompt_tokens}",
-                "lower feedback.max_tokens or raise rollout.max_prompt_tokens",
-            )
+            key = "rollout.max_prompt_tokens"
+            what = f"{self.max_tokens} leaves no room in {key} {recipe.rollout.max_prompt_tokens}"
+            yield Fault("feedback.max_tokens", what, f"lower feedback.max_tokens or raise {key}")
         yield from super().faults(recipe)
 
 

@@ -81,11 +81,7 @@ class Command(Asking):
         self._numbers = itertools.count(1)
 
     def ask(self, problem: Problem, rollout: Rollout) -> str | None:
-        """The program's feedback.
-
-        Raises:
-            SourceError: it died, was too slow, or broke the protocol.
-        """
+        """The program's feedback, or the error that it died, was too slow, or broke the protocol."""
         verdict = rollout.verdict
         assert verdict is not None  # see `asks`
         request = {
@@ -192,7 +188,8 @@ class _Program:
             return "closed its standard output"
         time.sleep(0.05)  # for the last of its standard error
         lines = b"".join(self._said).decode(errors="replace").strip().splitlines()
-        end = f"was killed by {_signal(-code)}" if code < 0 else f"exited with code {code}"
+        name = {-s: s.name for s in signal.Signals}.get(code, f"signal {-code}")
+        end = f"was killed by {name}" if code < 0 else f"exited with code {code}"
         return f"the program {end}" + (f": {lines[-1][:200]}" if lines else "")
 
     def kill(self) -> None:
@@ -208,13 +205,6 @@ def _end(process: Popen[bytes]) -> None:
         process.wait(5.0)
 
 
-def _signal(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
-
-
 def _listen(process: Popen[bytes], said: list[bytes]) -> None:
     assert process.stderr is not None
     with contextlib.suppress(OSError, ValueError):
@@ -227,9 +217,8 @@ def _feedback(line: bytes, expected: str) -> str | None:
     try:
         answer = json.loads(line)
     except (ValueError, RecursionError):
-        raise SourceError(
-            f"answered {shown!r}, which is not JSON; all output but answers must go to its standard error"
-        ) from None
+        remedy = "all output but answers must go to its standard error"
+        raise SourceError(f"answered {shown!r}, which is not JSON; {remedy}") from None
     if not isinstance(answer, dict) or "feedback" not in answer or "id" not in answer:
         raise SourceError(f'answered {shown!r}; an answer is {{"id": ..., "feedback": ...}}')
     if answer["id"] != expected:

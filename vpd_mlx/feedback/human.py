@@ -44,11 +44,7 @@ class Human(Outside):
         self._file: TextIO | None = None
 
     def ready(self) -> None:
-        """Look for the terminal.
-
-        Raises:
-            ConfigError: standard input or output is not a terminal.
-        """
+        """Look for the terminal."""
         self._person = self._person or Terminal(self._host)
 
     def for_evaluation(self, groups: Sequence[Group], wanted: list[list[bool]]) -> list[list[Answer]]:
@@ -90,7 +86,6 @@ class Human(Outside):
             self._note(problem, rollout, text, how)
 
     def _choice(self, problem: Problem, rollout: Rollout) -> tuple[str, str | None]:
-        """(what was chosen, the text if there is one)."""
         assert self._person is not None
         again = "" if self._last is None else f"  r repeat {_short(self._last, 40)!r}"
         menu = f"[t type a line  e editor{again}  s skip  n skip the rest of this step  q stop, go on later] "
@@ -119,11 +114,12 @@ class Human(Outside):
         self._known[problem.id, rollout.text] = text
         if self._file is None:
             return
+        assert rollout.verdict is not None  # see `asks`
         row = {
             "problem": problem.id,
             "prompt": problem.prompt,
             "completion": rollout.text,
-            "score": None if rollout.verdict is None else rollout.verdict.score,
+            "score": rollout.verdict.score,
             "feedback": text,
             "how": how,
         }
@@ -216,8 +212,7 @@ def _handled(handler: Callable[[int, FrameType | None], Any], *signals: signal.S
 
 
 def _question(number: int, count: int, problem: Problem, rollout: Rollout, *, whole: bool = False) -> str:
-    verdict = rollout.verdict
-    words = f": {verdict.text}" if verdict is not None and verdict.text else ""
+    words = f": {rollout.verdict.text}" if rollout.verdict and rollout.verdict.text else ""
     parts = [
         ("prompt", problem.prompt),
         ("completion", rollout.text + (" [cut off]" if rollout.finish == "length" else "")),

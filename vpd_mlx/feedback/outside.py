@@ -134,10 +134,8 @@ class Asking(Outside):
             for future in itertools.chain(pending, *left.values()):
                 future.cancel()
         if self._broken is not None:
-            raise SourceError(
-                f"feedback source {self._name} failed {self._most_failures} times in a row, last: {self._broken}; fix it, "
-                "then go on with --resume (feedback.max_failures sets the limit)"
-            )
+            what = f"feedback source {self._name} failed {self._most_failures} times in a row, last: {self._broken}"
+            raise SourceError(f"{what}; fix it, then go on with --resume (feedback.max_failures sets the limit)")
         return out
 
     def _submit(self, problem: Problem, rollout: Rollout) -> Future[Answer]:
@@ -199,11 +197,7 @@ class Function(Asking):
         self._words = words
 
     def ask(self, problem: Problem, rollout: Rollout) -> str | None:
-        """The function's text.
-
-        Raises:
-            SourceError: it raised, or returned something else.
-        """
+        """The function's text, or the error that it raised, or returned something else."""
         try:
             text = self._words(problem, rollout)
         except (Exception, SystemExit) as error:

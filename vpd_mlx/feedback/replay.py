@@ -54,10 +54,8 @@ class Replay(Outside):
                 self._any.setdefault(problem, text)
         if problems and not set(problems) & {*self._any}:
             some = ", ".join(map(repr, list(self._any)[:3])) or "nothing"
-            raise DataError(
-                f"{path}: has feedback on {some}, and none of these is a problem of this task; "
-                "`problem` must be an id as `vpd-mlx verify` shows it"
-            )
+            what = f"has feedback on {some}, and none of these is a problem of this task"
+            raise DataError(f"{path}: {what}; `problem` must be an id as `vpd-mlx verify` shows it")
 
     def __call__(self, groups: Sequence[Group], wanted: list[list[bool]]) -> list[list[Answer]]:
         """The recorded feedback."""

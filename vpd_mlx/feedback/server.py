@@ -103,13 +103,9 @@ class Server(Asking):
         self._sent = 0
 
     def ask(self, problem: Problem, rollout: Rollout) -> str | None:
-        """The model's answer, from the cache if it was asked the same before. None once the budget is spent.
-
-        Raises:
-            SourceError: no usable answer, after all attempts.
-        """
-        verdict = rollout.verdict.text if rollout.verdict is not None else ""
-        message = self._prompter.critic_message(problem, rollout.text, verdict, right=rollout.success)
+        """The model's answer, from the cache if it was asked the same before. None once the budget is spent."""
+        assert rollout.verdict is not None  # see `asks`
+        message = self._prompter.critic_message(problem, rollout.text, rollout.verdict.text, right=rollout.success)
         request = {
             "model": self._cfg.model,
             "messages": [{"role": "user", "content": message}],
@@ -237,20 +233,16 @@ def _client(
     for this machine itself."""
     import httpx  # here, since it takes a while, and few recipes need it
 
-    local = _is_local(urllib.parse.urlsplit(url).hostname or "")
+    host = urllib.parse.urlsplit(url).hostname or ""
+    local = host == "localhost"
+    with contextlib.suppress(ValueError):  # a name, not an address
+        local = local or ipaddress.ip_address(host).is_loopback
     limits = httpx.Limits(max_connections=None)
     try:
         return httpx.Client(headers=headers, timeout=seconds, limits=limits, transport=transport, trust_env=not local)
     except (ImportError, ValueError) as error:
         what = f"a proxy of the environment cannot be used ({str(error).splitlines()[0]})"
         raise config_error("feedback.server.url", what, "correct HTTPS_PROXY and ALL_PROXY, or unset them") from None
-
-
-def _is_local(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _endpoint(url: str) -> str:

@@ -22,12 +22,9 @@ class SiblingKeys(Section):
         sources = recipe.feedback.sources
         if recipe.entry.contexts and recipe.rollout.group_size == 1 and "sibling" in sources:
             alone = sources == ["sibling"]
-            yield Fault(
-                "rollout.group_size",
-                f"1 leaves no sibling to learn from, and `feedback.sources` names {'only ' * alone}sibling",
-                "set rollout.group_size to 2 or more, or "
-                + ("add another source" if alone else "take sibling out of feedback.sources"),
-            )
+            what = f"1 leaves no sibling to learn from, and `feedback.sources` names {'only ' * alone}sibling"
+            other = "add another source" if alone else "take sibling out of feedback.sources"
+            yield Fault("rollout.group_size", what, f"set rollout.group_size to 2 or more, or {other}")
         yield from super().faults(recipe)
 
 

@@ -106,11 +106,7 @@ class Process:
         return self._frames.pop(0) if self._frames else None
 
     def pump(self, until: Callable[[], bool] = lambda: False) -> None:
-        """Move bytes until `until()` holds or the child ends. Kill it when it exceeds a limit.
-
-        Raises:
-            SourceError: the child could not isolate itself.
-        """
+        """Move bytes until `until()` holds or the child ends. SourceError if it could not isolate itself; killed if it exceeds a limit."""
         next_look = time.monotonic() + TICK
         while not until() and self._exit is None:
             now = time.monotonic()

@@ -134,12 +134,9 @@ def prove(task: Task, rows: int = 32) -> None:
         if verdict.error is None and verdict.score == 1.0:
             verdict = examine(task, problem, answer)
         if verdict.error is not None:
-            raise DataError(
-                f"row {problem.id}: the verifier failed on the reference answer {answer!r}: {verdict.error}"
-            )
+            what = f"the verifier failed on the reference answer {answer!r}"
+            raise DataError(f"row {problem.id}: {what}: {verdict.error}")
         if verdict.score < 1.0:
+            what = f"the reference answer {answer!r} scores {verdict.score:g}, not 1"
             why = f" ({verdict.text})" if verdict.text else ""
-            raise DataError(
-                f"row {problem.id}: the reference answer {answer!r} scores {verdict.score:g}, not 1{why}; "
-                "fix the row or the verifier"
-            )
+            raise DataError(f"row {problem.id}: {what}{why}; fix the row or the verifier")

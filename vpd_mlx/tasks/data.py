@@ -57,11 +57,8 @@ class DatasetSettings(Section):
                 remedy = "write hf://owner/name@revision/path of a file in it"
                 yield Fault(f"task.{key}", f"{value!r} does not name a file of a data set", remedy)
             elif "@" not in value and self.data_revision is None:
-                yield Fault(
-                    f"task.{key}",
-                    f"{value!r} is not pinned",
-                    "set task.data_revision to a commit, or add @revision after the name",
-                )
+                remedy = "set task.data_revision to a commit, or add @revision after the name"
+                yield Fault(f"task.{key}", f"{value!r} is not pinned", remedy)
         if self.data_revision is not None and not any("@" not in value for value in on_hub.values()):
             yield Fault("task.data_revision", "no hf:// file takes its revision from here", "remove it")
 
@@ -137,9 +134,6 @@ def fraction(text: str) -> float:
     return int(hashlib.sha256(text.encode()).hexdigest()[:13], 16) / 16**13
 
 
-# --- files
-
-
 def _lines(source: str, data: bytes) -> list[tuple[str, Any]]:
     lines = _numbered(source, data.decode("utf-8-sig").split("\n"))
     return [(place, _parse(place, line, "each line must be one JSON object")) for place, line in lines if line.strip()]
@@ -204,18 +198,17 @@ def _from_hub(source: str, revision: str | None) -> Path:
     try:
         found = huggingface_hub.hf_hub_download(f"{owner}/{name}", path, repo_type="dataset", revision=own or revision)
     except LocalEntryNotFoundError:
-        raise DataError(
-            f"{source}: not in the cache, and the hub cannot be reached; go online once, or copy the file and give its path"
-        ) from None
+        what, remedy = (
+            "not in the cache, and the hub cannot be reached",
+            "go online once, or copy the file and give its path",
+        )
+        raise DataError(f"{source}: {what}; {remedy}") from None
     except EntryNotFoundError:
         raise DataError(f"{source}: no such file at this revision; see the data set's page for its files") from None
     except (huggingface_hub.errors.HfHubHTTPError, ValueError, OSError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(f"{source}: the hub refused ({first}); check name and revision, or log in to it") from None
     return Path(found)
-
-
-# --- rows
 
 
 def _content(problem: Problem) -> str:

@@ -32,12 +32,7 @@ MOST_FAULTS = 3  # reported at once
 
 
 class JsonSchema:
-    """The whole completion, or its last fenced block, read as strict JSON.
-
-    Raises:
-        ConfigError: the jsonschema library is missing, or `schema_file` holds no schema.
-        DataError: a row has no schema, or an invalid one.
-    """
+    """The whole completion, or its last fenced block, read as strict JSON."""
 
     def __init__(self, cfg: JsonSchemaSettings) -> None:
         self._cfg = cfg

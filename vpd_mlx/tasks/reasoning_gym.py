@@ -70,12 +70,7 @@ REACHES = re.compile(
 
 
 class ReasoningGym:
-    """Rows are split by a hash of the task's name and the row's index. Repeated questions are dropped.
-
-    Raises:
-        ConfigError: the library is missing, has no such task, or refuses the settings.
-        DataError: the split leaves one side empty.
-    """
+    """Rows are split by a hash of the task's name and the row's index. Repeated questions are dropped."""
 
     def __init__(self, cfg: ReasoningGymSettings) -> None:
         self._library = Library(MAKER, "reasoning_gym", "reasoning-gym", cfg.kind, cfg.timeout)
@@ -101,10 +96,8 @@ class ReasoningGym:
                 messages = ({"role": "system", "content": SYSTEM}, {"role": "user", "content": str(question)})
                 sides[held].append(Problem(f"{cfg.name}:{index}", messages, answer, data={"index": index}))
         if not sides[0] or not sides[1]:
-            raise DataError(
-                f"task.rows: {len(seen)} different problems leave none to {'evaluate' if sides[0] else 'train'} on; "
-                "raise task.rows or change task.held_out"
-            )
+            what = f"{len(seen)} different problems leave none to {'evaluate' if sides[0] else 'train'} on"
+            raise DataError(f"task.rows: {what}; raise task.rows or change task.held_out")
         self.train, self.held_out = tuple(sides[0]), tuple(sides[1])
 
     def verify(self, problem: Problem, completion: str) -> Verdict:

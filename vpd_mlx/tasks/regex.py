@@ -50,9 +50,8 @@ class Regex:
         if self._one is not None:
             return self._one
         if problem.answer is None:
-            raise DataError(
-                f"row {problem.id}: no column {self._cfg.answer!r} with a pattern; name it in task.answer, or set task.pattern"
-            )
+            what = f"no column {self._cfg.answer!r} with a pattern"
+            raise DataError(f"row {problem.id}: {what}; name it in task.answer, or set task.pattern")
         try:
             return self._regex.compile(problem.answer, self._flags)  # the library caches compiled patterns
         except self._regex.error as error:
