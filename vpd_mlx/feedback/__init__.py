@@ -146,8 +146,8 @@ def build_sources(
     """The recipe's sources. Without a prompter and a model, only those that need nothing (`SourceEntry.needs`).
 
     Raises:
-        ConfigError: a program or a key is missing.
-        DataError: the feedback to replay cannot be read.
+        ConfigError: a program or a key is missing, or a proxy cannot be used.
+        DataError: the feedback to replay cannot be read, or is on other problems.
     """
     solutions = (BOTH, *(name for name, entry in SOURCES.items() if entry.solution))
     parts = SourceParts(cfg, host or Host(), problems, solutions, prompter, generate, functions or {})

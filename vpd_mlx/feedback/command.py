@@ -64,11 +64,7 @@ class Command(Asking):
     """Copies of one program, each of which serves one request at a time."""
 
     def __init__(self, cfg: Any, host: Host) -> None:
-        """Checks that the program can be found; starts nothing yet. `cfg` is the recipe's section `feedback`.
-
-        Raises:
-            ConfigError: there is no such program.
-        """
+        """Checks that the program can be found; starts nothing yet. `cfg` is the recipe's section `feedback`."""
         super().__init__("command", cfg, cfg.command_workers, host)
         if shutil.which(cfg.command[0]) is None:
             what = f"{cfg.command[0]!r} is not a program that can be run"

@@ -152,11 +152,7 @@ class Terminal:
     """The process's own terminal."""
 
     def __init__(self, host: Host) -> None:
-        """Checks that there is one.
-
-        Raises:
-            ConfigError: standard input or output is not a terminal.
-        """
+        """Checks that there is one."""
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
             what = "human needs a terminal, and standard input or output is none"
             remedy = "run it in a terminal, or use replay with feedback from an earlier run"

@@ -39,11 +39,7 @@ class Replay(Outside):
     def __init__(
         self, path: Path, problems: Collection[str] = (), on_success: bool = False, solutions: Collection[str] = ()
     ) -> None:
-        """Reads the whole file.
-
-        Raises:
-            DataError: there is no such file, it is broken, or has no feedback on any of `problems`.
-        """
+        """Reads the whole file, which must have feedback on one of `problems`, if these are known."""
         super().__init__(on_success)
         self._exact: dict[tuple[str, str], str | None] = {}
         self._any: dict[str, str] = {}

@@ -86,11 +86,7 @@ class Server(Asking):
     def __init__(
         self, feedback: Any, prompter: Prompter, host: Host, transport: httpx.BaseTransport | None = None
     ) -> None:
-        """Checks what can be checked without a request. A test passes its own `transport`.
-
-        Raises:
-            ConfigError: the key's environment variable is not set, or the environment's proxy cannot be used.
-        """
+        """Checks what can be checked without a request: key and proxy. A test passes its own `transport`."""
         self._cfg = cfg = feedback.server
         super().__init__("server", feedback, cfg.concurrency, host)
         self._prompter = prompter

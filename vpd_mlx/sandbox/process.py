@@ -106,7 +106,7 @@ class Process:
         return self._frames.pop(0) if self._frames else None
 
     def pump(self, until: Callable[[], bool] = lambda: False) -> None:
-        """Move bytes until `until()` holds or the child ends. SourceError if it could not isolate itself; killed if it exceeds a limit."""
+        """Move bytes until `until()` holds or the child ends, and kill it beyond a limit. SourceError: it is not isolated."""
         next_look = time.monotonic() + TICK
         while not until() and self._exit is None:
             now = time.monotonic()

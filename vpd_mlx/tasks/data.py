@@ -118,10 +118,8 @@ def read_split(
             if reuse:
                 return tuple(rows), tuple(rows)
             side = "training" if held else "evaluation"
-            raise DataError(
-                f"{cfg.data}: the split by hash leaves no row of {len(rows)} for {side} (task.held_out is {cfg.held_out:g}); "
-                "add rows, change task.held_out, or give task.eval_data"
-            )
+            what = f"the split by hash leaves no row of {len(rows)} for {side} (task.held_out is {cfg.held_out:g})"
+            raise DataError(f"{cfg.data}: {what}; add rows, change task.held_out, or give task.eval_data")
     seen = {_content(p): p.id for p in train}
     for p in held:
         if _content(p) in seen:
@@ -245,7 +243,5 @@ def _messages(value: Any, place: str, column: str) -> tuple[Message, ...]:
         texts = [m.get(key) if isinstance(m, dict) else None for m in value for key in ("role", "content")]
         if all(isinstance(text, str) for text in texts) and value[-1]["role"] == "user":
             return tuple({"role": m["role"], "content": m["content"]} for m in value)
-    raise DataError(
-        f"{place}: column {column!r} must be text that is not empty, or a list of messages with role and content, "
-        "the last one the user's"
-    )
+    needed = "text that is not empty, or a list of messages with role and content, the last one the user's"
+    raise DataError(f"{place}: column {column!r} must be {needed}")
