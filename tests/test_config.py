@@ -10,10 +10,13 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from vpd_mlx.algos import ALGORITHMS
 from vpd_mlx.commands.options import overridden
-from vpd_mlx.common.settings import parse_set
+from vpd_mlx.common.settings import kind_of, parse_set
 from vpd_mlx.errors import ConfigError
+from vpd_mlx.feedback import SOURCES
 from vpd_mlx.recipe import Recipe, builtin_recipes, dump, load_recipe, model_fields, resolve_recipe_path
+from vpd_mlx.tasks import TASKS
 
 MINIMAL = "name: x\nmodel: ./m\ntask: {kind: addition}\n"
 
@@ -192,3 +195,14 @@ def test_any_text_gives_a_recipe_or_named_faults(tmp_path_factory, text):
     with pytest.raises(ConfigError) as caught:
         load_recipe(path)
     assert caught.value.faults
+
+
+def test_the_json_schema_follows_from_the_lists():
+    schema = Recipe.model_json_schema()
+    kinds = set(schema["properties"]["task"]["discriminator"]["mapping"])
+    assert kinds == {kind_of(settings) for settings, _ in TASKS}
+    assert set(schema["properties"]["algorithm"]["enum"]) == set(ALGORITHMS)
+    assert set(ALGORITHMS["joint"].sections) <= set(schema["properties"])
+    feedback = schema["$defs"]["FeedbackSettings"]["properties"]
+    assert set(feedback["sources"]["items"]["enum"]) == set(SOURCES)
+    assert {"command", "server", "replay", "critique_tokens"} <= set(feedback)

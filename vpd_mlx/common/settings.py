@@ -40,6 +40,9 @@ class OneOf:
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(self._checked)
 
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        return {"type": "string", "enum": list(self.names)}
+
     def _checked(self, value: Any) -> str:
         if not isinstance(value, str) or value not in self.names:
             *others, last = map(repr, self.names)
