@@ -16,7 +16,7 @@ from vpd_mlx.algos import ALGORITHMS
 ROOT = Path(vpd_mlx.__file__).parent
 LAYERS = [
     ["__init__", "types", "errors", "common"],
-    ["losses", "prompts", "sandbox"],
+    ["losses", "sandbox"],
     ["engine", "tasks"],
     ["feedback"],
     ["algos"],
@@ -112,8 +112,8 @@ def test_only_algos_names_an_algorithm():
 
 
 def test_few_rooms():
-    # py.typed is an empty marker for type checkers, `_recipes` is there in a wheel only.
-    names = {p.name for p in ROOT.iterdir()} - {"__pycache__", "_recipes", "py.typed"}
+    # `_recipes` is there in a wheel only.
+    names = {p.name for p in ROOT.iterdir()} - {"__pycache__", "_recipes"}
     assert len(names) <= 18, sorted(names)
 
 

@@ -21,7 +21,7 @@ from vpd_mlx.common.settings import OneOf, Positive, Section, absolute, parse_ya
 from vpd_mlx.engine.settings import LoraSettings, MemorySettings, OptimizerSettings, RolloutSettings
 from vpd_mlx.errors import ConfigError, Fault, config_error
 from vpd_mlx.feedback import FeedbackSettings
-from vpd_mlx.prompts import Templates
+from vpd_mlx.feedback.prompts import Templates
 from vpd_mlx.tasks import TASKS
 
 __all__ = ["Recipe", "builtin_recipes", "check_recipe", "dump", "load_recipe", "model_fields", "resolve_recipe_path"]

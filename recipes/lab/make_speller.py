@@ -26,7 +26,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from vpd_mlx.prompts import Prompter
+from vpd_mlx.feedback.prompts import Prompter
 from vpd_mlx.recipe import load_recipe
 from vpd_mlx.tasks import build_task
 from vpd_mlx.types import Problem

@@ -28,7 +28,7 @@ from tiny import END, SPECIALS, chat_tokenizer, greedy, new_model, quantise, sav
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from vpd_mlx.prompts import Prompter
+from vpd_mlx.feedback.prompts import Prompter
 from vpd_mlx.recipe import load_recipe
 from vpd_mlx.tasks.addition import PLACES, TOO_LONG, Addition, AdditionSettings, has_carry, held_out, without_carrying
 from vpd_mlx.types import Problem

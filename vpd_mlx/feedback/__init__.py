@@ -3,7 +3,8 @@
 One file for each source. It holds the keys that the source adds to the recipe's section `feedback`, the source itself, and a
 `SourceEntry` that says how to build it and what the rest of the program must know of it. `SOURCES` lists the entries; the
 recipe, the reference page, `vpd-mlx verify` and `vpd-mlx show --kind` follow from this list. `base.py` has the types
-and the keys of no particular source, `outside.py` what is common to sources that may be slow or fail.
+and the keys of no particular source, `outside.py` what is common to sources that may be slow or fail, `prompts.py` the messages
+to student, teacher and critic.
 
 A run calls, in this order:
 
@@ -33,12 +34,12 @@ from vpd_mlx.feedback.command import COMMAND
 from vpd_mlx.feedback.critique import CRITIQUE
 from vpd_mlx.feedback.human import HUMAN
 from vpd_mlx.feedback.outside import Outside, function_entry
+from vpd_mlx.feedback.prompts import NoRoom, Prompter
 from vpd_mlx.feedback.reference import REFERENCE
 from vpd_mlx.feedback.replay import REPLAY
 from vpd_mlx.feedback.server import SERVER
 from vpd_mlx.feedback.sibling import SIBLING
 from vpd_mlx.feedback.verifier import VERIFIER
-from vpd_mlx.prompts import NoRoom, Prompter
 from vpd_mlx.types import Context, Group, Problem, Rollout
 
 __all__ = ["SOURCES", "FeedbackSettings", "Sources", "add_context", "build_sources", "choose_contexts"]

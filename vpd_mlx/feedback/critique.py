@@ -9,7 +9,7 @@ from pydantic import Field
 
 from vpd_mlx.common.settings import Positive, Section
 from vpd_mlx.feedback.base import Answer, Failed, SourceEntry, SourceParts, answer_each
-from vpd_mlx.prompts import NoRoom, demonstration
+from vpd_mlx.feedback.prompts import NoRoom, demonstration
 from vpd_mlx.types import Group, Rollout
 
 __all__ = ["CRITIQUE", "CritiqueKeys", "critique"]

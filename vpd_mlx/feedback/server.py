@@ -26,7 +26,7 @@ from vpd_mlx.common.settings import Positive, Section
 from vpd_mlx.errors import SourceError, config_error
 from vpd_mlx.feedback.base import Host, SourceEntry
 from vpd_mlx.feedback.outside import Asking
-from vpd_mlx.prompts import Prompter, demonstration
+from vpd_mlx.feedback.prompts import Prompter, demonstration
 from vpd_mlx.types import Problem, Rollout
 
 if TYPE_CHECKING:

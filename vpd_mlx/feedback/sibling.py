@@ -8,7 +8,7 @@ from typing import Any
 from vpd_mlx.common.settings import Section
 from vpd_mlx.errors import Fault
 from vpd_mlx.feedback.base import Answer, SourceEntry, answer_each
-from vpd_mlx.prompts import demonstration
+from vpd_mlx.feedback.prompts import demonstration
 from vpd_mlx.types import Group, Rollout
 
 __all__ = ["SIBLING", "SiblingKeys", "sibling"]

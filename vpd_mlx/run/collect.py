@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.sampling import Sampling, generate
 from vpd_mlx.errors import DataError
-from vpd_mlx.prompts import Prompter
+from vpd_mlx.feedback.prompts import Prompter
 from vpd_mlx.types import Group, Problem, Rollout, Verdict
 
 __all__ = ["Batch", "check_prompt_lengths", "collect", "student_prompts"]

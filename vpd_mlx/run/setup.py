@@ -21,7 +21,7 @@ from vpd_mlx.engine.sampling import Sampling, generate, probe_batches
 from vpd_mlx.errors import ConfigError, DataError, Fault, config_error
 from vpd_mlx.feedback import SOURCES, Sources, build_sources
 from vpd_mlx.feedback.base import Generate, Host
-from vpd_mlx.prompts import Prompter
+from vpd_mlx.feedback.prompts import Prompter
 from vpd_mlx.recipe import Recipe
 from vpd_mlx.run.collect import student_prompts
 from vpd_mlx.run.plan import check_fits, memory_limit, plan
