@@ -90,6 +90,9 @@ generated from `vpd_mlx/run/records.py` by `docs/make_reference.py`; a test keep
 | `nonfinite/` | the completions of steps whose update was left out as not finite |
 | `logging/` | what the logging services printed, and how far each one is |
 
+A `config.yaml` of `version: 1` is read with the defaults of then: what it leaves `null` under `templates` is worded as it was
+(`style: closing`).
+
 A figure is `null` if a step had no data for it. JSON has no NaN or infinity: they are written as the text `nan` or `inf`.
 
 In the names below, KIND stands for a kind of feedback and K for a number of samples. A step has those of the `student/` and

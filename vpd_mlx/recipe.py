@@ -17,7 +17,7 @@ from pydantic import Field, create_model
 from pydantic.fields import FieldInfo
 
 from vpd_mlx.algos import ALGORITHMS, Entry
-from vpd_mlx.common.settings import OneOf, Positive, Section, absolute, parse_yaml, validate
+from vpd_mlx.common.settings import OneOf, Positive, Section, absolute, parse_yaml, spelt_out, validate
 from vpd_mlx.engine.settings import LoraSettings, MemorySettings, OptimizerSettings, RolloutSettings
 from vpd_mlx.errors import ConfigError, Fault, config_error
 from vpd_mlx.feedback import FeedbackSettings
@@ -26,7 +26,11 @@ from vpd_mlx.tasks import TASKS
 
 __all__ = ["Recipe", "builtin_recipes", "check_recipe", "dump", "load_recipe", "model_fields", "resolve_recipe_path"]
 
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
+"""Goes up when a key that a run folder leaves `null`, or does not have, comes to mean something else."""
+
+_OLDER: Mapping[int, Mapping[str, Any]] = {1: {"templates": {"style": "closing"}}}
+"""Version -> what its recipes meant where they say nothing, so that a run of then is resumed as it began."""
 
 
 class EvaluationSettings(Section):
@@ -77,7 +81,10 @@ _TASK: Any = Annotated[Union[tuple(settings for settings, _ in TASKS)], Field(di
 class _Core(Section):
     """Everything that decides a run."""
 
-    version: Literal[1] = Field(1, description="Version of the recipe format.")
+    version: Literal[2] = Field(
+        2,
+        description="Version of the recipe format. Version 1, which older run folders hold, keeps the defaults of then.",
+    )
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run folder.")
     description: str = Field("", description="One line for `vpd-mlx recipes`.")
     algorithm: Annotated[str, OneOf(ALGORITHMS)] = Field(
@@ -189,7 +196,10 @@ def load_recipe(path: Path, overrides: list[tuple[str, Any]] | None = None) -> R
     if isinstance(version, int) and not isinstance(version, bool) and version > RECIPE_VERSION:
         remedy = "update vpd-mlx to read this recipe"
         raise config_error("version", f"{version} is newer than {RECIPE_VERSION}", remedy, str(path))
-    faults = [fault for key, value in overrides or [] for fault in _assign(raw, key, value)]
+    faults = []
+    for key, value in overrides or []:
+        raw = spelt_out(Recipe, raw)
+        faults += _assign(raw, key, value)
     try:
         return check_recipe(raw, str(path), path.parent, faults)
     except ConfigError as error:
@@ -218,7 +228,7 @@ def check_recipe(raw: dict[str, Any], where: str, folder: Path, faults: Sequence
     Raises:
         ConfigError: every fault found, `faults` among them; `where` says what is wrong.
     """
-    recipe, found = validate(Recipe, raw)
+    recipe, found = validate(Recipe, _of_now(spelt_out(Recipe, raw)))
     found = [*faults, *found]
     if recipe is not None:
         known = {f.path for f in found}  # a key that was dropped as faulty is not reported a second time
@@ -226,6 +236,14 @@ def check_recipe(raw: dict[str, Any], where: str, folder: Path, faults: Sequence
     if found or recipe is None:
         raise ConfigError(found, where)
     return recipe.located(folder)
+
+
+def _of_now(raw: dict[str, Any]) -> dict[str, Any]:
+    """The values of a recipe of any version, as a recipe of this one."""
+    version = raw.get("version", RECIPE_VERSION)
+    if type(version) is not int or version not in _OLDER:
+        return raw
+    return {**merged(_OLDER[version], raw), "version": RECIPE_VERSION}
 
 
 def merged(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

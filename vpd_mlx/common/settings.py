@@ -16,12 +16,23 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from vpd_mlx.errors import ConfigError, Fault, config_error
 
-__all__ = ["HUB", "OneOf", "Positive", "Section", "absolute", "kind_of", "parse_set", "parse_yaml", "validate"]
+__all__ = [
+    "HUB",
+    "OneOf",
+    "Positive",
+    "Section",
+    "absolute",
+    "kind_of",
+    "parse_set",
+    "parse_yaml",
+    "spelt_out",
+    "validate",
+]
 
 HUB = "hf://"  # prefix of data on the Hugging Face hub
 
@@ -56,6 +67,13 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
     paths: ClassVar[tuple[str, ...]] = ()
     """Keys that hold a path, relative to the recipe's folder; those of the base classes count as well."""
+    shorthand: ClassVar[str | None] = None
+    """The key that a plain name in place of the section sets: `templates: sdpo` is `templates: {style: sdpo}`."""
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        schema = handler.resolve_ref_schema(handler(core))
+        return schema if cls.shorthand is None else {"anyOf": [schema, schema["properties"][cls.shorthand]]}
 
     def faults(self, recipe: Any) -> Iterator[Fault]:
         """Values that are valid alone and contradict each other or the rest of the recipe."""
@@ -157,6 +175,16 @@ def parse_set(items: list[str]) -> list[tuple[str, Any]]:
 
 
 # --- checking
+
+
+def spelt_out(model: type[Section], raw: dict[str, Any]) -> dict[str, Any]:
+    """The values with each section's `shorthand` written as the section that it stands for."""
+    out = dict(raw)
+    for name, field in model.model_fields.items():
+        kind = _kinds(field.annotation).get(None)
+        if kind is not None and kind.shorthand is not None and isinstance(raw.get(name), str):
+            out[name] = {kind.shorthand: raw[name]}
+    return out
 
 
 def validate(model: type[Model], raw: dict[str, Any]) -> tuple[Model | None, list[Fault]]:

@@ -1,8 +1,8 @@
 """The messages of student, teacher and critic, and their token ids.
 
-Only this module and `tasks/` hold prompt text. The student sees the plain prompt; the teacher sees the same
-conversation with its last user message replaced by one that carries the feedback C. The completion's ids are appended
-unchanged on both sides, so both score identical tokens (spec section 5).
+The words around a prompt stand in `wordings`; here they are put together. The student sees the plain prompt; the teacher sees the
+same conversation with the feedback C in its last user message or in its system message, as the style has it. The completion's ids
+are appended unchanged on both sides, so both score identical tokens (spec section 5).
 """
 
 from __future__ import annotations
@@ -11,84 +11,81 @@ import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+from jinja2.exceptions import TemplateError
 from pydantic import Field
 
-from vpd_mlx.common.settings import Section
-from vpd_mlx.errors import Fault
+from vpd_mlx.common.settings import OneOf, Section
+from vpd_mlx.errors import Fault, config_error
+from vpd_mlx.feedback.wordings import COMMON, STYLES
 from vpd_mlx.types import Message, Problem
 
-__all__ = ["DEFAULT_TEMPLATES", "NoRoom", "Prompter", "Templates", "demonstration"]
+__all__ = ["NoRoom", "Prompter", "Templates", "demonstration"]
 
-DEFAULT_TEMPLATES: Mapping[str, str] = {
-    "student": "{prompt}",
-    "sibling": (
-        "{prompt}\n\nA correct solution of this problem, for your guidance:\n\n{context}\n\n"
-        "Now solve the problem yourself, in the format it asks for."
-    ),
-    "verifier": (
-        "{prompt}\n\nAn earlier attempt at this problem failed. What the checker said of it:\n\n{context}\n\n"
-        "Solve the problem without that mistake, in the format it asks for."
-    ),
-    "critique": (
-        "{prompt}\n\nAn earlier attempt at this problem failed. What a reviewer said of it:\n\n{context}\n\n"
-        "Solve the problem with this advice, in the format it asks for."
-    ),
-    "reference": (
-        "{prompt}\n\nThe reference solution of this problem:\n\n{context}\n\n"
-        "Now solve the problem yourself, in the format it asks for."
-    ),
-    "both": (
-        "{prompt}\n\nA correct solution of this problem:\n\n{solution}\n\nAn earlier attempt failed. What the checker "
-        "said of it:\n\n{context}\n\nNow solve the problem yourself, in the format it asks for."
-    ),
-    "review": (
-        "{prompt}\n\nWhat a reviewer said of an earlier attempt at this problem:\n\n{context}\n\n"
-        "Solve the problem with this advice, in the format it asks for."
-    ),
-    "attempt": "The earlier attempt:\n\n{attempt}\n\n",
-    "critic": (
-        "Problem:\n\n{prompt}\n\nA failed attempt:\n\n{attempt}\n\nThe right answer: {answer}\n\n{feedback}\n\n"
-        "In two or three sentences, say what went wrong and what to do differently. Do not write out the solution."
-    ),
-    "critic_right": (
-        "Problem:\n\n{prompt}\n\nAn attempt that is right:\n\n{attempt}\n\nThe right answer: {answer}\n\n{feedback}\n\n"
-        "In two or three sentences, say what it does well and what matters in this problem. Do not write out the solution."
-    ),
+_TEACHERS = ("prompt", "student", "context")
+PLACEHOLDERS: Mapping[str, tuple[str, ...]] = {
+    "student": ("prompt",),
+    **dict.fromkeys(("sibling", "verifier", "critique", "reference", "review"), _TEACHERS),
+    "both": (*_TEACHERS, "solution"),
+    "attempt": ("attempt",),
+    **dict.fromkeys(("critic", "critic_right"), ("prompt", "attempt", "answer", "feedback")),
 }
+"""What may stand in braces in each template."""
 
 
 class Templates(Section):
-    """Wording of the prompts. null keeps the built-in text; `{prompt}` and `{context}` are replaced by the texts themselves."""
+    """Wording of the prompts: a set by name, and single templates in place of its own. `templates: NAME` names the set alone.
 
-    student: str | None = Field(None, description="The student's user message, with `{prompt}`.")
-    sibling: str | None = Field(None, description="The teacher's user message with a sibling's solution.")
-    verifier: str | None = Field(None, description="The teacher's user message with the verifier's text.")
-    critique: str | None = Field(None, description="The teacher's user message with a critique.")
-    reference: str | None = Field(None, description="The teacher's user message with the reference solution.")
-    both: str | None = Field(None, description="The teacher's user message with `{solution}` and `{context}`.")
-    review: str | None = Field(None, description="The teacher's user message with feedback from any other source.")
+    In a template `{student}` stands for the student's whole message, `{prompt}` for the problem, `{context}` for the feedback.
+    """
+
+    shorthand = "style"
+
+    style: Annotated[str, OneOf(STYLES)] = Field(
+        "after",
+        description="The set of wordings, see [the styles](feedback.md#the-wording-around-it).",
+    )
+    student: str | None = Field(
+        None, description="The student's user message, with `{prompt}`; null is the problem alone."
+    )
+    sibling: str | None = Field(
+        None, description="The teacher's message with a sibling's solution; null, here and below, takes the style's."
+    )
+    verifier: str | None = Field(None, description="The teacher's message with the verifier's text.")
+    critique: str | None = Field(None, description="The teacher's message with a critique.")
+    reference: str | None = Field(None, description="The teacher's message with the reference solution.")
+    both: str | None = Field(None, description="The teacher's message with `{solution}` and `{context}`.")
+    review: str | None = Field(None, description="The teacher's message with feedback from any other source.")
     attempt: str | None = Field(None, description="Text before the feedback when `include_attempt`, with `{attempt}`.")
     critic: str | None = Field(
         None, description="The question to the critic, with `{prompt}`, `{attempt}`, `{answer}` and `{feedback}`."
     )
     critic_right: str | None = Field(None, description="The same about a right attempt, with `feedback.on_success`.")
 
+    def text(self, name: str) -> str:
+        """The wording of this name: the recipe's own, else its style's."""
+        own: str | None = getattr(self, name)
+        return {**COMMON, **STYLES[self.style].texts}[name] if own is None else own
+
     def faults(self, recipe: Any) -> Iterator[Fault]:
         """A template needs its placeholders, and must not have a misspelt one."""
-        fields = {key: re.findall(r"\{(\w+)\}", text) for key, text in DEFAULT_TEMPLATES.items()}
-        ours = {name for names in fields.values() for name in names}
-        for key, known in fields.items():
+        in_user = STYLES[self.style].place == "user"
+        for key, known in PLACEHOLDERS.items():
             text: str | None = getattr(self, key)
             if text is None:
                 continue
-            needed = ("prompt", "context") if "context" in known else ("prompt",) if key == "student" else ()
-            missing = [f"{{{name}}}" for name in needed if f"{{{name}}}" not in text]
+            teachers, names = "context" in known, re.findall(r"\{(\w+)\}", text)
+            missing = ["{context}"] if teachers and "context" not in names else []
+            if key == "student" and "prompt" not in names:
+                missing = ["{prompt}"]
+            if teachers and in_user and not {"prompt", "student"} & set(names):
+                missing.insert(0, "{prompt} or {student}")
             if missing:
                 yield Fault(f"templates.{key}", f"lacks {' and '.join(missing)}", "put it where that text belongs")
             # Braces of other languages, such as LaTeX's \boxed{x}, are fine: only a name close to one of ours is a mistake.
             names = re.findall(r"(?<!\w)\{(\w+)\}", text)
+            ours = {name for names in PLACEHOLDERS.values() for name in names}
             unknown = [n for n in names if n not in known and difflib.get_close_matches(n, ours, n=1, cutoff=0.75)]
             if unknown:
                 yield Fault(
@@ -127,14 +124,15 @@ class Prompter:
     max_context_tokens: int
 
     def template(self, name: str) -> str:
-        """The wording of this name: the recipe's, else the built-in one."""
-        own: str | None = getattr(self.templates, name)
-        return DEFAULT_TEMPLATES[name] if own is None else own
+        """The wording of this name: the recipe's own, else its style's."""
+        return self.templates.text(name)
 
     def student(self, problem: Problem) -> tuple[int, ...]:
         """Prompt ids of the student."""
-        content = _fill(self.template("student"), prompt=problem.prompt)
-        return self.encode([*problem.messages[:-1], {"role": "user", "content": content}])
+        return self.encode([*problem.messages[:-1], {"role": "user", "content": self._message(problem)}])
+
+    def _message(self, problem: Problem) -> str:
+        return _fill(self.template("student"), prompt=problem.prompt)
 
     def teacher(
         self, problem: Problem, template: str, text: str, *, solution: str = "", attempt: str | None = None
@@ -148,13 +146,49 @@ class Prompter:
         """
 
         def ids(context: str) -> tuple[int, ...]:
-            body = _fill(self.template(template), prompt=problem.prompt, context=context, solution=solution)
-            lead = "" if attempt is None else _fill(self.template("attempt"), attempt=attempt)
-            if lead:
-                body = body.replace(problem.prompt, f"{problem.prompt}\n\n{lead}", 1)
-            return self.encode([*problem.messages[:-1], {"role": "user", "content": body}])
+            return self.encode(self._shown(problem, template, context, solution, attempt))
 
         return self._fit(ids, text)
+
+    def _shown(
+        self, problem: Problem, template: str, context: str, solution: str, attempt: str | None
+    ) -> list[Message]:
+        """The conversation that the teacher sees."""
+        body, own = self.template(template), self._message(problem)
+        values = {"prompt": problem.prompt, "student": own, "solution": solution, "context": context}
+        lead = "" if attempt is None else _fill(self.template("attempt"), attempt=attempt)
+        first = re.search(r"\{(prompt|student|context|solution)\}", body)
+        if lead and first is not None and first.group(1) in ("prompt", "student"):  # right behind the problem
+            text = f"{_fill(body[: first.end()], **values)}\n\n{lead}{_fill(body[first.end() :], **values)}"
+        else:  # or, where the problem does not come first, before all
+            text = "\n\n".join([*([lead] if lead else []), _fill(body, **values)])
+        *earlier, _ = problem.messages
+        if STYLES[self.templates.style].place == "user":
+            return [*earlier, {"role": "user", "content": text}]
+        if earlier and earlier[0]["role"] == "system":
+            head, *earlier = earlier
+            text = f"{head['content']}\n\n{text}"
+        return [{"role": "system", "content": text}, *earlier, {"role": "user", "content": own}]
+
+    def check_style(self) -> None:
+        """Refuse a style whose context the model's chat template would not show.
+
+        Raises:
+            ConfigError: the style needs a system message, and the chat template has none.
+        """
+        if STYLES[self.templates.style].place == "user":
+            return
+        seen = {self._shows(system) for system in ("one", "two")}
+        if None in seen or len(seen) == 1:
+            problem = f"{self.templates.style!r} puts the context into the system message, which the chat template {{}}"
+            what = "refuses" if None in seen else "leaves out"
+            raise config_error("templates.style", problem.format(what), "take another style, e.g. after")
+
+    def _shows(self, system: str) -> tuple[int, ...] | None:
+        try:
+            return self.encode([{"role": "system", "content": system}, {"role": "user", "content": "x"}])
+        except TemplateError:
+            return None
 
     def critic(self, problem: Problem, attempt: str, feedback: str) -> tuple[int, ...]:
         """Prompt ids that ask the model for a critique of its own attempt.

@@ -70,6 +70,7 @@ class Parts:
         policy.ranks = ranks
         check_ranks(recipe, policy, task)
         prompter = build_prompter(recipe, policy)
+        prompter.check_style()
         problems = (*task.train, *task.held_out)
         _check_prompts(prompter, problems)
         ask, host = _critic(recipe, policy), _host(progress, stop)
