@@ -84,6 +84,7 @@ generated from `vpd_mlx/run/records.py` by `docs/make_reference.py`; a test keep
 | `metrics.jsonl` | a row for each step |
 | `rollouts.jsonl` | a row for each completion |
 | `evals.jsonl` | a row for each evaluation |
+| `answers.jsonl` | a row for each held-out problem of an evaluation, up to 200 of them |
 | `summary.json` | written once, when the run has ended |
 | `adapters/` | the trained adapter, as mlx-lm loads it |
 | `checkpoints/` | what a resume needs |
@@ -115,8 +116,14 @@ def in_words(kind: Any) -> str:
 def rows() -> str:
     """The page on the run folder."""
     lines = [FOLDER]
-    tables = (records.MetricsRow, records.RolloutRow, records.EvaluationRow, records.Summary)
-    for title, table in zip(("metrics.jsonl", "rollouts.jsonl", "evals.jsonl", "summary.json"), tables, strict=True):
+    files = {
+        "metrics.jsonl": records.MetricsRow,
+        "rollouts.jsonl": records.RolloutRow,
+        "evals.jsonl": records.EvaluationRow,
+        "answers.jsonl": records.AnswerRow,
+        "summary.json": records.Summary,
+    }
+    for title, table in files.items():
         what = (table.__doc__ or "").partition(": ")[2]
         lines += [f"## {title}", "", what[0].upper() + what[1:], ""]
         lines += ["| field | type | unit | what it is |", "|---|---|---|---|"]

@@ -24,7 +24,7 @@ from vpd_mlx.recipe import load_recipe
 from vpd_mlx.run.folder import load_run
 from vpd_mlx.run.loop import train
 from vpd_mlx.run.progress import Silent, Stop
-from vpd_mlx.run.records import EvaluationRow, MetricsRow, RolloutRow, Summary
+from vpd_mlx.run.records import AnswerRow, EvaluationRow, MetricsRow, RolloutRow, Summary
 from vpd_mlx.run.state import find_checkpoint
 from vpd_mlx.run.step import Trainer, problems_of_step
 from vpd_mlx.types import Problem
@@ -41,7 +41,7 @@ def strip(rows: list[dict]) -> list[dict]:
 
 
 def same_logs(a: Path, b: Path) -> None:
-    for name in ("metrics.jsonl", "rollouts.jsonl", "evals.jsonl"):
+    for name in ("metrics.jsonl", "rollouts.jsonl", "evals.jsonl", "answers.jsonl"):
         assert strip(read_rows(a / name)) == strip(read_rows(b / name)), name
 
 
@@ -190,10 +190,11 @@ def declared(key: str, table: type) -> bool:
 def test_every_field_that_is_written_is_declared(undisturbed, algorithm):
     whole, _ = undisturbed(algorithm, {})
     run = load_run(whole)
-    rollouts, evaluations = (read_rows(whole / name) for name in ("rollouts.jsonl", "evals.jsonl"))
+    rollouts, evaluations, answers = (read_rows(whole / f"{name}.jsonl") for name in ("rollouts", "evals", "answers"))
     summary = json.loads((whole / "summary.json").read_text())
-    tables = ((MetricsRow, run.metrics), (RolloutRow, rollouts), (EvaluationRow, evaluations), (Summary, [summary]))
-    for table, rows in tables:
+    tables = {MetricsRow: run.metrics, RolloutRow: rollouts, EvaluationRow: evaluations, AnswerRow: answers}
+    for table, rows in {**tables, Summary: [summary]}.items():
+        assert rows
         assert not [key for row in rows for key in row if not declared(key, table)], table
         always = {k for k in get_type_hints(table) if "/" not in k and "@" not in k}
         always -= {"shift", "source_errors", "interrupted"}
@@ -401,7 +402,8 @@ class Scripted:
         real = Trainer.evaluate
 
         def evaluate(trainer, step):
-            return {**real(trainer, step), "student": values[step]}
+            row, answers = real(trainer, step)
+            return {**row, "student": values[step]}, answers
 
         monkeypatch.setattr(Trainer, "evaluate", evaluate)
 

@@ -232,7 +232,7 @@ class Session:
 
     def evaluate(self) -> Evaluation:
         """Student and teacher on the held-out problems, by the weights of now."""
-        return Evaluation(self.trainer.evaluate(self.step))
+        return Evaluation(self.trainer.evaluate(self.step)[0])
 
     def save(self, folder: str | Path) -> Path:
         """Write the adapter in mlx-lm's format; returns its folder."""

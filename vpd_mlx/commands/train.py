@@ -20,7 +20,9 @@ from vpd_mlx.commands.options import SetOption, json_alone, overridden
 from vpd_mlx.common.text import duration, mlx_lm_command, percent
 from vpd_mlx.errors import wrong_option
 from vpd_mlx.recipe import Recipe, load_recipe, resolve_recipe_path
+from vpd_mlx.report.answers import print_answers
 from vpd_mlx.report.live import make_view
+from vpd_mlx.run.folder import load_run
 from vpd_mlx.run.log import RECIPE_FILE, check_resume, free_run_folder
 from vpd_mlx.run.records import Summary
 
@@ -129,6 +131,7 @@ def _report(cfg: Recipe, folder: Path, summary: Summary) -> None:
     steps, best = summary["steps"], summary["adapter_of_step"]
     which = "" if best == steps else f"the adapter of step {best}; "
     console.print(f"{which}{steps} steps, {duration(training)} training, {duration(summary['seconds']['wall'])} in all")
+    print_answers(console, load_run(folder).answers)
     console.print(f"adapters: {folder / 'adapters'}", soft_wrap=True)
     with (folder / "rollouts.jsonl").open(encoding="utf-8") as f:
         prompt = str(json.loads(f.readline())["prompt"])

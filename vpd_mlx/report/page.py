@@ -23,6 +23,8 @@ from vpd_mlx.common.stats import paired
 from vpd_mlx.common.text import duration, figures, number, percent, points, points_range, steps, without_surrogates
 from vpd_mlx.errors import wrong_option
 from vpd_mlx.report.plots import comparison_plots, legend_colors, run_plots
+from vpd_mlx.run.answers import choose as choose_answers
+from vpd_mlx.run.answers import rule
 from vpd_mlx.run.folder import NO_CONTEXT, LoggedRollout, Run, by_dotted_key
 from vpd_mlx.run.warnings import findings
 
@@ -64,7 +66,7 @@ def _render(template: str, **values: Any) -> str:
 
 def run_page(run: Run, most: int) -> str:
     """The page of a run, with at most `most` of its rollouts."""
-    rows = _rollouts(run, most)
+    rows, answers = _rollouts(run, most), choose_answers(run.answers)
     return _render(
         "run.html",
         run=run,
@@ -72,6 +74,8 @@ def run_page(run: Run, most: int) -> str:
         headline=_headline(run),
         warnings=findings(run),
         change=run.change(),
+        answers=answers,
+        answers_rule=rule(run.answers, answers),
         plots=run_plots(run),
         rollouts=rows,
         has_shifts=any(r["shift"] for r in rows),

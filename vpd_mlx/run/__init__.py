@@ -7,7 +7,8 @@ One step, file by file:
 - `collect` samples the completions and has each one verified while the others are still being decoded.
 - `records` declares the rows that a step, a completion and an evaluation leave in the logs, and makes the first two.
 - `log` appends them to the run folder's files, which one process holds.
-- `warnings` looks through the rows for what goes wrong. `evaluate` measures student and teacher on held-out problems.
+- `warnings` looks through the rows for what goes wrong. `evaluate` measures student and teacher on held-out problems; `answers`
+  chooses those of which a person is shown the answers.
 - `state` keeps where the run stands and turns it into a checkpoint, or a checkpoint into it.
 
 Before the first step `plan` refuses what does not fit into memory, `setup` builds and checks the parts of a run, and `followers`

@@ -23,12 +23,14 @@ from vpd_mlx.errors import SourceError
 from vpd_mlx.feedback import add_context
 from vpd_mlx.recipe import Recipe
 from vpd_mlx.run.collect import Batch, collect
+from vpd_mlx.run.records import AnswerRow, answer_row
 from vpd_mlx.run.setup import Parts
 from vpd_mlx.tasks import Task, answer_of, examine
 from vpd_mlx.types import Group, Problem, Rollout
 
 __all__ = ["Measured", "compared", "evaluate", "measure", "names", "sampled_figures", "summed"]
 
+MOST_ANSWERS = 200  # of an evaluation, kept as text: enough to read, and no burden to a run folder
 Result = dict[str, Any]
 Values = dict[str, float]
 """A figure's value by problem, 0..1."""
@@ -40,12 +42,14 @@ class Measured:
 
     `student` is avg@k, `student_greedy` the likeliest completion's score, `teacher` that of one completion under the feedback on
     the student's own, where there was feedback; `pass@j` and `maj@k` are over problems none of whose k verdicts failed.
+    `answers` are the likeliest completions of the first `MOST_ANSWERS` problems.
     """
 
     problems: int
     samples: int
     figures: Mapping[str, Values]
     facts: Mapping[str, Any]
+    answers: Sequence[AnswerRow] = ()
 
 
 def _sampling(recipe: Recipe, greedy: bool) -> Sampling:
@@ -90,8 +94,8 @@ def compared(base: Measured, other: Measured) -> dict[str, Paired]:
     return {name: difference for name, difference in both.items() if difference is not None}
 
 
-def evaluate(parts: Parts, step: int) -> Result:
-    """A row of `evals.jsonl`: the held-out problems' figures with their intervals.
+def evaluate(parts: Parts, step: int) -> tuple[Result, list[AnswerRow]]:
+    """A row of `evals.jsonl`, the held-out problems' figures with their intervals; and rows of `answers.jsonl`.
 
     `student_there` is the student's avg@k on the problems where the teacher had feedback, so that `gap`, teacher less student,
     compares like with like.
@@ -103,7 +107,8 @@ def evaluate(parts: Parts, step: int) -> Result:
     found = measure(parts, parts.task.held_out[: parts.recipe.evaluation.problems])
     row = summed(found, at=("student", "student_greedy", "teacher", f"pass@{k}", f"maj@{k}"))
     seconds = round(time.perf_counter() - start, 3)
-    return {"step": step, **row, "greedy_by_problem": found.figures["student_greedy"], "seconds": seconds}
+    answers: list[AnswerRow] = [{"step": step, **answer} for answer in found.answers]
+    return {"step": step, **row, "greedy_by_problem": found.figures["student_greedy"], "seconds": seconds}, answers
 
 
 def measure(parts: Parts, problems: Sequence[Problem], *, greedy_only: bool = False) -> Measured:
@@ -142,6 +147,8 @@ def measure(parts: Parts, problems: Sequence[Problem], *, greedy_only: bool = Fa
     teacher = _teacher(parts, named, _sampling(recipe, greedy_only), phase_seed(seed, 0, "teacher"))
     mx.clear_cache()
     alone = {n: g.rollouts for n, g in zip(keys, greedy.groups, strict=True) if g.rollouts}
+    decode = parts.policy.tokenizer.decode
+    answers = [answer_row(n, named[n].problem, r[0], _taught(named[n]), decode) for n, r in alone.items()]
     figures = {} if sampled is None else sampled_figures(task, named, k)
     figures |= {"student_greedy": {n: _scores(rollouts)[0] for n, rollouts in alone.items()}, "teacher": teacher}
     part = _Part(
@@ -151,6 +158,7 @@ def measure(parts: Parts, problems: Sequence[Problem], *, greedy_only: bool = Fa
         contexts_failed=sum(bool(r.source_errors) for g in groups for r in g.rollouts),
         failures=[*greedy.failures, *([] if sampled is None else sampled.failures)],
         completions=len(problems) * (1 if sampled is None else 1 + k),
+        answers=answers[:MOST_ANSWERS],
     )
     return _whole(ranks.gather(part), k, greedy_only=greedy_only)
 
@@ -165,6 +173,7 @@ class _Part:
     contexts_failed: int
     failures: list[str]
     completions: int
+    answers: list[AnswerRow]
 
 
 def _whole(parts: Sequence[_Part], k: int, *, greedy_only: bool) -> Measured:
@@ -185,16 +194,22 @@ def _whole(parts: Sequence[_Part], k: int, *, greedy_only: bool) -> Measured:
         "truncated": mean([float(t) for p in parts for t in p.truncated]),
         "verifier_failures": len(failures),
     }
-    return Measured(sum(p.completions for p in parts) // (1 if greedy_only else 1 + k), k, figures, facts)
+    answers = [row for p in parts for row in p.answers][:MOST_ANSWERS]
+    return Measured(sum(p.completions for p in parts) // (1 if greedy_only else 1 + k), k, figures, facts, answers)
+
+
+def _taught(group: Group) -> Rollout | None:
+    """The completion on which the teacher is evaluated: the first that got a context."""
+    return next((r for r in group.rollouts if r.teacher_prompt is not None), None)
 
 
 def _teacher(parts: Parts, named: Mapping[str, Group], how: Sampling, seed: int) -> Values:
-    """The teacher on one completion per problem, the first that got a context: its score by problem."""
+    """The teacher on one completion per problem: its score by problem."""
     chosen: list[tuple[str, Problem, tuple[int, ...]]] = []
     for name, group in named.items():
-        prompt = next((r.teacher_prompt for r in group.rollouts if r.teacher_prompt is not None), None)
-        if prompt is not None:
-            chosen.append((name, group.problem, prompt))
+        taught = _taught(group)
+        if taught is not None and taught.teacher_prompt is not None:
+            chosen.append((name, group.problem, taught.teacher_prompt))
     scores: dict[int, float] = {}
     for p, _, rollout in generate(parts.policy, [prompt for *_, prompt in chosen], 1, how, seed) if chosen else ():
         verdict = examine(parts.task, chosen[p][1], rollout.text)

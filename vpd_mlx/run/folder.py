@@ -14,6 +14,7 @@ import yaml
 from vpd_mlx.common.stats import Paired, paired
 from vpd_mlx.common.text import interval, number
 from vpd_mlx.errors import DataError, wrong_option
+from vpd_mlx.run.answers import Answered, pairs
 from vpd_mlx.run.log import RECIPE_FILE
 from vpd_mlx.run.records import FORMAT, MetricsRow, Summary, upgraded
 
@@ -161,6 +162,15 @@ class Run:
             for entry in entries:
                 f.seek(entry.offset)
                 yield json.loads(f.readline())
+
+    @cached_property
+    def answers(self) -> list[Answered]:
+        """The likeliest answers to held-out problems, before training and by the adapter that the run hands over.
+
+        Empty without an evaluation after at least one step, and for runs that logged no answers.
+        """
+        step = self.evaluated
+        return pairs([row for _, row in _rows(self.path / "answers.jsonl")], step) if step else []
 
     def greedy(self) -> dict[str, float]:
         """Greedy score by held-out problem at `evaluation`, before or after training; empty if it was not logged."""

@@ -131,10 +131,11 @@ def _evaluate_if_due(state: RunState, *, last: bool = False) -> None:
     due = last or state.done in (0, trainer.recipe.steps) or (every is not None and state.done % every == 0)
     if not due or (state.evaluations and state.evaluations[-1]["step"] == state.done):
         return
-    row = trainer.evaluate(state.done)
+    row, answers = trainer.evaluate(state.done)
     sources = state.settle()
     state.count_evaluation(row)
     state.log.append("evals.jsonl", [row])
+    state.log.append("answers.jsonl", answers)
     trainer.progress.evaluation(row["step"], row)
     state.take_snapshot(sources)
 

@@ -1,7 +1,8 @@
 """The rows of a run folder's files: every field with its unit and its meaning. `docs/run-folder.md` is made from this.
 
-`metrics.jsonl` has a row a step, `rollouts.jsonl` a row a completion, `evals.jsonl` a row an evaluation; `summary.json` is
-written once, when the run ends. What follows a run, from the terminal's view to the logging services, reads these files.
+`metrics.jsonl` has a row a step, `rollouts.jsonl` a row a completion, `evals.jsonl` a row an evaluation, `answers.jsonl` a row a
+problem of an evaluation; `summary.json` is written once, when the run ends. What follows a run, from the terminal's view to the
+logging services, reads these files.
 
 A field is `Annotated[type, unit, meaning]`. In a name, KIND stands for a kind of feedback and K for a number of samples.
 """
@@ -15,17 +16,19 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 import numpy as np
 
 from vpd_mlx.common.stats import overlap
-from vpd_mlx.types import Group, Rollout
+from vpd_mlx.types import Group, Problem, Rollout
 
 if TYPE_CHECKING:
     from vpd_mlx.run.collect import Batch
 
 __all__ = [
     "FORMAT",
+    "AnswerRow",
     "EvaluationRow",
     "MetricsRow",
     "RolloutRow",
     "Summary",
+    "answer_row",
     "rollout_metrics",
     "rollout_row",
     "upgraded",
@@ -189,6 +192,22 @@ class EvaluationRow(_Figures, total=False):
     seconds: Annotated[float, "seconds", "Time that the evaluation took."]
 
 
+class AnswerRow(TypedDict, total=False):
+    """A row of `answers.jsonl`: what was answered on one held-out problem in one evaluation, for its first 200 problems."""
+
+    step: Annotated[int, "", "Steps done before the evaluation; 0 is the untrained student."]
+    problem: Annotated[str, "", "The problem's id, as in `greedy_by_problem` of `evals.jsonl`."]
+    system: Annotated[str | None, "", "The problem's system message."]
+    prompt: Annotated[str, "", "The problem's last user message."]
+    completion: Annotated[str, "", "The student's likeliest completion."]
+    score: Annotated[Fraction, "0..1", "The verifier's score of it."]
+    success: Annotated[bool, "", "Whether it is right: the score reaches `rollout.success_threshold`."]
+    verdict: Annotated[str, "", "The verifier's words, empty if it has none."]
+    finish: Annotated[str, "", "`stop`, or `length` if the completion was cut off."]
+    context: Annotated[str | None, "", "Kind of the feedback that the teacher got on a sampled completion."]
+    teacher_prompt: Annotated[str | None, "", "The teacher's prompt, decoded: the student's with the feedback in it."]
+
+
 class Summary(TypedDict, total=False):
     """`summary.json`: the run, once it has ended."""
 
@@ -276,3 +295,23 @@ def rollout_row(
     if rollout.source_errors:
         row["source_errors"] = dict(rollout.source_errors)
     return row
+
+
+def answer_row(
+    name: str, problem: Problem, greedy: Rollout, taught: Rollout | None, decode: Callable[[list[int]], str]
+) -> AnswerRow:
+    """One line of `answers.jsonl`, without its `step`; `taught` is the rollout that the teacher read feedback on."""
+    verdict, first = greedy.verdict, problem.messages[0]
+    prompt = None if taught is None else taught.teacher_prompt
+    return {
+        "problem": name,
+        "system": first["content"] if first["role"] == "system" else None,
+        "prompt": problem.prompt,
+        "completion": greedy.text,
+        "score": verdict.score if verdict else None,
+        "success": greedy.success,
+        "verdict": verdict.text if verdict else "",
+        "finish": greedy.finish,
+        "context": None if taught is None or taught.context is None else taught.context.kind,
+        "teacher_prompt": None if prompt is None else decode(list(prompt)),
+    }

@@ -20,7 +20,7 @@ from vpd_mlx.feedback import add_context
 from vpd_mlx.run.collect import Batch, collect
 from vpd_mlx.run.evaluate import evaluate
 from vpd_mlx.run.progress import Interrupted
-from vpd_mlx.run.records import RolloutRow, rollout_metrics, rollout_row
+from vpd_mlx.run.records import AnswerRow, RolloutRow, rollout_metrics, rollout_row
 from vpd_mlx.run.setup import Parts
 from vpd_mlx.types import Group, Problem
 
@@ -174,8 +174,8 @@ class Trainer(Parts):
 
     # --- evaluation
 
-    def evaluate(self, step: int) -> dict[str, Any]:
-        """Accuracy on held-out problems after `step` steps."""
+    def evaluate(self, step: int) -> tuple[dict[str, Any], list[AnswerRow]]:
+        """Accuracy on held-out problems after `step` steps, and the answers to them."""
         return evaluate(self, step)
 
     # --- stopping
