@@ -14,8 +14,10 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from vpd_mlx import recipe
+from vpd_mlx.algos.presets import PRESETS
 from vpd_mlx.common.settings import Section, kind_of
 from vpd_mlx.run import records
+from vpd_mlx.run.folder import by_dotted_key
 from vpd_mlx.tasks import TASKS
 
 HERE = Path(__file__).parent
@@ -23,9 +25,11 @@ HERE = Path(__file__).parent
 
 def default_of(info: FieldInfo) -> str:
     """The default as YAML would write it."""
-    if info.default is PydanticUndefined:
-        return "required"
-    value: Any = info.default
+    return "required" if info.default is PydanticUndefined else in_yaml(info.default)
+
+
+def in_yaml(value: Any) -> str:
+    """A value as YAML would write it."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -53,17 +57,41 @@ def section(model: type[Section], prefix: str, title: str) -> list[str]:
     return [*lines, "", *nested]
 
 
+def presets() -> list[str]:
+    """What each preset sets."""
+    lines = [
+        "## Presets",
+        "",
+        "`preset: NAME`, or `--set preset=NAME`, lays values under the keys that a recipe gives itself. They go by the",
+        "algorithm: `--set algorithm=grpo --set preset=paper` is the paper's GRPO. Rates are ten times the paper's, which trains",
+        "all weights where this trains LoRA; a minibatch of 32 problems is the whole batch, null.",
+        "",
+        *(f"- `{name}`: {preset.what}" for name, preset in PRESETS.items()),
+        "",
+    ]
+    columns = {name: by_dotted_key(p.values) for name, p in PRESETS.items() if p.values and name != "paper"}
+    lines += [f"| key | {' | '.join(f'`{name}`' for name in columns)} |", "|---|" + "---|" * len(columns)]
+    for key in next(iter(columns.values())):
+        lines.append(f"| `{key}` | {' | '.join(in_yaml(values[key]) for values in columns.values())} |")
+    lines += ["", "| algorithm | in all three |", "|---|---|"]
+    for name, values in next(p for p in PRESETS.values() if p.of).of.items():
+        own = ", ".join(f"`{key}: {in_yaml(value)}`" for key, value in by_dotted_key(values).items())
+        lines.append(f"| `{name}` | {own or 'no more'} |")
+    return [*lines, ""]
+
+
 def reference() -> str:
     """The whole page."""
     lines = [
         "# Recipe reference",
         "",
         "A recipe is one YAML file. Unknown keys, wrong types and values that contradict each other are all reported at",
-        "once. Paths are relative to the recipe. Precedence: recipe < `--set key=value` < named flag. This page is",
-        "generated from the config model by `docs/make_reference.py`; a test keeps it in step.",
+        "once. Paths are relative to the recipe. Precedence: [preset](#presets) < recipe < `--set key=value` < named flag.",
+        "This page is generated from the config model by `docs/make_reference.py`; a test keeps it in step.",
         "",
     ]
     lines += section(recipe.Recipe, "", "Top level")
+    lines += presets()
     for model, _ in sorted(TASKS, key=lambda task: kind_of(task[0])):
         lines += section(model, "task.", f"task: {kind_of(model)}")
     for name, info in recipe.Recipe.model_fields.items():

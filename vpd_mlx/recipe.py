@@ -1,8 +1,8 @@
 """The recipe: one YAML file, a strict model behind it, and all faults reported at once.
 
-Precedence is recipe < `--set key=value` < named flag. Each part of the program carries its own section of the recipe. Here they
-are put together: those of the engine and the run by name, those of tasks, feedback sources and algorithms from the lists `TASKS`,
-`SOURCES` and `ALGORITHMS`.
+Precedence is preset < recipe < `--set key=value` < named flag. Each part of the program carries its own section of the recipe.
+Here they are put together: those of the engine and the run by name, those of tasks, feedback sources and algorithms from the
+lists `TASKS`, `SOURCES` and `ALGORITHMS`.
 """
 
 from __future__ import annotations
@@ -17,20 +17,27 @@ from pydantic import Field, create_model
 from pydantic.fields import FieldInfo
 
 from vpd_mlx.algos import ALGORITHMS, Entry
-from vpd_mlx.common.settings import OneOf, Positive, Section, absolute, parse_yaml, spelt_out, validate
+from vpd_mlx.algos.presets import EARLIER, PRESETS
+from vpd_mlx.common.settings import OneOf, Positive, Section, absolute, merged, parse_yaml, spelt_out, validate
 from vpd_mlx.engine.settings import LoraSettings, MemorySettings, OptimizerSettings, RolloutSettings
 from vpd_mlx.errors import ConfigError, Fault, config_error
 from vpd_mlx.feedback import FeedbackSettings
 from vpd_mlx.feedback.prompts import Templates
 from vpd_mlx.tasks import TASKS
 
-__all__ = ["Recipe", "builtin_recipes", "check_recipe", "dump", "load_recipe", "model_fields", "resolve_recipe_path"]
+__all__ = [
+    "Recipe",
+    "builtin_recipes",
+    "check_recipe",
+    "dump",
+    "load_recipe",
+    "model_fields",
+    "preset_faults",
+    "resolve_recipe_path",
+]
 
 RECIPE_VERSION = 2
-"""Goes up when a key that a run folder leaves `null`, or does not have, comes to mean something else."""
-
-_OLDER: Mapping[int, Mapping[str, Any]] = {1: {"templates": {"style": "closing"}}}
-"""Version -> what its recipes meant where they say nothing, so that a run of then is resumed as it began."""
+"""Goes up when a key that a run folder leaves `null`, or does not have, comes to mean something else (`EARLIER`)."""
 
 
 class EvaluationSettings(Section):
@@ -89,6 +96,10 @@ class _Core(Section):
     description: str = Field("", description="One line for `vpd-mlx recipes`.")
     algorithm: Annotated[str, OneOf(ALGORITHMS)] = Field(
         "vpd", description="What is learned from the rollouts of a step."
+    )
+    preset: Annotated[str, OneOf(PRESETS)] = Field(
+        "default",
+        description="Values laid under the keys that the recipe gives, for its algorithm: see [presets](#presets).",
     )
     model: str = Field(description="A folder (relative to the recipe) or a hub id, in mlx-lm's format.")
     model_revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
@@ -200,6 +211,8 @@ def load_recipe(path: Path, overrides: list[tuple[str, Any]] | None = None) -> R
     for key, value in overrides or []:
         raw = spelt_out(Recipe, raw)
         faults += _assign(raw, key, value)
+    if any(key == "preset" for key, _ in overrides or []):
+        faults += preset_faults(raw)
     try:
         return check_recipe(raw, str(path), path.parent, faults)
     except ConfigError as error:
@@ -228,7 +241,7 @@ def check_recipe(raw: dict[str, Any], where: str, folder: Path, faults: Sequence
     Raises:
         ConfigError: every fault found, `faults` among them; `where` says what is wrong.
     """
-    recipe, found = validate(Recipe, _of_now(spelt_out(Recipe, raw)))
+    recipe, found = validate(Recipe, _complete(spelt_out(Recipe, raw)))
     found = [*faults, *found]
     if recipe is not None:
         known = {f.path for f in found}  # a key that was dropped as faulty is not reported a second time
@@ -238,21 +251,46 @@ def check_recipe(raw: dict[str, Any], where: str, folder: Path, faults: Sequence
     return recipe.located(folder)
 
 
-def _of_now(raw: dict[str, Any]) -> dict[str, Any]:
-    """The values of a recipe of any version, as a recipe of this one."""
-    version = raw.get("version", RECIPE_VERSION)
-    if type(version) is not int or version not in _OLDER:
-        return raw
-    return {**merged(_OLDER[version], raw), "version": RECIPE_VERSION}
+def _complete(raw: dict[str, Any]) -> dict[str, Any]:
+    """The values with those of the preset laid under them, and for an earlier version what it meant where it says nothing."""
+    algorithm, version = _algorithm(raw), raw.get("version", RECIPE_VERSION)
+    if (name := _preset(raw)) is not None:
+        raw = merged(PRESETS[name].values_for(algorithm), raw)
+    if type(version) is int and version in EARLIER:
+        raw = {**_filled(raw, EARLIER[version].values_for(algorithm)), "version": RECIPE_VERSION}
+    return raw
 
 
-def merged(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with changes; sections of the same name are merged key by key."""
+def _preset(raw: Mapping[str, Any]) -> str | None:
+    name = raw.get("preset")
+    return name if isinstance(name, str) and name in PRESETS else None
+
+
+def _algorithm(raw: Mapping[str, Any]) -> str:
+    return str(raw.get("algorithm", Recipe.model_fields["algorithm"].default))
+
+
+def _filled(raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, with others where they are missing or null."""
     out = dict(raw)
-    for key, value in changes.items():
-        both = isinstance(out.get(key), Mapping) and isinstance(value, Mapping)
-        out[key] = merged(out[key], value) if both else value
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            inner = out.get(key, {})
+            out[key] = _filled(inner, value) if isinstance(inner, Mapping) else inner
+        elif out.get(key) is None:
+            out[key] = value
     return out
+
+
+def preset_faults(raw: Mapping[str, Any]) -> list[Fault]:
+    """A preset that is chosen for a recipe which gives every key itself, as that of a run folder does."""
+    name = _preset(raw)
+    values = {} if name is None else PRESETS[name].values_for(_algorithm(raw))
+    sections = {key: given for key in values if isinstance(given := raw.get(key), Mapping)}
+    if not values or any(set(values[key]) - set(sections.get(key, {})) for key in values):
+        return []
+    remedy = "set the keys themselves, or name the preset where a recipe is first read"
+    return [Fault("preset", f"{name!r} changes nothing: the recipe gives every key that it has", remedy)]
 
 
 def dump(recipe: Recipe) -> str:

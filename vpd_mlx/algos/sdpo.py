@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from vpd_mlx.algos.base import Metrics, Stateful, Step, prefixed
 from vpd_mlx.algos.m_step import divergence_update
 from vpd_mlx.algos.samples import gather
-from vpd_mlx.algos.settings import MStepSettings, TeacherSettings
-from vpd_mlx.algos.teacher import Kind, Teacher
+from vpd_mlx.algos.settings import TEACHERS, MStepSettings, TeacherSettings
+from vpd_mlx.algos.teacher import Teacher
 from vpd_mlx.common.seeds import phase_seed
 from vpd_mlx.engine.learner import Learner
 from vpd_mlx.engine.policy import Policy
@@ -29,11 +29,9 @@ __all__ = ["Sdpo"]
 class Sdpo:
     """An M-step on every batch."""
 
-    default_teacher: Kind = "ema"
-
     def __init__(self, recipe: Recipe, policy: Policy) -> None:
         self.m_step = recipe.section(MStepSettings)
-        self.teacher = Teacher(recipe.section(TeacherSettings), self.default_teacher, policy)
+        self.teacher = Teacher(recipe.section(TeacherSettings), TEACHERS[recipe.algorithm], policy)
         self.learner = Learner(recipe.optimizer)
         self.parts: dict[str, Stateful] = {"m": self.learner, "teacher": self.teacher}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -10,7 +10,28 @@ from pydantic import Field
 from vpd_mlx.common.settings import Positive, Section
 from vpd_mlx.errors import Fault
 
-__all__ = ["EStepSettings", "GrpoSettings", "HybridSettings", "MStepSettings", "TeacherSettings", "minibatch_faults"]
+__all__ = [
+    "TEACHERS",
+    "EStepSettings",
+    "GrpoSettings",
+    "HybridSettings",
+    "MStepSettings",
+    "TeacherKind",
+    "TeacherSettings",
+    "minibatch_faults",
+]
+
+TeacherKind = Literal["live", "frozen", "ema", "trust_region", "adapter"]
+
+TEACHERS: Mapping[str, TeacherKind] = {
+    "vpd": "live",
+    "joint": "live",
+    "reshape": "live",
+    "reweight": "live",
+    "sdpo": "ema",
+    "opsd": "ema",
+}
+"""Algorithm -> the teacher that `teacher.weights: null` stands for."""
 
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -82,11 +103,15 @@ class MStepSettings(Section):
 class TeacherSettings(Section):
     """Which weights stand behind the teacher's prompt in the M-step."""
 
-    weights: Literal["live", "frozen", "ema", "trust_region", "adapter"] | None = Field(
+    weights: TeacherKind | None = Field(
         None,
         description="`live` weights; `frozen` for each batch; an `ema` of the student; `trust_region`: logits "
-        "between the initial model's and the student's; `adapter`: a second LoRA of its own. null: vpd and the hybrids "
-        "live, sdpo and opsd ema.",
+        "between the initial model's and the student's; `adapter`: a second LoRA of its own. null goes by the algorithm: "
+        + "; ".join(
+            f"{', '.join(n for n in TEACHERS if TEACHERS[n] == kind)} {kind}"
+            for kind in dict.fromkeys(TEACHERS.values())
+        )
+        + ".",
     )
     ema_rate: float = Field(0.05, gt=0, le=1, description="Share of the student taken into the EMA after each batch.")
     trust_region: Unit = Field(

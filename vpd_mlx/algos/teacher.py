@@ -9,27 +9,24 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
 
 import mlx.core as mx
 
 from vpd_mlx.algos.base import Stateful
-from vpd_mlx.algos.settings import TeacherSettings
+from vpd_mlx.algos.settings import TeacherKind, TeacherSettings
 from vpd_mlx.engine.heads import Head
 from vpd_mlx.engine.models import Adapter
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.types import TokenRow
 
-__all__ = ["Kind", "Teacher"]
-
-Kind = Literal["live", "frozen", "ema", "trust_region", "adapter"]
+__all__ = ["Teacher"]
 
 
 class Teacher(Stateful):
     """Gives the teacher's hidden states, and its logits from them within a chunk of the head."""
 
-    def __init__(self, cfg: TeacherSettings, default: Kind, policy: Policy) -> None:
-        self.kind: Kind = cfg.weights or default
+    def __init__(self, cfg: TeacherSettings, default: TeacherKind, policy: Policy) -> None:
+        self.kind: TeacherKind = cfg.weights or default
         self.cfg = cfg
         # The EMA and the teacher's own adapter start as the student's; a frozen teacher is there for one batch.
         self.weights: Adapter | None = policy.adapter if self.kind in ("ema", "adapter") else None

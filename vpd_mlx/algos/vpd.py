@@ -17,7 +17,6 @@ from vpd_mlx.algos.e_step import EStepResult, RewardShift, bco_update
 from vpd_mlx.algos.samples import Sample, gather
 from vpd_mlx.algos.sdpo import Sdpo
 from vpd_mlx.algos.settings import EStepSettings
-from vpd_mlx.algos.teacher import Kind
 from vpd_mlx.common.seeds import phase_seed
 from vpd_mlx.engine.learner import Learner
 from vpd_mlx.engine.policy import Policy
@@ -31,8 +30,6 @@ __all__ = ["Vpd"]
 
 class Vpd(Sdpo):
     """EM on one network: the E-step trains the teacher's prompt, the M-step, which is SDPO's, the student's."""
-
-    default_teacher: Kind = "live"
 
     def __init__(self, recipe: Recipe, policy: Policy) -> None:
         super().__init__(recipe, policy)

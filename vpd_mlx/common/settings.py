@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import difflib
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args
@@ -172,6 +172,15 @@ def parse_set(items: list[str]) -> list[tuple[str, Any]]:
     if faults:
         raise ConfigError(faults, "--set")
     return pairs
+
+
+def merged(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with changes; sections of the same name are merged key by key."""
+    out = dict(raw)
+    for key, value in changes.items():
+        both = isinstance(out.get(key), Mapping) and isinstance(value, Mapping)
+        out[key] = merged(out[key], value) if both else value
+    return out
 
 
 # --- checking

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from vpd_mlx.common.functions import PREFIX, Handed, arity_faults, fingerprint, function_name
+from vpd_mlx.common.settings import merged
 from vpd_mlx.errors import Fault, config_error
-from vpd_mlx.recipe import Recipe, check_recipe, load_recipe, merged
+from vpd_mlx.recipe import Recipe, check_recipe, load_recipe, preset_faults
 from vpd_mlx.run.log import RECIPE_FILE, check_resume
 from vpd_mlx.types import Problem
 
@@ -42,6 +43,8 @@ def combine(
     faults = [_unknown(key, keys.pop(key)) for key in list(keys) if key not in Recipe.model_fields]
     section, sources = _feedback(feedback)
     raw = merged(raw, {**keys, "feedback": section})
+    if "preset" in keys:
+        faults += preset_faults(raw)
     for source in sources.values():
         faults += arity_faults("feedback", source, "problem", "rollout")
     learn = algorithm if callable(algorithm) else None
