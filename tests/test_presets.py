@@ -169,3 +169,5 @@ def test_a_recipe_of_version_1_keeps_the_teacher_of_then(tmp_path: Path):
     given = recipe_of(tmp_path, "version: 1\nteacher: {weights: frozen}\ntemplates: {style: before}\n")
     assert (given.teacher.weights, given.templates.style) == ("frozen", "before")
     assert recipe_of(tmp_path, "version: 1\nalgorithm: grpo\n").teacher.weights is None
+    assert (given.on_collapse, recipe_of(tmp_path).on_collapse) == ("warn", "revert")
+    assert recipe_of(tmp_path, "preset: paper\n").on_collapse == "warn"

@@ -312,10 +312,10 @@ def test_collapse_is_told_from_success(run):
     ]
     write(run / "metrics.jsonl", falling)
     found = " ".join(findings(load_run(run)))
-    assert "Entropy collapse: 0.600 -> 0.010 nats" in found
+    assert "Collapse: entropy has gone from 0.600 to 0.010 nats" in found
     assert "Length collapse: 40.0 -> 4.0 tokens" in found
     write(run / "metrics.jsonl", [{**r, "reward": 0.95} for r in falling])
-    assert "Entropy collapse" not in " ".join(findings(load_run(run)))
+    assert "ntropy" not in " ".join(findings(load_run(run)))
 
 
 def test_a_gap_that_is_gone_and_a_student_that_got_worse(run):

@@ -105,6 +105,11 @@ class _Core(Section):
     model_revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     thinking: bool = Field(False, description="Let the chat template turn thinking on, for student and teacher.")
     seed: int = Field(0, ge=0, description="Seed of everything random.")
+    on_collapse: Literal["stop", "revert", "warn"] = Field(
+        "revert",
+        description="When the run is being harmed (docs/reading-curves.md): `revert` goes back to the best adapter so far and on "
+        "at half the learning rate, three times at most; `stop` ends with the best adapter; `warn` only says so.",
+    )
     steps: Positive = Field(100, description="Rollout batches of the whole run.")
     task: _TASK = Field(description="Problems and verifier.")
     lora: LoraSettings = LoraSettings()
@@ -282,12 +287,18 @@ def _filled(raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]
     return out
 
 
+def _gives(raw: Any, values: Mapping[str, Any]) -> bool:
+    """Whether the recipe has every key of these values."""
+    return isinstance(raw, Mapping) and all(
+        key in raw and (not isinstance(value, Mapping) or _gives(raw[key], value)) for key, value in values.items()
+    )
+
+
 def preset_faults(raw: Mapping[str, Any]) -> list[Fault]:
     """A preset that is chosen for a recipe which gives every key itself, as that of a run folder does."""
     name = _preset(raw)
     values = {} if name is None else PRESETS[name].values_for(_algorithm(raw))
-    sections = {key: given for key in values if isinstance(given := raw.get(key), Mapping)}
-    if not values or any(set(values[key]) - set(sections.get(key, {})) for key in values):
+    if not values or not _gives(raw, values):
         return []
     remedy = "set the keys themselves, or name the preset where a recipe is first read"
     return [Fault("preset", f"{name!r} changes nothing: the recipe gives every key that it has", remedy)]

@@ -15,7 +15,17 @@ from vpd_mlx.engine.policy import Policy
 from vpd_mlx.errors import RunError
 from vpd_mlx.types import Group
 
-__all__ = ["Algorithm", "Function", "Metrics", "Stateful", "Step", "prefixed", "restore_parts", "save_parts"]
+__all__ = [
+    "Algorithm",
+    "Function",
+    "Metrics",
+    "Stateful",
+    "Step",
+    "prefixed",
+    "reset_parts",
+    "restore_parts",
+    "save_parts",
+]
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,12 @@ class Stateful(Protocol):
 
     def restore(self, arrays: Mapping[str, mx.array], scalars: Any) -> None:
         """Take up what `arrays` and `scalars` returned."""
+
+    def reset(self, policy: Policy, rate: float) -> None:
+        """Start afresh from the policy's adapter, which the run has gone back to; learning rates are `rate` times what they were.
+
+        A part with nothing to start afresh keeps this method, which does nothing.
+        """
 
 
 class Algorithm(Protocol):
@@ -103,3 +119,16 @@ def restore_parts(parts: Mapping[str, Stateful], arrays: Mapping[str, mx.array],
     for name, part in parts.items():
         own = {k.removeprefix(f"{name}."): v for k, v in arrays.items() if k.startswith(f"{name}.")}
         part.restore(own, scalars.get(name))
+
+
+def reset_parts(parts: Mapping[str, Stateful], policy: Policy, rate: float) -> None:
+    """Let every part start afresh from the policy's adapter, at `rate` times its learning rate.
+
+    Raises:
+        RunError: a part of a Python program's function has no `reset`.
+    """
+    for name, part in parts.items():
+        if not hasattr(part, "reset"):
+            remedy = "give it reset(policy, rate), or set on_collapse to stop or warn"
+            raise RunError(f"part {name} of the algorithm cannot be reset; {remedy}")
+        part.reset(policy, rate)

@@ -58,6 +58,10 @@ class RewardShift(Stateful):
         """Take up a checkpoint's delta."""
         self.delta = scalars
 
+    def reset(self, _policy: Policy, _rate: float) -> None:
+        """There is no E-step to go on from any more."""
+        self.delta = None
+
 
 def crossed(samples: Sequence[Sample]) -> list[Sample]:
     """The samples, and for each failure with a context of its own the group's first success behind that context.

@@ -77,6 +77,11 @@ class Teacher(Stateful):
             logits = initial + self.cfg.trust_region * (logits - initial)
         return logits
 
+    def reset(self, policy: Policy, _rate: float) -> None:
+        """Weights of its own start as the student's again."""
+        if self.weights is not None:
+            self.weights = policy.adapter
+
     def arrays(self) -> dict[str, mx.array]:
         """Its own weights, if it has any."""
         return dict(self.weights or {})

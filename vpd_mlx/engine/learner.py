@@ -183,6 +183,7 @@ class Learner:
     def __init__(self, cfg: OptimizerSettings, ratio: float = 1.0) -> None:
         self.cfg = cfg
         self.rate = cfg.learning_rate * ratio
+        self.factor = 1.0
         self.updates = 0
         self.skipped = 0
         self._adam = optim.AdamW(
@@ -211,7 +212,7 @@ class Learner:
             self.skipped += 1
             return {"grad_norm": None, "rate": 0.0, "applied": 0}
         self.updates += 1
-        rate = self.rate * min(1.0, self.updates / max(1, self.cfg.warmup_steps))
+        rate = self.rate * self.factor * min(1.0, self.updates / max(1, self.cfg.warmup_steps))
         most = self.cfg.grad_clip
         factor = mx.array(1.0 if most is None or norm <= most else most / norm, mx.float32)
         self.prepare(policy)
@@ -227,15 +228,22 @@ class Learner:
         """The moments by name, for a checkpoint."""
         return dict(tree_flatten(self._adam.state))
 
-    def scalars(self) -> dict[str, int]:
-        """How many updates were made and how many skipped, for a checkpoint."""
-        return {"updates": self.updates, "skipped": self.skipped}
+    def scalars(self) -> dict[str, float]:
+        """Updates made and skipped since the start or the last reset, and the factor on the rate, for a checkpoint."""
+        return {"updates": self.updates, "skipped": self.skipped, "factor": self.factor}
 
-    def restore(self, arrays: Mapping[str, mx.array], scalars: Mapping[str, int]) -> None:
+    def restore(self, arrays: Mapping[str, mx.array], scalars: Mapping[str, float]) -> None:
         """Continue from what `arrays` and `scalars` gave."""
         self._adam.state = tree_unflatten(list(arrays.items()))
         self._ready = True
-        self.updates, self.skipped = scalars["updates"], scalars["skipped"]
+        self.updates, self.skipped = int(scalars["updates"]), int(scalars["skipped"])
+        self.factor = scalars.get("factor", 1.0)  # the first versions never changed it
+
+    def reset(self, _policy: Policy, rate: float) -> None:
+        """Forget the moments, warm up again, and go on at `rate` times the rate."""
+        self.factor *= rate
+        self.updates = 0
+        self._adam.state = tree_map(mx.zeros_like, self._adam.state)
 
 
 def update_metrics(updates: Sequence[Metrics]) -> Metrics:

@@ -21,7 +21,15 @@ LOGS = ("metrics.jsonl", "rollouts.jsonl", "evals.jsonl", "answers.jsonl")
 RECIPE_FILE = "config.yaml"  # a folder that holds it is a run
 LEAST_FREE = 64 << 20  # bytes: below it a run stops while its last checkpoint can still be written
 GIGABYTES = ("memory.limit_gb", "memory.cache_limit_gb", "memory.wired_limit_gb")
-MAY_CHANGE = ("steps", "evaluation.every", "checkpoint.", *GIGABYTES, "description", "logging.")  # on resume
+MAY_CHANGE = (
+    "steps",
+    "on_collapse",
+    "evaluation.every",
+    "checkpoint.",
+    *GIGABYTES,
+    "description",
+    "logging.",
+)  # on resume
 
 
 def free_run_folder(base: Path) -> Path:

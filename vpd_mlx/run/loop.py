@@ -11,6 +11,7 @@ from vpd_mlx.common.functions import NOTHING, Handed
 from vpd_mlx.engine.ranks import ALONE, Heartbeat, Ranks
 from vpd_mlx.errors import RunError, SourceError
 from vpd_mlx.recipe import Recipe, dump
+from vpd_mlx.run.collapse import react
 from vpd_mlx.run.followers import Followers
 from vpd_mlx.run.log import RECIPE_FILE, RunLog, json_lines
 from vpd_mlx.run.progress import Interrupted, Progress, Silent, Stop
@@ -83,7 +84,7 @@ def _run(state: RunState, followers: Followers, resume: bool) -> Summary:
         _evaluate_if_due(state)
         if state.done == 0:
             state.checkpoint()
-        while state.done < recipe.steps:
+        while state.done < recipe.steps and not state.stopped:
             trainer.check_stop()
             state.log.check_space()
             _advance(state, warnings)
@@ -113,6 +114,7 @@ def _advance(state: RunState, warnings: Warnings) -> None:
     log, progress, recipe = state.log, state.trainer.progress, state.trainer.recipe
     row, rollouts = state.trainer.step(state.done + 1)
     state.done += 1
+    row |= react(state, row)
     sources = state.settle()
     log.append("metrics.jsonl", [row])
     log.append("rollouts.jsonl", rollouts)
@@ -152,10 +154,12 @@ def _patience_is_out(state: RunState) -> bool:
 
 
 def _finish(state: RunState) -> dict[str, Any]:
-    """The evaluation that the run ends with: the last, or with `keep_best` the best, whose adapter is put back."""
-    _evaluate_if_due(state, last=True)
+    """The evaluation that the run ends with: the last, or, with `keep_best` and after a collapse, that of the best adapter, which
+    is put back."""
+    if not state.stopped:
+        _evaluate_if_due(state, last=True)
     state.checkpoint()
-    if not state.trainer.recipe.evaluation.keep_best or state.best is None:
+    if not (state.stopped or state.trainer.recipe.evaluation.keep_best) or state.best is None:
         return state.evaluations[-1]
     step, adapter = state.best
     state.trainer.policy.set_adapter(adapter)

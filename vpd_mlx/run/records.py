@@ -96,8 +96,25 @@ _Learning = TypedDict(
     total=False,
 )
 
+_Watching = TypedDict(
+    "_Watching",
+    {
+        "style/first_token": Annotated[
+            Fraction,
+            "0..1",
+            "Total variation of the student's first token from the untrained model's, a mean over some training prompts.",
+        ],
+        "watch/collapse": Annotated[str, "", "What has collapsed, if the watchdogs say so at this step."],
+        "watch/cause": Annotated[str, "", "The same in a word: `reward`, `truncated`, `style`, `length` or `entropy`."],
+        "watch/reverted_to": Annotated[int, "", "The step whose adapter the run went back to after this step."],
+        "watch/rate_factor": Annotated[float, "", "What the learning rates are multiplied with since this revert."],
+        "watch/stopped": Annotated[int, "1", "The run stopped here."],
+    },
+    total=False,
+)
 
-class MetricsRow(_Learning, total=False):
+
+class MetricsRow(_Learning, _Watching, total=False):
     """A row of `metrics.jsonl`: one step."""
 
     step: Annotated[int, "", "Number of the step, from 1."]
@@ -105,7 +122,12 @@ class MetricsRow(_Learning, total=False):
     success: Annotated[Fraction, "0..1", "Completions that are right: score at or above `rollout.success_threshold`."]
     length: Annotated[float, "tokens", "Mean length of a completion."]
     length_max: Annotated[int, "tokens", "Length of the longest."]
+    length_median: Annotated[float, "tokens", "Median length."]
+    first_tokens: Annotated[
+        list[tuple[str, int]], "", "The commonest first tokens, each with its number of completions."
+    ]
     truncated: Annotated[Fraction, "0..1", "Completions cut off at `rollout.max_completion_tokens`."]
+    groups: Annotated[int, "groups", "Problems with at least one completion."]
     groups_mixed: Annotated[float, "0..1", "Groups with right and wrong completions."]
     groups_all_right: Annotated[float, "0..1", "Groups with right completions only."]
     groups_all_wrong: Annotated[float, "0..1", "Groups with wrong completions only."]
@@ -118,7 +140,9 @@ class MetricsRow(_Learning, total=False):
     tokens_per_s: Annotated[float, "tokens/s", "Completion tokens by the seconds of the phase `rollout`."]
     peak_memory_mb: Annotated[float, "MiB", "Largest memory in use during the step."]
     seconds: Annotated[
-        Seconds, "seconds", "By phase: `rollout`, `feedback`, `ranks`, `e_step`, `student`, `log`; and `total`."
+        Seconds,
+        "seconds",
+        "By phase: `rollout`, `feedback`, `ranks`, `e_step`, `student`, `watch`, `log`; and `total`.",
     ]
 
 
@@ -216,6 +240,7 @@ class Summary(TypedDict, total=False):
     algorithm: Annotated[str, "", "The recipe's algorithm."]
     seed: Annotated[int, "", "The recipe's seed."]
     steps: Annotated[int, "steps", "Steps done."]
+    reverts: Annotated[int, "", "How often the run went back to its best adapter after a collapse."]
     adapter_of_step: Annotated[int, "", "The step after which the adapter stood as it is handed over."]
     before: Annotated[Scores, "0..1", "`student`, `student_greedy` and `teacher` before the first step."]
     after: Annotated[Scores, "0..1", "The same of the adapter that is handed over."]
@@ -257,7 +282,9 @@ def rollout_metrics(batch: Batch, groups: Sequence[Group]) -> MetricsRow:
         "success": float(np.mean([r.success for r in rollouts])) if rollouts else None,
         "length": float(lengths.mean()),
         "length_max": int(lengths.max()),
+        "length_median": float(np.median(lengths)),
         "truncated": float(np.mean([r.finish == "length" for r in rollouts])) if rollouts else None,
+        "groups": len(sizes),
         "groups_mixed": sum(0 < right < size for right, size in sizes) / n,
         "groups_all_right": sum(right == size for right, size in sizes) / n,
         "groups_all_wrong": sum(right == 0 for right, _ in sizes) / n,

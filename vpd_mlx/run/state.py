@@ -138,6 +138,8 @@ class RunState:
         evaluations: rows of `evals.jsonl`.
         seconds: by phase, over all steps and evaluations.
         best: the step of the best evaluation and the adapter of then, once there is one.
+        initial: the adapter before the first step.
+        reverts: how often the run has gone back after a collapse; stopped: whether one has ended it.
     """
 
     def __init__(self, trainer: Trainer, log: RunLog, started: float) -> None:
@@ -148,6 +150,9 @@ class RunState:
         self.evaluations: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}
         self.best: tuple[int, dict[str, mx.array]] | None = None
+        self.initial = trainer.policy.adapter
+        self.reverts = 0
+        self.stopped = False
         self._wall = 0.0
         self._tokens = 0
         self._nonfinite = 0
@@ -208,6 +213,8 @@ class RunState:
         parts = {"adapter": self.trainer.policy.adapter, "algorithm": arrays, "best": best}
         state = {
             "best": step,
+            "reverts": self.reverts,
+            "stopped": self.stopped,
             "algorithm": scalars,
             "offsets": self.log.offsets(),
             "evaluations": list(self.evaluations),
@@ -248,6 +255,7 @@ class RunState:
             "algorithm": recipe.algorithm,
             "seed": recipe.seed,
             "steps": self.done,
+            "reverts": self.reverts,
             "adapter_of_step": result["step"],
             "before": {name: self.evaluations[0][name] for name in scores},
             "after": {name: result[name] for name in scores},
@@ -286,5 +294,7 @@ class RunState:
         self.evaluations = state["evaluations"]
         self.seconds = state["seconds"]
         self.best = None if state["best"] is None else (state["best"], part("best"))
+        self.reverts = state.get("reverts", 0)
+        self.stopped = state.get("stopped", False) and trainer.recipe.on_collapse != "warn"
         self._wall, self._tokens, self._nonfinite = state["wall"], state["tokens"], state["nonfinite"]
         self._snapshot = self._saved = found

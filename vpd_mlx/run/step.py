@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,12 +23,14 @@ from vpd_mlx.run.evaluate import evaluate
 from vpd_mlx.run.progress import Interrupted
 from vpd_mlx.run.records import AnswerRow, RolloutRow, rollout_metrics, rollout_row
 from vpd_mlx.run.setup import Parts
+from vpd_mlx.run.style import PROMPTS, Style
 from vpd_mlx.types import Group, Problem
 
 __all__ = ["Trainer", "problems_of_step"]
 
 FAILURES_IN_A_ROW = 64  # a verifier that fails so often without one success is broken, not unlucky
 NONFINITE_IN_A_ROW = 5
+OPENINGS = 3  # first tokens of the completions that are logged, the commonest
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Trainer(Parts):
         self.failures_in_a_row = 0
         self.nonfinite_in_a_row = 0
         self._notes_shown = len(self.policy.notes)
+        self._style: Style | None = None
 
     @property
     def ranks(self) -> Ranks:
@@ -145,6 +149,14 @@ class Trainer(Parts):
 
     # --- learning
 
+    @property
+    def style(self) -> Style:
+        """The student's style on a few training problems, the same throughout the run."""
+        if self._style is None:
+            problems = problems_of_step(self.task.train, 1, min(PROMPTS, len(self.task.train)), self.recipe.seed)
+            self._style = Style(self.policy, [self.prompter.student(p) for p in problems])
+        return self._style
+
     def learn(
         self, number: int, batch: Batch, groups: Sequence[Group], clock: Clock
     ) -> tuple[dict[str, Any], list[RolloutRow]]:
@@ -152,17 +164,22 @@ class Trainer(Parts):
         self.progress.phase("update")
         step = Step(number, self.recipe.seed, clock)
         metrics = self.algorithm(self.policy, groups, step)
+        with clock("watch"):
+            style = self.style.shift()
         with clock("log"):
             mx.clear_cache()
             row = {
                 "step": number,
                 **rollout_metrics(batch, groups),
                 **metrics,
+                "style/first_token": style,
                 "tokens_per_s": round(sum(len(r.tokens) for r in batch.rollouts) / clock.seconds["rollout"], 1),
                 "peak_memory_mb": round(mx.get_peak_memory() / 2**20, 1),
             }
             decode = self.policy.tokenizer.decode
             rows = [rollout_row(number, g, n, r, decode) for g in groups for n, r in enumerate(g.rollouts)]
+            openings = Counter(row["pieces"][0] for row in rows if row["pieces"])
+            row["first_tokens"] = openings.most_common(OPENINGS)
             for i, tokens in step.tokens.items():
                 rows[i]["shift"] = [round(float(x), 3) for x in tokens["teacher_logp"] - tokens["student_logp"]]
         row["seconds"] = {k: round(v, 4) for k, v in clock.seconds.items()}

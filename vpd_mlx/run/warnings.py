@@ -1,6 +1,7 @@
 """What goes wrong in a run, seen in its logs: the loop looks after every step, the report at the end.
 
-Each check has one threshold. Those on steps look at the last ten, since one bad batch is no trend.
+The watchdogs (`watch`) see harm within a few steps. The other checks have one threshold each; those on steps look at the last
+ten, since one bad batch is no trend.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 from vpd_mlx.common.stats import paired
 from vpd_mlx.common.text import interval, number, percent
 from vpd_mlx.run.folder import Run, greedy_by_problem
+from vpd_mlx.run.watch import collapse, completions, drift, lineage, moves_right, rise
 
 __all__ = ["Warnings", "findings", "warnings"]
 
@@ -26,6 +28,7 @@ SOLVED = 0.9  # reward or accuracy from which on certainty and a small gap are s
 ENTROPY_LEFT, ENTROPY_LOW = 0.1, 0.05  # of the first steps' entropy; nats
 SHORTER, LONGER = 0.34, 2.0  # of the first steps' length
 CUT_OFF, RUNAWAY = 0.2, 0.5  # of the completions
+ERRORS = 3.0  # standard errors
 NEGATIVE_MARGINS = 3  # E-steps in a row
 SKIPPED = 0.5  # of the E-steps
 CONTEXTS_CUT = 0.2  # of the contexts
@@ -51,8 +54,7 @@ def _change(rows: Sequence[Row], key: str) -> tuple[float, float]:
 
 def _contexts(row: Row) -> float:
     """How many completions of a step got feedback."""
-    kinds = row.get("contexts")
-    return sum(number(n) or 0.0 for n in kinds.values()) if isinstance(kinds, Mapping) else 0.0
+    return completions(row) - (number(row.get("contexts_none")) or 0.0)
 
 
 def _on_groups(rows: Sequence[Row]) -> dict[str, str]:
@@ -88,6 +90,44 @@ def _on_groups(rows: Sequence[Row]) -> dict[str, str]:
         found["skipped"] = (
             f"{sum(skipped):.0f} of {len(skipped)} E-steps were skipped because all their completions were right, or all "
             "wrong; raise rollout.prompts, or choose problems that the student sometimes solves"
+        )
+    return found
+
+
+REMEDIES = (
+    "lower optimizer.learning_rate, slow the teacher down (teacher.weights: ema), or change the wording under templates"
+)
+COVERS = {"truncated": "truncated", "style": "truncated", "length": "length", "entropy": "entropy"}
+
+
+def _on_watch(rows: Sequence[Row]) -> dict[str, str]:
+    """What the watchdogs see now, and what has been done about what they saw."""
+    found = {}
+    back = [r for r in rows if "watch/reverted_to" in r]
+    if back:
+        said = [
+            f"after step {r.get('step')} to step {r.get('watch/reverted_to')} ({r.get('watch/collapse')})" for r in back
+        ]
+        found["reverted"] = (
+            f"the run collapsed and went back to an earlier adapter, at half the learning rate: {'; '.join(said)}"
+        )
+    if rows and "watch/stopped" in rows[-1]:
+        found["stopped"] = (
+            f"the run stopped after step {rows[-1].get('step')}: {rows[-1].get('watch/collapse')}; {REMEDIES}"
+        )
+        return found
+    harm, moved = collapse(rows), drift(rows)
+    if harm is not None:
+        found["collapse"] = f"collapse: {harm.text}; {REMEDIES}"
+    elif moved is not None:
+        found["drift"] = (
+            f"{moved}; read some completions, and change the wording under templates if the format is going"
+        )
+    if (seen := [r for r in rows if "watch/collapse" in r and "watch/reverted_to" not in r]) and harm is None:
+        found["collapsed"] = f"a collapse was seen after step {seen[0].get('step')}: {seen[0].get('watch/collapse')}"
+    if (taught := moves_right(rows)) is not None:
+        found["moves right"] = (
+            f"{taught}: its prompt moves the style of the answer; change the wording under templates, or the feedback"
         )
     return found
 
@@ -140,6 +180,12 @@ def _on_evaluations(evaluations: Sequence[Row]) -> dict[str, str]:
         return {}
     found = {}
     first, last, bounds = evaluations[0], evaluations[-1], interval(evaluations[-1], "student")
+    held, was, now = number(last.get("problems")) or 0, number(first.get("truncated")), number(last.get("truncated"))
+    if was is not None and now is not None and now - was > CUT_OFF and rise(was, held, now, held) > ERRORS:
+        found["stops less"] = (
+            f"{percent(now)} of held-out completions are cut off at the limit, {percent(was)} before training: the model "
+            "forgets to stop; take an earlier checkpoint, and lower optimizer.learning_rate"
+        )
     change = None if number(first.get("step")) else paired(greedy_by_problem(first), greedy_by_problem(last))
     if change is not None and change.verdict == "worse":
         found["worse"] = (
@@ -164,12 +210,16 @@ def _on_evaluations(evaluations: Sequence[Row]) -> dict[str, str]:
     return found
 
 
-NOTED = ("nonfinite", "verifier")  # the loop says so at the step itself
+NOTED = ("nonfinite", "verifier", "reverted", "stopped")  # the loop says so at the step itself
 
 
 def warnings(rows: Sequence[Row], evaluations: Sequence[Row] = ()) -> dict[str, str]:
     """What goes wrong, by a short name: rows of `metrics.jsonl` and `evals.jsonl`, oldest first."""
-    return _on_evaluations(evaluations) | _on_groups(rows) | _on_figures(rows)
+    found = _on_evaluations(evaluations) | _on_groups(rows) | _on_figures(lineage(rows)[0])
+    harm = collapse(rows)
+    if harm is not None:
+        found.pop(COVERS.get(harm.cause, ""), None)
+    return found | _on_watch(rows)
 
 
 def findings(run: Run) -> list[str]:
