@@ -53,6 +53,15 @@ class EvaluationSettings(Section):
     temperature: float = Field(0.6, gt=0, description="Sampling temperature.")
     top_p: float = Field(0.95, gt=0, le=1, description="Nucleus sampling.")
 
+    def notes(self, recipe: Any) -> Iterator[str]:
+        """Trained is the policy at the temperature of the rollouts."""
+        trained = recipe.rollout.temperature
+        if self.temperature > trained:
+            yield (
+                f"evaluation.temperature: {self.temperature:g} is above rollout.temperature {trained:g}, at which the policy is "
+                "trained: evaluated is a hotter one; lower it, or raise rollout.temperature"
+            )
+
     def faults(self, recipe: Any) -> Iterator[Fault]:
         """Patience counts evaluations during training."""
         if self.patience is not None and self.every is None:
@@ -139,6 +148,10 @@ class _Core(Section):
         """Values that are valid alone and contradict each other."""
         for section in self.sections().values():
             yield from section.faults(self)
+
+    def notices(self) -> list[str]:
+        """What deserves a word when a run begins."""
+        return [note for section in self.sections().values() for note in section.notes(self)]
 
     def located(self, folder: Path) -> Self:
         """The recipe with every path in it absolute, as seen from its folder."""

@@ -59,8 +59,8 @@ class Rollout:
     """One completion sampled from the student.
 
     `tokens` are the completion's ids with the stop token if there is one; `logps` the sampler's float32
-    log-probabilities of these tokens; `text` the decoded completion without the stop token. `teacher_prompt` is set
-    with `context`. `source_errors` says which feedback sources failed on it, and why.
+    log-probabilities of these tokens, at its temperature; `text` the decoded completion without the stop token.
+    `teacher_prompt` is set with `context`. `source_errors` says which feedback sources failed on it, and why.
     """
 
     tokens: tuple[int, ...]

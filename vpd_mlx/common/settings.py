@@ -79,6 +79,10 @@ class Section(BaseModel):
         """Values that are valid alone and contradict each other or the rest of the recipe."""
         yield from ()
 
+    def notes(self, recipe: Any) -> Iterator[str]:
+        """Values that may be meant, and deserve a word when the run begins."""
+        yield from ()
+
     def located(self, folder: Path) -> Self:
         """The section with its paths absolute, and those of the sections within it."""
         paths = {key for kind in type(self).__mro__ for key in getattr(kind, "paths", ())}

@@ -16,13 +16,21 @@ import mlx.core as mx
 from vpd_mlx import losses
 from vpd_mlx.losses import LossAndMetrics
 
-__all__ = ["Head", "TokenLoss", "chunk_size", "map_tokens", "target_logps", "weighted_token_loss"]
+__all__ = ["Head", "TokenLoss", "chunk_size", "map_tokens", "target_logps", "tempered", "weighted_token_loss"]
 
 Head = Callable[[mx.array], mx.array]
 """(m, D) hidden states -> (m, V) logits."""
 
 TokenLoss = Callable[[mx.array, Mapping[str, mx.array], Head], LossAndMetrics]
 """(logits (m, V), constants with m rows each, head) -> (loss (m,), metrics of (m,) each)."""
+
+
+def tempered(head: Head, temperature: float) -> Head:
+    """The head of the distribution that is sampled at this temperature: logits / temperature, float32. 1 is the head itself."""
+    if temperature == 1.0:
+        return head
+    return lambda states: head(states).astype(mx.float32) / temperature
+
 
 CHUNK_BYTES = 24 << 20
 GPU_FACTOR = 8  # there each chunk costs launches and reads the whole head again

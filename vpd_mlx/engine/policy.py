@@ -23,7 +23,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from vpd_mlx.common.seeds import phase_seed
 from vpd_mlx.engine import models
 from vpd_mlx.engine.batching import Capture, Extend, by_row, micro_batches, pad, shared_prompts
-from vpd_mlx.engine.heads import Head, chunk_size, map_tokens, target_logps
+from vpd_mlx.engine.heads import Head, chunk_size, map_tokens, target_logps, tempered
 from vpd_mlx.engine.models import Adapter
 from vpd_mlx.engine.ranks import ALONE, Ranks
 from vpd_mlx.engine.settings import LoraSettings, MemorySettings
@@ -46,7 +46,8 @@ class Policy:
         model: the mlx-lm module, its base frozen.
         tokenizer: mlx-lm's tokenizer wrapper.
         path: what it was loaded from.
-        head: hidden states (m, D) -> float32-able logits (m, V).
+        head: hidden states (m, D) -> float32-able logits (m, V), over `temperature`.
+        temperature: at which completions to learn from are sampled: the policy is softmax(logits / temperature).
         shares_prompts: whether one pass over a prompt serves all its completions in updates.
         widest: most rows that may be decoded side by side; None has no bound.
         notes: what a user should know of how this model is handled, e.g. a fallback.
@@ -60,6 +61,7 @@ class Policy:
         self.notes: list[str] = []
         self.ranks: Ranks = ALONE
         self.widest: int | None = None
+        self.temperature = 1.0
         self._lora_config: dict[str, Any] = {}
         self._micro_batch_tokens = memory.micro_batch_tokens
         self._head_chunk = memory.head_chunk
@@ -107,11 +109,20 @@ class Policy:
         mx.eval(self.model.parameters())
         self._probe()
 
+    def temper(self, temperature: float) -> None:
+        """From here on score, and take gradients of, the distribution that is sampled at this temperature.
+
+        Ratios, divergences and implicit rewards compare policies; the policy is what the completions come from.
+        """
+        self.temperature = temperature
+        self.head: Head = tempered(self._plain_head, temperature)
+
     def _probe(self) -> None:
         """Find out, on a few tokens, what this architecture allows, and note what it does not."""
         self.notes = []
         self._body, head, self.vocabulary = models.split_head(self.model)
-        self.head: Head = head or (lambda logits: logits)
+        self._plain_head: Head = head or (lambda logits: logits)
+        self.temper(self.temperature)
         if head is None:
             self.notes.append(
                 f"{self.architecture}: body and head cannot run apart, so losses hold whole logits (more memory, same numbers)"

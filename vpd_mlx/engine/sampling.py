@@ -18,6 +18,7 @@ from mlx_lm.generate import BatchGenerator, generation_stream
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
+from vpd_mlx import losses
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.types import FinishReason, Rollout
 
@@ -53,8 +54,8 @@ def generate(
 ) -> Generator[Finished, None, None]:
     """Sample `samples` completions of each prompt; yields (prompt index, sample index, rollout) as each one finishes.
 
-    The same seed, prompts and counts give the same tokens. Log-probabilities are those of the untempered distribution
-    that the sampler saw.
+    The same seed, prompts and counts give the same tokens. Log-probabilities are those at `how.temperature`, over the whole
+    vocabulary: without the nucleus. Greedy completions have those at temperature 1.
     """
     parts = min(how.streams or default_streams(), len(prompts))
     if parts > 1:
@@ -132,6 +133,13 @@ def _sampler(how: Sampling) -> Any:
     return make_sampler(temp=how.temperature, top_p=how.top_p if how.top_p < 1.0 else 0.0)
 
 
+def _at(temperature: float, logps: mx.array, tokens: mx.array) -> mx.array:
+    """The tokens' log-probabilities (...,) at a temperature, float32, from (..., V) at temperature 1; 0 counts as 1."""
+    if temperature in (0.0, 1.0):
+        return mx.take_along_axis(logps, tokens[..., None], axis=-1)[..., 0].astype(mx.float32)
+    return losses.token_logps(logps.astype(mx.float32) / temperature, tokens)
+
+
 def _all_at_once(
     policy: Policy, prompts: Sequence[tuple[int, ...]], cache: list[Any], samples: int, how: Sampling
 ) -> Generator[list[Finished], None, None]:
@@ -151,7 +159,7 @@ def _all_at_once(
         logps = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         sampled = sampler(logps)
         # Only the sampled token's is kept: a row of log-probabilities would pin the whole (rows, V) buffer.
-        chosen = mx.take_along_axis(logps, sampled[:, None], axis=-1)[:, 0].astype(mx.float32)
+        chosen = _at(how.temperature, logps, sampled)
         start(sampled, chosen)
         return sampled, chosen
 
@@ -202,7 +210,9 @@ def _continuous(
         columns: list[mx.array] = []
         while responses := generator.next_generated():
             # One gather a step for all rows: a kept row of log-probabilities would pin the whole (rows, V) buffer.
-            column = mx.stack([r.logprobs[r.token] for r in responses]).astype(mx.float32)
+            rows = mx.stack([r.logprobs for r in responses])
+            column = _at(how.temperature, rows, mx.array([r.token for r in responses]))
+            del rows
             mx.async_eval(column)  # type: ignore[no-untyped-call]
             columns.append(column)
             finished = []

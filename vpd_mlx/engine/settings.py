@@ -34,9 +34,24 @@ class RolloutSettings(Section):
     group_size: Positive = Field(8, description="Completions per problem.")
     max_prompt_tokens: Positive = Field(2048, description="Longest prompt, student's or teacher's, in tokens.")
     max_completion_tokens: Positive = Field(1024, description="Longest completion in tokens.")
-    temperature: float = Field(1.0, gt=0, description="Sampling temperature.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling; 1 samples from the whole distribution.")
+    temperature: float = Field(
+        1.0, gt=0, description="Sampling temperature. Updates are of the policy at this temperature, see algorithm.md."
+    )
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Nucleus sampling; below 1 updates score what was sampled under another distribution.",
+    )
     success_threshold: float = Field(0.5, gt=0, le=1, description="A score of at least this is a success.")
+
+    def notes(self, recipe: Any) -> Iterator[str]:
+        """A nucleus cannot be scored."""
+        if self.top_p < 1:
+            yield (
+                f"rollout.top_p: {self.top_p:g} samples from the nucleus, but updates score under the whole distribution, which "
+                "biases their gradients; 1 is right, and rollout.temperature below 1 also samples less of the tail"
+            )
 
 
 class OptimizerSettings(Section):

@@ -49,7 +49,7 @@ def train(
     followers = Followers(recipe.logging, progress)
     refuse_what_cannot_fit(recipe)
     trainer = Trainer.build(recipe, progress, stop, ranks, handed)
-    for note in (*trainer.policy.notes, *notices(trainer.task)):
+    for note in (*trainer.policy.notes, *notices(trainer.task), *recipe.notices()):
         progress.note(note)
     trainer.sources.ready()
     log = RunLog()

@@ -161,6 +161,7 @@ def _probe(
     model.freeze()
     before = mx.get_active_memory()
     policy = Policy(model, SimpleNamespace(eos_token_ids={0}), recipe.model, recipe.memory)
+    policy.temper(recipe.rollout.temperature)
     # `lora.layers` counts from the last block; of two or three blocks all are adapted, as all would be.
     policy.adapt(recipe.lora.model_copy(update={"layers": -1}), 0)
     cache = make_prompt_cache(model)

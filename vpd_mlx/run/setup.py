@@ -143,6 +143,7 @@ def load_policy(recipe: Recipe) -> Policy:
         mx.set_cache_limit(int(memory.cache_limit_gb * 2**30))
     _wire(memory.wired_limit_gb)
     policy = Policy.load(recipe.model, recipe.lora, memory, seed=recipe.seed, revision=recipe.model_revision)
+    policy.temper(recipe.rollout.temperature)
     probe_batches(policy)
     return policy
 
