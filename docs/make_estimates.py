@@ -81,6 +81,11 @@ LENGTHS = {
     "livecodebench": (600, 1500),
     "dapo_math": (150, 1200),
     "own_task": (60, 20),
+    # Completions of a small model that end within 512 tokens, or are cut there.
+    "gsm8k-mac": (120, 250),
+    "sciknoweval-mac": (200, 250),
+    "livecodebench-mac": (600, 400),
+    "dapo_math-mac": (150, 420),
 }
 
 
@@ -114,6 +119,18 @@ def minutes(recipe: Recipe, model: Model, mac: Mac) -> float:
     return (decode + train) / SHARE / 60
 
 
+def whole(recipe: Recipe, model: Model, mac: Mac) -> float:
+    """Minutes of a run: its steps, and evaluations of samples, greedy and teacher's completions before and after."""
+    _, completion = LENGTHS[recipe.name]
+    cfg = recipe.evaluation
+    evaluations = 2 if cfg.every is None else 1 + -(-recipe.steps // cfg.every)
+    tokens = evaluations * cfg.problems * (cfg.samples + 2) * completion
+    rows = recipe.memory.rollout_rows or cfg.problems * cfg.samples
+    reads = tokens / rows * 1.6 * model.weights * BITS / 8 / (mac.bandwidth * 1e9)
+    once = 2 * (model.layers * model.block + VOCABULARY * model.hidden)
+    return recipe.steps * minutes(recipe, model, mac) + max(reads, once * tokens / (mac.tflops * 1e12)) / SHARE / 60
+
+
 def duration(minutes_: float) -> str:
     """Minutes as text, no more precise than an estimate."""
     if minutes_ < 1.5:
@@ -121,35 +138,40 @@ def duration(minutes_: float) -> str:
     return f"{minutes_:.0f} min" if minutes_ < 90 else f"{minutes_ / 60:.0f} h"
 
 
-def _cell(recipe: Recipe, model: Model, mac: Mac) -> str:
-    """Time of a step, with fewer rows decoded at once if they do not fit."""
-    rows = recipe.memory.rollout_rows
+def _cell(recipe: Recipe, model: Model, mac: Mac, *, run: bool) -> str:
+    """Time of a step, or of a run, with fewer rows decoded at once if they do not fit."""
+    rows = given = recipe.memory.rollout_rows
     while memory(recipe, model) > 0.7 * mac.memory:
         rows = (rows or recipe.rollout.prompts * recipe.rollout.group_size) // 2
         if not rows:
             return "does not fit"
         recipe = recipe.model_copy(update={"memory": recipe.memory.model_copy(update={"rollout_rows": rows})})
-    fewer = f", `memory.rollout_rows` {rows}" if rows != _given(recipe.name) else ""
+    fewer = f", `memory.rollout_rows` {rows}" if rows != given else ""
+    if run:
+        return f"{duration(whole(recipe, model, mac))}{fewer}"
     return f"{duration(minutes(recipe, model, mac))} a step{fewer}"
 
 
-def _given(name: str) -> int | None:
-    return load_recipe(ROOT / "recipes" / name / f"{name}.yaml").memory.rollout_rows
-
-
-def table(recipe: Recipe) -> str:
-    """The recipe's table."""
+def table(recipe: Recipe, *, run: bool) -> str:
+    """The recipe's table: of a step, or of a whole run."""
     prompt, completion = LENGTHS[recipe.name]
+    lengths = f"prompts of {prompt} and completions of {completion} tokens on average"
+    if run:
+        intro = f"`mac.yaml`, all {recipe.steps} steps and the evaluations before and after, with {lengths}:"
+    else:
+        intro = (
+            "**Estimates**, not measurements: peak memory at the longest sequences that the recipe allows, and time of one "
+            f"step with {lengths}, at {SHARE:.0%} of each machine's peak. `vpd-mlx plan` measures the memory of your own "
+            "model's shapes, `vpd-mlx plan --time` your machine's time."
+        )
     lines = [
-        "**Estimates**, not measurements: peak memory at the longest sequences that the recipe allows, and time of one step "
-        f"with prompts of {prompt} and completions of {completion} tokens on average, at {SHARE:.0%} of each machine's peak. "
-        "`vpd-mlx plan` measures the memory of your own model's shapes, `vpd-mlx plan --time` your machine's time.",
+        intro,
         "",
         "| Qwen3, 4 bits | peak memory | " + " | ".join(m.name for m in MACS) + " |",
         "|---|---|" + "---|" * len(MACS),
     ]
-    for model in MODELS:
-        cells = [_cell(recipe, model, mac) for mac in MACS]
+    for model in MODELS[:2] if run else MODELS:
+        cells = [_cell(recipe, model, mac, run=run) for mac in MACS]
         lines.append(f"| {model.name} | {memory(recipe, model):.1f} GB | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -160,11 +182,13 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a table is out of date")
     check = parser.parse_args().check
     stale = []
-    for name in LENGTHS:
-        page = ROOT / "recipes" / name / "README.md"
+    for page in sorted({ROOT / "recipes" / name.removesuffix("-mac") / "README.md" for name in LENGTHS}):
         text = page.read_text(encoding="utf-8")
         before, _, rest = text.partition(BEGIN)
-        new = f"{before}{BEGIN}\n\n{table(load_recipe(page.parent / f'{name}.yaml'))}\n\n{END}{rest.partition(END)[2]}"
+        tables = table(load_recipe(page.parent / f"{page.parent.name}.yaml"), run=False)
+        if (small := page.parent / "mac.yaml").exists():
+            tables += f"\n\n{table(load_recipe(small), run=True)}"
+        new = f"{before}{BEGIN}\n\n{tables}\n\n{END}{rest.partition(END)[2]}"
         if new != text:
             stale.append(str(page.relative_to(ROOT)))
             if not check:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import json
 import pickle
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 from mlx.core import load as mx_load
 
 from vpd_mlx.common.files import read_rows
-from vpd_mlx.recipe import Recipe, load_recipe
+from vpd_mlx.recipe import Recipe, builtin_recipes, load_recipe
 from vpd_mlx.run.loop import train
 
 ROOT = Path(__file__).parent.parent
@@ -48,7 +49,7 @@ PAPER = {
 
 
 def recipe(name: str, **changes: Any) -> Recipe:
-    return load_recipe(RECIPES / name / f"{name}.yaml", list(changes.items()))
+    return load_recipe(builtin_recipes()[name], list(changes.items()))
 
 
 def lines(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -135,6 +136,33 @@ def test_every_recipe_is_here():
     assert {p.parent.name for p in RECIPES.glob("*/*.yaml")} - {"quickstart", "lab"} == set(MAKERS)
 
 
+def estimates() -> Any:
+    spec = importlib.util.spec_from_file_location("make_estimates", ROOT / "docs" / "make_estimates.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_macs_size_by_default_settings_ends_within_an_hour(name: str):
+    r = recipe(f"{name}/mac")
+    found = estimates()
+    assert r.model == "mlx-community/Qwen3-0.6B-4bit"
+    assert r.steps >= 20
+    assert (r.rollout.prompts, r.rollout.group_size, r.rollout.max_completion_tokens) == (8, 8, 512)
+    (m2_pro,) = (m for m in found.MACS if m.name == "M2 Pro, 32 GB")
+    assert found.whole(r, found.MODELS[0], m2_pro) < 60
+    assert found.memory(r, found.MODELS[0]) < 0.7 * m2_pro.memory
+    # What is learned, and how, is left to the defaults.
+    plain = Recipe(name="x", model="m", task=r.task)
+    for section in ("optimizer", "e_step", "m_step", "teacher", "feedback", "lora"):
+        assert getattr(r, section) == getattr(plain, section)
+    assert (r.preset, r.algorithm, r.templates.style) == ("default", plain.algorithm, plain.templates.style)
+
+
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_hyperparameters(name: str):
     r = recipe(name)
@@ -148,9 +176,9 @@ def test_the_papers_hyperparameters(name: str):
     assert (r.optimizer.warmup_steps, r.optimizer.weight_decay, r.optimizer.grad_clip) == (10, 0.01, 1.0)
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", [*MAKERS, *(f"{name}/mac" for name in PAPER)])
 def test_two_steps_on_rows_of_the_same_form(name: str, tmp_path: Path):
-    changed = recipe(name, **{**TINY, **MAKERS[name](tmp_path / "rows")})
+    changed = recipe(name, **{**TINY, **MAKERS[name.removesuffix("/mac")](tmp_path / "rows")})
     train(changed, tmp_path / "run")
     metrics = read_rows(tmp_path / "run" / "metrics.jsonl")
     rows = read_rows(tmp_path / "run" / "rollouts.jsonl")
