@@ -24,6 +24,7 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
 QUICKSTART = builtin_recipes()["quickstart"]
 SMALL = {
     "steps": 2,
+    "on_no_gap": "warn",
     "rollout.prompts": 4,
     "rollout.group_size": 4,
     "evaluation.problems": 8,
@@ -59,7 +60,7 @@ def own_task(tmp_path: Path) -> Callable[..., Path]:
         path.write_text(
             f"name: mine\nmodel: {model}\n"
             + (task or "task: {kind: exact, data: rows.jsonl, held_out: 0.25}\n")
-            + "steps: 1\nrollout: {prompts: 2, group_size: 2, max_prompt_tokens: 64, max_completion_tokens: 6}\n"
+            + "steps: 1\non_no_gap: warn\nrollout: {prompts: 2, group_size: 2, max_prompt_tokens: 64, max_completion_tokens: 6}\n"
             + "feedback: {max_tokens: 32}\nevaluation: {problems: 4, samples: 1}\n"
             + extra
         )

@@ -120,6 +120,11 @@ class _Core(Section):
         "at half the learning rate, three times at most; `stop` ends with the best adapter; `warn` only says so.",
     )
     steps: Positive = Field(100, description="Rollout batches of the whole run.")
+    on_no_gap: Literal["stop", "warn"] = Field(
+        "stop",
+        description="What to do before the first step when the teacher under feedback is no better than the student, measured on "
+        "8 problems or more: `stop`, or `warn` and train. Only for algorithms that learn from feedback.",
+    )
     task: _TASK = Field(description="Problems and verifier.")
     lora: LoraSettings = LoraSettings()
     feedback: FeedbackSettings = FeedbackSettings()

@@ -39,7 +39,8 @@ class Preset:
 
 
 _PUBLISHED: Values = {
-    "on_collapse": "warn",  # nothing steps in
+    "on_no_gap": "warn",  # nothing steps in
+    "on_collapse": "warn",
     "templates": {"style": "sdpo"},
     "feedback": {"with_solution": False, "include_attempt": False, "on_success": False},
     "rollout": {
@@ -162,7 +163,7 @@ PRESETS: dict[str, Preset] = {
 EARLIER: Mapping[int, Preset] = {
     1: Preset(
         "what recipes of version 1 meant where they say nothing",
-        {"templates": {"style": "closing"}, "on_collapse": "warn"},
+        {"templates": {"style": "closing"}, "on_collapse": "warn", "on_no_gap": "warn"},
         {
             **{name: {"teacher": {"weights": "live"}} for name in ("vpd", "joint", "reshape", "reweight")},
             **{name: {"teacher": {"weights": "ema"}} for name in ("sdpo", "opsd")},

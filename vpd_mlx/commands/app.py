@@ -17,6 +17,7 @@ from vpd_mlx.commands.export import export
 from vpd_mlx.commands.lab import lab
 from vpd_mlx.commands.new import new
 from vpd_mlx.commands.plan import plan
+from vpd_mlx.commands.probe import probe
 from vpd_mlx.commands.report import compare, report
 from vpd_mlx.commands.show import show
 from vpd_mlx.commands.train import train
@@ -50,7 +51,7 @@ def _root(
     pass
 
 
-for command in (train, evaluate, doctor, export, lab, new, verify, plan, report, show, compare):
+for command in (train, evaluate, doctor, export, lab, new, verify, plan, probe, report, show, compare):
     app.command("eval" if command is evaluate else None)(command)
 app.add_typer(data, name="data")
 

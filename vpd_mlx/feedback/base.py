@@ -91,6 +91,7 @@ class SourceEntry:
         solution: its texts are solutions of the problem, not comments on a completion.
         single_rank: it cannot serve several ranks.
         needs: what it cannot work without. `vpd-mlx verify` has none of these and leaves the source out.
+        free: it takes what the task and the group hold already. `vpd-mlx probe` tries it even where the recipe does not name it.
     """
 
     build: Callable[[SourceParts], Source]
@@ -102,6 +103,7 @@ class SourceEntry:
     solution: bool = False
     single_rank: bool = False
     needs: str = ""
+    free: bool = False
 
 
 class CommonKeys(Section):

@@ -21,7 +21,7 @@ from vpd_mlx.errors import Fault, config_error
 from vpd_mlx.feedback.wordings import COMMON, STYLES
 from vpd_mlx.types import Message, Problem
 
-__all__ = ["NoRoom", "Prompter", "Templates", "demonstration"]
+__all__ = ["PLACEHOLDERS", "NoRoom", "Prompter", "Templates", "demonstration"]
 
 _TEACHERS = ("prompt", "student", "context")
 PLACEHOLDERS: Mapping[str, tuple[str, ...]] = {

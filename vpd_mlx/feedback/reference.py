@@ -15,4 +15,4 @@ def reference(groups: Sequence[Group], wanted: list[list[bool]]) -> list[list[st
     return answer_each(groups, wanted, lambda group, _: group.problem.reference)
 
 
-REFERENCE = SourceEntry(lambda parts: reference, template="reference", solution=True)
+REFERENCE = SourceEntry(lambda parts: reference, template="reference", solution=True, free=True)

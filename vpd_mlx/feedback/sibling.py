@@ -44,4 +44,5 @@ SIBLING = SourceEntry(
     whole_groups=True,
     solution=True,
     needs="the other completions of the group",
+    free=True,
 )

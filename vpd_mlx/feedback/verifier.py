@@ -20,4 +20,4 @@ def verifier(groups: Sequence[Group], wanted: list[list[bool]]) -> list[list[Ans
     return answer_each(groups, wanted, text)
 
 
-VERIFIER = SourceEntry(lambda parts: verifier, template="verifier")
+VERIFIER = SourceEntry(lambda parts: verifier, template="verifier", free=True)

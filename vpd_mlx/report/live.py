@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vpd_mlx.common.text import duration, percent
+from vpd_mlx.run.advice import gap_line
 from vpd_mlx.run.progress import Progress
 from vpd_mlx.types import Rollout
 
@@ -54,13 +55,15 @@ def step_line(step: int, steps: int, metrics: Mapping[str, Any], seconds_left: f
     return f"step {step}/{steps}  {figures}  {duration(seconds_left)} left"
 
 
-def evaluation_line(step: int, result: Mapping[str, Any]) -> str:
-    """One evaluation in one line."""
-    return (
+def evaluation_lines(step: int, result: Mapping[str, Any]) -> list[str]:
+    """One evaluation in one line; that before the first step has a second one, on what feedback is worth."""
+    line = (
         f"evaluation after step {step}, {result['problems']} held-out problems: student {percent(result['student'])} "
         f"(avg@{result['samples']}), greedy {percent(result['student_greedy'])}, "
         f"teacher under feedback {percent(result['teacher'])}"
     )
+    worth = gap_line(result) if step == 0 else None
+    return [line] if worth is None else [line, worth]
 
 
 class QuietView(Progress):
@@ -95,8 +98,8 @@ class PlainView(QuietView):
             print(step_line(step, steps, metrics, seconds_left), flush=True)
 
     def evaluation(self, step: int, result: Mapping[str, Any]) -> None:
-        """A line."""
-        print(evaluation_line(step, result), flush=True)
+        """A line or two."""
+        print(*evaluation_lines(step, result), sep="\n", flush=True)
 
 
 class LiveView(Progress):
@@ -146,7 +149,7 @@ class LiveView(Progress):
 
     def evaluation(self, step: int, result: Mapping[str, Any]) -> None:
         """A line above the table; the teacher's gap becomes a curve."""
-        self._console.print(Text(evaluation_line(step, result)))
+        self._console.print(Text("\n".join(evaluation_lines(step, result))))
         if result.get("gap") is not None:
             self._curves.setdefault("teacher gap", []).append(float(result["gap"]))
 

@@ -13,7 +13,7 @@ from vpd_mlx.errors import DataError
 from vpd_mlx.feedback.prompts import Prompter
 from vpd_mlx.types import Group, Problem, Rollout, Verdict
 
-__all__ = ["Batch", "check_prompt_lengths", "collect", "student_prompts"]
+__all__ = ["Batch", "check_prompt_lengths", "collect", "sample_graded", "student_prompts"]
 
 WORKERS = 4
 HEARTBEAT = 1.0  # seconds
@@ -77,7 +77,34 @@ def collect(
     raises ends the call at once, even while verifiers run. `on_graded` is called with each rollout that has its verdict, in a
     worker thread.
     """
-    prompts = student_prompts(prompter, problems)
+    return sample_graded(
+        policy,
+        verify,
+        problems,
+        student_prompts(prompter, problems),
+        group_size,
+        how,
+        threshold=threshold,
+        seed=seed,
+        on_progress=on_progress,
+        on_graded=on_graded,
+    )
+
+
+def sample_graded(
+    policy: Policy,
+    verify: Callable[[Problem, str], Verdict],
+    problems: Sequence[Problem],
+    prompts: Sequence[tuple[int, ...]],
+    group_size: int,
+    how: Sampling,
+    *,
+    threshold: float,
+    seed: int,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_graded: Callable[[Problem, Rollout], None] = lambda problem, rollout: None,
+) -> Batch:
+    """`collect` with a prompt for each problem, in ids: the student's or a teacher's."""
     total = len(problems) * group_size
 
     def grade(problem: Problem, rollout: Rollout) -> Rollout:

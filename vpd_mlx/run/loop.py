@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from vpd_mlx.common.functions import NOTHING, Handed
 from vpd_mlx.engine.ranks import ALONE, Heartbeat, Ranks
 from vpd_mlx.errors import RunError, SourceError
 from vpd_mlx.recipe import Recipe, dump
+from vpd_mlx.run.advice import gap_line, no_gap
 from vpd_mlx.run.collapse import react
 from vpd_mlx.run.followers import Followers
 from vpd_mlx.run.log import RECIPE_FILE, RunLog, json_lines
@@ -140,6 +142,24 @@ def _evaluate_if_due(state: RunState, *, last: bool = False) -> None:
     state.log.append("answers.jsonl", answers)
     trainer.progress.evaluation(row["step"], row)
     state.take_snapshot(sources)
+    if state.done == 0:
+        _check_gap(state, row)
+
+
+def _check_gap(state: RunState, row: Mapping[str, Any]) -> None:
+    """Before the first step: a teacher no better than the student would only do harm.
+
+    Raises:
+        RunError: it is not, and the recipe says to stop then.
+    """
+    recipe = state.trainer.recipe
+    if not recipe.entry.contexts or not no_gap(row):
+        return
+    target = state.log.path / RECIPE_FILE
+    text = f"{gap_line(row)}: training on it would do harm; ask `vpd-mlx probe {target}` what helps"
+    if recipe.on_no_gap == "stop":
+        raise RunError(f"{text}, or set on_no_gap to warn to train all the same")
+    state.trainer.progress.note(text)
 
 
 def _patience_is_out(state: RunState) -> bool:
