@@ -19,7 +19,7 @@ from vpd_mlx.algos.base import Metrics, Stateful, Step, prefixed
 from vpd_mlx.algos.grpo import Batch, GrpoLoss, Portion, policy_gradient_update
 from vpd_mlx.algos.m_step import Distillation, divergence_metrics
 from vpd_mlx.algos.samples import gather, teacher_row
-from vpd_mlx.algos.settings import TEACHERS, GrpoSettings, HybridSettings, MStepSettings, TeacherSettings
+from vpd_mlx.algos.settings import GrpoSettings, HybridSettings, MStepSettings, TeacherSettings
 from vpd_mlx.algos.teacher import Teacher
 from vpd_mlx.common.seeds import phase_seed
 from vpd_mlx.engine.batching import token_weights
@@ -44,7 +44,7 @@ class _Hybrid(ABC):
     def __init__(self, recipe: Recipe, policy: Policy) -> None:
         self.recipe = recipe
         self.hybrid = recipe.section(HybridSettings)
-        self.teacher = Teacher(recipe.section(TeacherSettings), TEACHERS[recipe.algorithm], policy)
+        self.teacher = Teacher(recipe.section(TeacherSettings), policy)
         self.learner = Learner(recipe.optimizer)
         self.parts: dict[str, Stateful] = {"pg": self.learner, "teacher": self.teacher}
 

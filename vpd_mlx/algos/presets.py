@@ -163,11 +163,14 @@ PRESETS: dict[str, Preset] = {
 EARLIER: Mapping[int, Preset] = {
     1: Preset(
         "what recipes of version 1 meant where they say nothing",
-        {"templates": {"style": "closing"}, "on_collapse": "warn", "on_no_gap": "warn"},
         {
-            **{name: {"teacher": {"weights": "live"}} for name in ("vpd", "joint", "reshape", "reweight")},
-            **{name: {"teacher": {"weights": "ema"}} for name in ("sdpo", "opsd")},
+            "templates": {"style": "closing"},
+            "teacher": {"weights": "live"},
+            "on_collapse": "warn",
+            "on_no_gap": "warn",
+            "evaluation": {"keep_best": False},
         },
+        {"sdpo": _EMA, "opsd": _EMA},
     )
 }
 """By version of the recipe format: so a run that began under other defaults is resumed as it began."""

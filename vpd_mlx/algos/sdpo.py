@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from vpd_mlx.algos.base import Metrics, Stateful, Step, prefixed
 from vpd_mlx.algos.m_step import divergence_update
 from vpd_mlx.algos.samples import gather
-from vpd_mlx.algos.settings import TEACHERS, MStepSettings, TeacherSettings
+from vpd_mlx.algos.settings import MStepSettings, TeacherSettings
 from vpd_mlx.algos.teacher import Teacher
 from vpd_mlx.common.seeds import phase_seed
 from vpd_mlx.engine.learner import Learner
@@ -31,7 +31,7 @@ class Sdpo:
 
     def __init__(self, recipe: Recipe, policy: Policy) -> None:
         self.m_step = recipe.section(MStepSettings)
-        self.teacher = Teacher(recipe.section(TeacherSettings), TEACHERS[recipe.algorithm], policy)
+        self.teacher = Teacher(recipe.section(TeacherSettings), policy)
         self.learner = Learner(recipe.optimizer)
         self.parts: dict[str, Stateful] = {"m": self.learner, "teacher": self.teacher}
 

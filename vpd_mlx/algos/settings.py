@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -22,16 +22,6 @@ __all__ = [
 ]
 
 TeacherKind = Literal["live", "frozen", "ema", "trust_region", "adapter"]
-
-TEACHERS: Mapping[str, TeacherKind] = {
-    "vpd": "live",
-    "joint": "live",
-    "reshape": "live",
-    "reweight": "live",
-    "sdpo": "ema",
-    "opsd": "ema",
-}
-"""Algorithm -> the teacher that `teacher.weights: null` stands for."""
 
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -103,15 +93,10 @@ class MStepSettings(Section):
 class TeacherSettings(Section):
     """Which weights stand behind the teacher's prompt in the M-step."""
 
-    weights: TeacherKind | None = Field(
-        None,
+    weights: TeacherKind = Field(
+        "ema",
         description="`live` weights; `frozen` for each batch; an `ema` of the student; `trust_region`: logits "
-        "between the initial model's and the student's; `adapter`: a second LoRA of its own. null goes by the algorithm: "
-        + "; ".join(
-            f"{', '.join(n for n in TEACHERS if TEACHERS[n] == kind)} {kind}"
-            for kind in dict.fromkeys(TEACHERS.values())
-        )
-        + ".",
+        "between the initial model's and the student's; `adapter`: a second LoRA of its own.",
     )
     ema_rate: float = Field(0.05, gt=0, le=1, description="Share of the student taken into the EMA after each batch.")
     trust_region: Unit = Field(

@@ -25,8 +25,8 @@ __all__ = ["Teacher"]
 class Teacher(Stateful):
     """Gives the teacher's hidden states, and its logits from them within a chunk of the head."""
 
-    def __init__(self, cfg: TeacherSettings, default: TeacherKind, policy: Policy) -> None:
-        self.kind: TeacherKind = cfg.weights or default
+    def __init__(self, cfg: TeacherSettings, policy: Policy) -> None:
+        self.kind: TeacherKind = cfg.weights
         self.cfg = cfg
         # The EMA and the teacher's own adapter start as the student's; a frozen teacher is there for one batch.
         self.weights: Adapter | None = policy.adapter if self.kind in ("ema", "adapter") else None

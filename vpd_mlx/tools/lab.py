@@ -1,7 +1,7 @@
 """The lab: a grid of settings, methods and seeds, all tuned alike, and which claims its runs support.
 
 A grid is one YAML file. Every method first gets the same sweep of learning rates, on a seed kept for that; then it runs on all
-seeds at its best rate. Each run is a run folder, made by `vpd-mlx train` in a process of its own: finished runs are not repeated,
+seeds at its best rate. A grid with one rate has no sweep. Each run is a run folder, made by `vpd-mlx train` in a process of its own: finished runs are not repeated,
 and interrupted ones go on from their checkpoint.
 """
 
@@ -88,7 +88,9 @@ class Grid(Section):
 
     @property
     def tuned(self) -> list[tuple[str, str]]:
-        """The pairs that have a sweep; the others take the rate of the method that `same_rate` names."""
+        """The pairs that have a sweep; the others take the rate of the method that `same_rate` names, or the only one."""
+        if len(self.tune.rates) == 1:
+            return []
         return [(setting, method) for setting, method in self.pairs if method not in self.same_rate]
 
     def sweep(self, setting: str, method: str, rate: float) -> list[Cell]:
@@ -239,6 +241,8 @@ def _run_one(grid: Grid, recipe: Path, out: Path, cell: Cell) -> str | None:
 def best_rates(grid: Grid, out: Path) -> dict[tuple[str, str], float]:
     """Each pair's best rate, by the mean final accuracy of its sweep; ties go to the lower rate."""
     rates: dict[tuple[str, str], float] = {}
+    if len(grid.tune.rates) == 1:
+        return dict.fromkeys(grid.pairs, grid.tune.rates[0])
     for pair in grid.tuned:
         scores = {rate: _swept(grid, out, *pair, rate) for rate in grid.tune.rates}
         rates[pair] = max(sorted(scores), key=lambda r: scores[r])
