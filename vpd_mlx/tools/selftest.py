@@ -129,7 +129,7 @@ def _check_head(policy: Policy) -> Iterator[Check]:
     """The model's head with the token losses of both steps, as `accumulate` runs them."""
     width, ids = policy.model.args.hidden_size, mx.array(np.random.default_rng(8).integers(0, policy.vocabulary, 20))
     hidden = {"x": _normal((20, width), 9)}
-    distillation = Distillation(MStepSettings(), Teacher(TeacherSettings(), "live", policy))
+    distillation = Distillation(MStepSettings(), Teacher(TeacherSettings(weights="live"), policy))
 
     def through_head(p: Parameters, loss: TokenLoss, weights: mx.array, **constants: mx.array) -> mx.array:
         return weighted_token_loss(policy.head, loss, p["x"], weights, {"targets": ids, **constants}, chunk=7)[0]
