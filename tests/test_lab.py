@@ -82,6 +82,12 @@ def test_measures_by_hand():
     assert math.isnan(result("sdpo", 0, 0.4, margins=[1.0]).measure("margin_change"))
 
 
+def test_a_grid_with_one_rate_has_no_sweep(tmp_path: Path):
+    grid = load_grid(grid_file(tmp_path, GRID.replace("[1e-4, 1e-3]", "[1e-3]")))
+    assert grid.tuned == []
+    assert set(best_rates(grid, tmp_path).values()) == {0.001}
+
+
 @pytest.mark.long
 def test_a_grid_runs_goes_on_and_repeats(tmp_path: Path):
     path = grid_file(tmp_path)

@@ -9,7 +9,7 @@ import pytest
 
 import vpd_mlx as vpd
 from vpd_mlx.algos import ALGORITHMS
-from vpd_mlx.algos.presets import EARLIER, PRESETS
+from vpd_mlx.algos.presets import PRESETS
 from vpd_mlx.commands.options import overridden
 from vpd_mlx.errors import ConfigError
 from vpd_mlx.recipe import Recipe, dump, load_recipe
@@ -166,9 +166,5 @@ def test_a_recipe_of_version_1_keeps_the_teacher_of_then(tmp_path: Path):
             assert old.teacher.weights == kind
     given = recipe_of(tmp_path, "version: 1\nteacher: {weights: frozen}\ntemplates: {style: before}\n")
     assert (given.teacher.weights, given.templates.style) == ("frozen", "before")
-<<<<<<< HEAD
-    assert recipe_of(tmp_path, "version: 1\nalgorithm: grpo\n").teacher.weights is None
     assert (given.on_collapse, recipe_of(tmp_path).on_collapse) == ("warn", "revert")
     assert recipe_of(tmp_path, "preset: paper\n").on_collapse == "warn"
-=======
->>>>>>> 156f215 (Put a slow teacher behind every algorithm by default: a live one feeds on its own student)

@@ -11,7 +11,6 @@ from vpd_mlx.common.settings import Positive, Section
 from vpd_mlx.errors import Fault
 
 __all__ = [
-    "TEACHERS",
     "EStepSettings",
     "GrpoSettings",
     "HybridSettings",

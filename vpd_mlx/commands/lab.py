@@ -32,7 +32,9 @@ def lab(
     folder.mkdir(parents=True, exist_ok=True)
     run_grid(spec, recipe, folder, jobs=jobs, say=typer.echo)
     found = results(spec, folder)
-    text = f"{table(spec, found, best_rates(spec, folder))}\n### The sweep\n\n{sweep_table(spec, folder)}"
+    text = table(spec, found, best_rates(spec, folder))
+    if spec.tuned:
+        text += f"\n### The sweep\n\n{sweep_table(spec, folder)}"
     write_atomic(folder / "results.md", text)
     curves(spec, found, folder / "curves.png")
     typer.echo(text)

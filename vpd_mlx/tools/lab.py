@@ -1,8 +1,8 @@
 """The lab: a grid of settings, methods and seeds, all tuned alike, and which claims its runs support.
 
 A grid is one YAML file. Every method first gets the same sweep of learning rates, on a seed kept for that; then it runs on all
-seeds at its best rate. A grid with one rate has no sweep. Each run is a run folder, made by `vpd-mlx train` in a process of its own: finished runs are not repeated,
-and interrupted ones go on from their checkpoint.
+seeds at its best rate. A grid with one rate has no sweep. Each run is a run folder, made by `vpd-mlx train` in a process of its
+own: finished runs are not repeated, and interrupted ones go on from their checkpoint.
 """
 
 from __future__ import annotations
@@ -126,6 +126,7 @@ class Result:
     cell: Cell
     before: float
     final: float
+    greedy_before: float
     greedy: float
     teacher: float | None
     curve: tuple[tuple[int, float], ...]
@@ -274,6 +275,7 @@ def _result(out: Path, cell: Cell, grid: Grid) -> Result:
         cell=cell,
         before=summary["before"]["student"],
         final=summary["after"]["student"],
+        greedy_before=summary["before"]["student_greedy"],
         greedy=summary["after"]["student_greedy"],
         teacher=summary["after"]["teacher"],
         curve=curve,
@@ -338,7 +340,9 @@ def _method_row(method: str, rate: float, runs: Sequence[Result]) -> list[str]:
         method,
         f"{rate:g}",
         f"{100 * np.mean([r.before for r in runs]):.1f}",
-        *(_per_cent([r.final for r in runs]), _per_cent([r.greedy for r in runs])),
+        _per_cent([r.final for r in runs]),
+        f"{100 * np.mean([r.greedy_before for r in runs]):.1f}",
+        f"{_per_cent([r.greedy for r in runs])} ({' '.join(f'{100 * r.greedy:.0f}' for r in runs)})",
         *(_per_cent([r.best for r in runs]), _per_cent([r.measure("drop") for r in runs])),
         steps + of,
         f"{np.median([r.tokens_to for r in reached]):,.0f}" if reached else "-",
@@ -352,7 +356,7 @@ def table(grid: Grid, found: Sequence[Result], rates: Mapping[tuple[str, str], f
     for part in grid.parts:
         of = {m: [r for r in found if (r.cell.setting, r.cell.method) == (part.setting, m)] for m in part.methods}
         rows = [_method_row(m, rates[part.setting, m], runs) for m, runs in of.items()]
-        head = f"| method | rate | before | after | greedy | best | drop from best | {to} |"
+        head = f"| method | rate | before | after | greedy before | greedy after (by seed) | best | drop from best | {to} |"
         lines += [f"### {part.setting}", "", *_markdown(head, rows)]
     if grid.findings:
         claims = []
