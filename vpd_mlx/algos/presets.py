@@ -171,7 +171,6 @@ EARLIER: Mapping[int, Preset] = {
             "evaluation": {"keep_best": False},
         },
         {"sdpo": _EMA, "opsd": _EMA},
-        {"sdpo": _EMA, "opsd": _EMA},
     )
 }
 """By version of the recipe format: so a run that began under other defaults is resumed as it began."""

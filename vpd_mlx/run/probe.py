@@ -33,8 +33,8 @@ from vpd_mlx.run.collect import Batch, sample_graded, student_prompts
 from vpd_mlx.run.evaluate import names
 from vpd_mlx.run.progress import Progress
 from vpd_mlx.run.setup import Parts
-from vpd_mlx.run.step import problems_of_step
 from vpd_mlx.run.shift import Scored, Scorer, style_of
+from vpd_mlx.run.step import problems_of_step
 from vpd_mlx.tasks import notices
 from vpd_mlx.types import Group, Problem, Rollout
 
