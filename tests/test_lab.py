@@ -60,7 +60,7 @@ def test_interval_is_students_t():
 
 def result(method: str, seed: int, final: float, curve=((0, 0.0), (1, 0.9)), margins=(1.0, 1.0)) -> Result:
     cell = Cell("plain", method, seed, 1e-3, False)
-    return Result(cell, 0.0, final, final, None, tuple(curve), tuple(margins), None, None, 1.0)
+    return Result(cell, 0.0, final, 0.0, final, None, tuple(curve), tuple(margins), None, None, 1.0)
 
 
 @pytest.mark.parametrize(
