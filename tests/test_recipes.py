@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from mlx.core import load as mx_load
 from vpd_mlx.common.files import read_rows
 from vpd_mlx.recipe import Recipe, builtin_recipes, load_recipe
 from vpd_mlx.run.loop import train
+from vpd_mlx.tasks import build_task
+from vpd_mlx.tools.lab import check_recipe, load_grid
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
@@ -123,17 +126,27 @@ def own_task(folder: Path) -> dict[str, Any]:
     return {}  # its rows are shipped
 
 
+def smollm2(task: str, folder: Path) -> dict[str, Any]:
+    script = RECIPES / "smollm2" / "make_data.py"
+    subprocess.run([sys.executable, str(script), "--out", str(folder)], check=True, stdout=subprocess.DEVNULL)
+    return {"task.data": str(folder / f"{task}-train.jsonl"), "task.eval_data": str(folder / f"{task}-test.jsonl")}
+
+
+SMOLLM2 = {f"smollm2/{task}": partial(smollm2, task) for task in ("dates", "orders", "sentences", "totals")}
 MAKERS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "gsm8k": gsm8k,
     "sciknoweval": sciknoweval,
     "livecodebench": livecodebench,
     "dapo_math": dapo_math,
     "own_task": own_task,
+    **SMOLLM2,
 }
 
 
 def test_every_recipe_is_here():
-    assert {p.parent.name for p in RECIPES.glob("*/*.yaml")} - {"quickstart", "lab"} == set(MAKERS)
+    assert {p.parent.name for p in RECIPES.glob("*/*.yaml")} - {"quickstart", "lab"} == {
+        n.split("/")[0] for n in MAKERS
+    }
 
 
 def estimates() -> Any:
@@ -144,6 +157,28 @@ def estimates() -> Any:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.mark.parametrize("name", SMOLLM2)
+def test_what_the_references_of_smollm2_are_worth(name: str, tmp_path: Path):
+    """Every reference is right, a changed one is not; all tasks share one recipe but for lengths."""
+    r = recipe(name, **SMOLLM2[name](tmp_path))
+    task = build_task(r)
+    assert (len(task.train), len(task.held_out)) == (256, 48)
+    for problem in task.held_out:
+        right = problem.reference or ""
+        assert task.verify(problem, right).score == 1.0
+        assert task.verify(problem, right.replace(".", ", so.") if "sentence" in name else right + "1").score == 0.0
+    same = recipe("smollm2/dates")
+    for section in ("optimizer", "feedback", "teacher", "templates", "e_step", "m_step", "lora", "evaluation"):
+        assert getattr(r, section) == getattr(same, section)
+    assert (r.teacher.weights, r.templates.style) == ("ema", "after")
+
+
+@pytest.mark.parametrize("grid", sorted((RECIPES / "smollm2" / "grids").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_grids_of_smollm2_load(grid: Path):
+    spec = load_grid(grid)
+    check_recipe(spec, (grid.parent / spec.recipe).resolve())
 
 
 @pytest.mark.parametrize("name", PAPER)
