@@ -11,6 +11,9 @@ One step, file by file:
   chooses those of which a person is shown the answers.
 - `state` keeps where the run stands and turns it into a checkpoint, or a checkpoint into it.
 
+Before any training `probe` measures student and teachers, `shift` what a teacher's prompt does to the style of answers, and
+`advice` says what follows; the loop asks it about its first evaluation.
+
 Before the first step `plan` refuses what does not fit into memory, `setup` builds and checks the parts of a run, and `followers`
 starts the processes that send figures to logging services. `progress` is what the loop tells a view, and how a view stops it.
 
