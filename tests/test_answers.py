@@ -144,7 +144,7 @@ def test_train_ends_with_answers_unless_it_is_to_be_quiet(tmp_path: Path):
     assert rule(found.answers, choose(found.answers))[:30] in loud.output
     assert choose(found.answers)[0].before["verdict"] in loud.output
     quiet = CliRunner().invoke(app, [*arguments, str(tmp_path / "quiet"), "--quiet"])
-    assert (quiet.exit_code, quiet.output) == (0, "")
+    assert (quiet.exit_code, quiet.stdout) == (0, "")
     alone = CliRunner().invoke(app, [*arguments, str(tmp_path / "json"), "--json"])
     assert json.loads(alone.stdout)["steps"] == 1
 

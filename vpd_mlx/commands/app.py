@@ -21,6 +21,7 @@ from vpd_mlx.commands.probe import probe
 from vpd_mlx.commands.report import compare, report
 from vpd_mlx.commands.show import show
 from vpd_mlx.commands.train import train
+from vpd_mlx.commands.try_ import try_
 from vpd_mlx.commands.verify import verify
 from vpd_mlx.errors import VpdError
 from vpd_mlx.recipe import builtin_recipes, load_recipe
@@ -51,8 +52,8 @@ def _root(
     pass
 
 
-for command in (train, evaluate, doctor, export, lab, new, verify, plan, probe, report, show, compare):
-    app.command("eval" if command is evaluate else None)(command)
+for command in (train, evaluate, doctor, export, lab, new, verify, plan, probe, report, show, compare, try_):
+    app.command({"evaluate": "eval", "try_": "try"}.get(command.__name__))(command)
 app.add_typer(data, name="data")
 
 

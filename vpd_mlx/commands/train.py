@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -136,4 +137,5 @@ def _report(cfg: Recipe, folder: Path, summary: Summary) -> None:
     with (folder / "rollouts.jsonl").open(encoding="utf-8") as f:
         prompt = str(json.loads(f.readline())["prompt"])
     options = ("--max-tokens", str(cfg.rollout.max_completion_tokens), "--prompt", prompt)
-    console.print(f"try it: {mlx_lm_command('generate', cfg.model, folder / 'adapters', *options)}", soft_wrap=True)
+    console.print(f"try it: {shlex.join(['vpd-mlx', 'try', str(folder), prompt])}", soft_wrap=True)
+    console.print(f"in mlx-lm: {mlx_lm_command('generate', cfg.model, folder / 'adapters', *options)}", soft_wrap=True)

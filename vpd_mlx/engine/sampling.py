@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.generate import BatchGenerator, generation_stream
+from mlx_lm.generate import BatchGenerator, generation_stream, stream_generate
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
@@ -22,7 +22,7 @@ from vpd_mlx import losses
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.types import FinishReason, Rollout
 
-__all__ = ["Finished", "Sampling", "default_streams", "generate", "probe_batches"]
+__all__ = ["Finished", "Reply", "Sampling", "default_streams", "generate", "probe_batches", "stream"]
 
 PREFILL = 2048  # prompt tokens read at once
 CPU_STREAMS = 2  # one mlx stream keeps one core busy; a constant, so that a run is the same on any number of cores
@@ -47,6 +47,33 @@ def default_streams() -> int:
 
 Finished = tuple[int, int, Rollout]
 """(prompt index, sample index, rollout)."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A completion that is being decoded: its text, its tokens so far, and how it ended, once it has."""
+
+    text: str
+    tokens: int
+    finish: FinishReason | None
+
+
+def stream(policy: Policy, prompt: tuple[int, ...], how: Sampling, seed: int) -> Iterator[Reply]:
+    """One completion for a person who watches: the reply so far after each token; the last one has its `finish`.
+
+    The same seed and prompt give the same tokens, at temperature 0 those of `generate`.
+    """
+    mx.random.seed(seed)
+    text, ids = "", list[int]()
+    for part in stream_generate(
+        policy.model, policy.tokenizer, list(prompt), max_tokens=how.max_tokens, sampler=_sampler(how)
+    ):
+        text += part.text
+        ids.append(part.token)
+        if part.finish_reason is None:
+            yield Reply(text, len(ids), None)
+    last = _rollout(policy, ids, [], "length")
+    yield Reply(last.text, len(ids), last.finish)
 
 
 def generate(

@@ -13,7 +13,7 @@ from rich.text import Text
 from vpd_mlx.common.text import visible
 from vpd_mlx.run.answers import Answered, choose, rule
 
-__all__ = ["print_answers", "shortened", "side_by_side"]
+__all__ = ["LABEL", "WIDE", "print_answers", "shortened", "side_by_side"]
 
 WIDE = 100  # columns from which two answers stand side by side
 LABEL = 14  # columns of what stands left of the texts

@@ -24,9 +24,11 @@ __all__ = [
     "LoggedRollout",
     "Run",
     "by_dotted_key",
+    "find_run",
     "greedy_by_problem",
     "load_run",
     "short_names",
+    "system_messages",
 ]
 
 NO_CONTEXT = "none"
@@ -188,10 +190,7 @@ def load_run(path: Path) -> Run:
         ConfigError: there is no run.
         DataError: a file of it is broken, or was written by a newer version.
     """
-    if not (path / RECIPE_FILE).is_file():
-        there = "holds no run" if path.is_dir() else "does not exist, so holds no run"
-        remedy = "give the folder of a run, e.g. runs/quickstart"
-        raise wrong_option("RUN", f"{path} {there} ({RECIPE_FILE} is missing)", remedy)
+    _check_run(path)
     try:
         config = yaml.safe_load(_text(path / RECIPE_FILE))
     except yaml.YAMLError as error:
@@ -221,6 +220,31 @@ def load_run(path: Path) -> Run:
         summary=cast(Summary, summary),
         rollouts=entries,
     )
+
+
+def find_run(name: str) -> Path:
+    """A run's folder, given as such or as its name under runs/.
+
+    Raises:
+        ConfigError: there is no run.
+    """
+    path, named = Path(name).expanduser(), Path("runs") / name
+    if not (path / RECIPE_FILE).is_file() and (named / RECIPE_FILE).is_file():
+        return named
+    _check_run(path)
+    return path
+
+
+def _check_run(path: Path) -> None:
+    if not (path / RECIPE_FILE).is_file():
+        there = "holds no run" if path.is_dir() else "does not exist, so holds no run"
+        remedy = "give the folder of a run, e.g. runs/quickstart"
+        raise wrong_option("RUN", f"{path} {there} ({RECIPE_FILE} is missing)", remedy)
+
+
+def system_messages(folder: Path) -> list[str | None]:
+    """The different system messages of a run's held-out problems, None for a problem without; empty if none was logged."""
+    return list(dict.fromkeys(row["system"] for _, row in _rows(folder / "answers.jsonl") if "system" in row))
 
 
 def _text(path: Path) -> str:
