@@ -47,7 +47,7 @@ class Browser:
         self._read, to_write = os.pipe()
         flags = f"--headless --no-sandbox --disable-gpu --hide-scrollbars --remote-debugging-pipe --user-data-dir={self._profile}"
         # The browser reads commands on 3 and answers on 4; the pipes' own numbers may be those, hence the detour.
-        script = f'exec 8<&{to_read} 9>&{to_write}; exec 3<&8 4>&9; exec "$0" {flags} about:blank'
+        script = f'exec {{r}}<&{to_read} {{w}}>&{to_write}; exec 3<&$r 4>&$w; exec "$0" {flags} about:blank'
         self._process = subprocess.Popen(
             ["bash", "-c", script, found],
             pass_fds=(to_read, to_write),
@@ -231,6 +231,15 @@ class Check:
             '<img src=x onerror="window.hacked=1"><b>bold</b>&amp;' in text,
             f"{name}: the hostile text is shown as text",
         )
+        answers = self.browser.eval("[...document.querySelectorAll('.answered')].map(a => a.textContent)")
+        self.that(0 < len(answers) <= 5, f"{name}: {len(answers)} answers are shown")
+        self.that(sum(HOSTILE[:60] in a for a in answers) == 1, f"{name}: the hostile answer is shown as text")
+        self.that(
+            self.browser.eval(
+                "[...document.querySelectorAll('.answered details')].every(d => d.textContent.length > 60)"
+            ),
+            f"{name}: what the teacher read is there",
+        )
 
 
 def small_runs(folder: Path) -> dict[str, Path]:
@@ -251,6 +260,10 @@ def small_runs(folder: Path) -> dict[str, Path]:
     hostile = {**row, **texts, "context": context, "pieces": [HOSTILE, "<b>"], "shift": ["nan", -9.0], "tokens": 2}
     with path.open("a", encoding="utf-8") as f:
         f.write(json.dumps(hostile) + "\n")
+    path = folder / "vpd" / "answers.jsonl"
+    texts = dict.fromkeys(("prompt", "completion", "verdict", "context", "teacher_prompt", "problem"), HOSTILE)
+    answers = "".join(json.dumps({"step": step, "success": step > 0, **texts}) + "\n" for step in (0, 4))
+    path.write_text(answers + path.read_text())
     (folder / "grpo" / "summary.json").unlink()
     with (folder / "grpo" / "metrics.jsonl").open("a") as f:
         f.write('{"step": 4, "rew')
