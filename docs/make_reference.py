@@ -112,6 +112,7 @@ generated from `vpd_mlx/run/records.py` by `docs/make_reference.py`; a test keep
 | `metrics.jsonl` | a row for each step |
 | `rollouts.jsonl` | a row for each completion |
 | `evals.jsonl` | a row for each evaluation |
+| `selection.jsonl` | a row for each look at the problems by which `evaluation.keep_best` chooses |
 | `answers.jsonl` | a row for each held-out problem of an evaluation, up to 200 of them |
 | `summary.json` | written once, when the run has ended |
 | `adapters/` | the trained adapter, as mlx-lm loads it |
@@ -148,6 +149,7 @@ def rows() -> str:
         "metrics.jsonl": records.MetricsRow,
         "rollouts.jsonl": records.RolloutRow,
         "evals.jsonl": records.EvaluationRow,
+        "selection.jsonl": records.SelectionRow,
         "answers.jsonl": records.AnswerRow,
         "summary.json": records.Summary,
     }

@@ -184,3 +184,51 @@ def test_the_default_reverts_and_the_toys_only_warn():
     assert Recipe.model_fields["on_collapse"].default == "revert"
     for name in ("quickstart", "lab/addition", "lab/spelling"):
         assert load_recipe(builtin_recipes()[name]).on_collapse == "warn"
+
+
+# The failure of a pretrained model in small: a wording that says the problem again behind the feedback moves the style of the
+# answer, and a live teacher follows its own student. Answers of two or three digits become endless ones.
+FAILURE = {
+    "steps": 22,
+    "rollout__prompts": 8,
+    "rollout__max_completion_tokens": 16,
+    "optimizer__learning_rate": 5e-3,
+    "optimizer__warmup_steps": 0,
+    "e_step__every": 1000,
+    "teacher__weights": "live",
+    "templates__verifier": "{prompt}\nFeedback: {context}\n{prompt}",
+    "templates__sibling": "{prompt}\nA correct answer: {context}\n{prompt}",
+    "evaluation__problems": 40,
+    "evaluation__samples": 1,
+}
+PLAIN = {
+    "templates__verifier": "{prompt}\nFeedback: {context}",
+    "templates__sibling": "{prompt}\nA correct answer: {context}",
+}
+KEPT = {"on_collapse": "revert", "evaluation__keep_best": True, "evaluation__selection_every": 5}
+
+
+def test_a_live_teacher_whose_wording_moves_the_style_collapses_and_is_noticed_within_three_steps(
+    small, tmp_path: Path
+):
+    summary = train(small(**FAILURE, on_collapse="warn", evaluation__keep_best=False), tmp_path / "run")
+    rows = load_run(tmp_path / "run").metrics
+    assert summary["after"]["student_greedy"] == 0.0
+    assert all(r["truncated"] > 0.9 for r in rows[-3:])
+    onset = next(r["step"] for r in rows if r["truncated"] > 0.1)
+    seen = next(r["step"] for r in rows if "watch/collapse" in r)
+    assert seen <= onset + 3
+
+
+def test_the_same_with_the_defaults_of_now_ends_no_worse_than_it_began(small, tmp_path: Path):
+    summary = train(small(**FAILURE, **KEPT), tmp_path / "run")
+    assert summary["reverts"] > 0
+    assert summary["after"]["student"] >= summary["before"]["student"]
+    assert summary["after"]["student_greedy"] >= summary["before"]["student_greedy"]
+
+
+def test_a_plain_wording_and_a_slow_teacher_learn_without_an_alarm(small, tmp_path: Path):
+    summary = train(small(**{**FAILURE, **PLAIN, **KEPT, "teacher__weights": "ema"}), tmp_path / "run")
+    assert summary["reverts"] == 0
+    assert not [r for r in load_run(tmp_path / "run").metrics if "watch/collapse" in r]
+    assert summary["after"]["student_greedy"] > summary["before"]["student_greedy"]

@@ -21,6 +21,7 @@ from vpd_mlx.algos import ALGORITHMS
 from vpd_mlx.common.files import read_rows
 from vpd_mlx.errors import DataError, RunError, SourceError
 from vpd_mlx.recipe import load_recipe
+from vpd_mlx.run import best
 from vpd_mlx.run.folder import load_run
 from vpd_mlx.run.loop import train
 from vpd_mlx.run.progress import Silent, Stop
@@ -41,7 +42,7 @@ def strip(rows: list[dict]) -> list[dict]:
 
 
 def same_logs(a: Path, b: Path) -> None:
-    for name in ("metrics.jsonl", "rollouts.jsonl", "evals.jsonl", "answers.jsonl"):
+    for name in ("metrics.jsonl", "rollouts.jsonl", "evals.jsonl", "selection.jsonl", "answers.jsonl"):
         assert strip(read_rows(a / name)) == strip(read_rows(b / name)), name
 
 
@@ -396,7 +397,7 @@ def test_one_gradient_that_is_not_finite_is_left_out_and_the_run_goes_on(small, 
 
 
 class Scripted:
-    """Evaluations with given student accuracies, each otherwise as it was."""
+    """Evaluations and selections with given student accuracies, each otherwise as it was."""
 
     def __init__(self, monkeypatch, values: list[float]) -> None:
         real = Trainer.evaluate
@@ -405,12 +406,16 @@ class Scripted:
             row, answers = real(trainer, step)
             return {**row, "student": values[step]}, answers
 
+        score = best.score
         monkeypatch.setattr(Trainer, "evaluate", evaluate)
+        monkeypatch.setattr(best, "score", lambda *args: {**score(*args), "student": values[args[-1]]})
 
 
 def test_patience_stops_early_and_the_best_adapter_is_kept(small, tmp_path: Path, monkeypatch):
     Scripted(monkeypatch, [0.1, 0.5, 0.4, 0.3, 0.9, 0.0])
-    recipe = small(steps=5, evaluation__every=1, evaluation__patience=2, evaluation__keep_best=True)
+    recipe = small(
+        steps=5, evaluation__every=1, evaluation__patience=2, evaluation__keep_best=True, evaluation__selection_every=1
+    )
     summary = train(recipe, tmp_path / "run")
     assert summary["steps"] == 3
     assert summary["adapter_of_step"] == 1
@@ -425,7 +430,8 @@ def test_patience_stops_early_and_the_best_adapter_is_kept(small, tmp_path: Path
 
 def test_the_best_survives_a_resume(small, tmp_path: Path, monkeypatch):
     Scripted(monkeypatch, [0.1, 0.5, 0.4, 0.3, 0.2])
-    recipe = small(steps=4, evaluation__every=1, evaluation__keep_best=True, checkpoint__every=1)
+    chosen = {"evaluation__keep_best": True, "evaluation__selection_every": 1}
+    recipe = small(steps=4, evaluation__every=1, checkpoint__every=1, **chosen)
     whole = train(recipe, tmp_path / "whole")
     stop = Stop()
     train(recipe, tmp_path / "run", progress=StopAfter(stop, 3), stop=stop)

@@ -46,6 +46,7 @@ def first_alarm(rows: list[dict[str, Any]]) -> tuple[int, str] | None:
         ({"truncated": 0.4, "style": 0.9}, "style"),
         ({"length_median": 200.0, "style": 0.6}, "length"),
         ({"student/entropy": 0.01}, "entropy"),
+        ({"student/entropy": 0.9, "style": 0.8}, "style"),
     ],
 )
 def test_harm_is_seen_within_three_steps(harmed, cause):
@@ -79,6 +80,58 @@ def test_the_first_steps_are_compared_as_soon_as_there_are_five():
 )
 def test_a_change_that_harms_nothing_is_no_collapse(figures):
     assert first_alarm(run(**figures)) is None
+
+
+# (reward, cut-off share, median length, entropy, share of first tokens that are others) by step, of SmolLM2-135M-Instruct.
+GONE = [  # orders to JSON, a live teacher, the closing instruction behind the context: learning was over by step 5
+    *(
+        (0.0, 0.78, 28, 0.89, 0.0),
+        (0.0, 0.66, 28, 0.79, 0.08),
+        (0.03, 0.75, 28, 0.93, 0.48),
+        (0.0, 0.91, 28, 0.78, 0.86),
+    ),
+    *((0.06, 1.0, 28, 1.16, 0.94), (0.0, 1.0, 28, 1.35, 0.97), (0.0, 1.0, 28, 1.49, 1.0), (0.0, 0.94, 28, 1.83, 0.97)),
+]
+LEARNT = [  # dates as YYYY-MM-DD, an EMA teacher: 0 to 87.5 % greedy in 16 steps
+    *(
+        (0.0, 0.38, 16, 1.46, 0.0),
+        (0.03, 0.22, 16, 1.29, 0.2),
+        (0.0, 0.41, 17.5, 1.22, 0.31),
+        (0.0, 0.38, 16, 1.34, 0.31),
+    ),
+    *(
+        (0.06, 0.16, 14.5, 1.05, 0.61),
+        (0.28, 0.12, 11, 1.19, 0.83),
+        (0.28, 0.22, 11, 1.16, 0.66),
+        (0.25, 0.22, 11, 1.3, 0.83),
+    ),
+    *(
+        (0.38, 0.34, 13.5, 1.06, 0.73),
+        (0.34, 0.19, 11, 0.99, 0.73),
+        (0.53, 0.16, 11, 0.92, 0.81),
+        (0.56, 0.19, 11, 0.94, 0.86),
+    ),
+    *(
+        (0.38, 0.22, 11, 1.07, 0.84),
+        (0.69, 0.06, 11, 0.72, 0.88),
+        (0.72, 0.12, 11, 0.65, 0.94),
+        (0.81, 0.09, 11, 0.57, 0.88),
+    ),
+]
+
+
+def real(steps: list[tuple[float, ...]]) -> list[dict[str, Any]]:
+    names = ("reward", "truncated", "length_median", "student/entropy", "style")
+    return [row(n, **dict(zip(names, figures, strict=True))) for n, figures in enumerate(steps, 1)]
+
+
+def test_a_pretrained_model_that_lost_its_format_and_one_that_learnt_another():
+    at, cause = first_alarm(real(GONE))
+    assert at <= 5 + WINDOW - 1
+    assert cause == "style"
+    learnt = real(LEARNT)
+    assert first_alarm(learnt) is None
+    assert all(drift(learnt[:n]) is None for n in range(1, len(learnt) + 1))
 
 
 def test_style_that_moves_without_a_gain_is_a_warning_of_its_own():

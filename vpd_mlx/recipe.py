@@ -45,9 +45,21 @@ class EvaluationSettings(Section):
 
     every: Positive | None = Field(None, description="Evaluate every n steps; null evaluates before and after only.")
     patience: Positive | None = Field(
-        None, description="Stop after this many evaluations without a better student; needs `every`. null never stops."
+        None,
+        description="Stop after this many selections without a better student, or evaluations where there are no selections "
+        "(then it needs `every`). null never stops.",
     )
-    keep_best: bool = Field(False, description="End with the adapter of the best evaluation instead of the last one.")
+    keep_best: bool = Field(
+        True,
+        description="End with the best adapter instead of the last one. It is chosen on held-out problems that are set aside for "
+        "that and never reported on; with fewer than 8 held-out problems none are, and the last one is handed over.",
+    )
+    selection: Annotated[int, Field(ge=2)] = Field(
+        32, description="Most problems to set aside for `keep_best`; never more than a quarter of the held-out ones."
+    )
+    selection_every: Positive = Field(
+        10, description="Score the student on them every n steps: a likeliest and a sampled completion of each."
+    )
     problems: Positive = Field(200, description="Most held-out problems to evaluate on.")
     samples: Positive = Field(4, description="k of avg@k: sampled completions per problem.")
     temperature: float = Field(0.6, gt=0, description="Sampling temperature.")
@@ -63,16 +75,17 @@ class EvaluationSettings(Section):
             )
 
     def faults(self, recipe: Any) -> Iterator[Fault]:
-        """Patience counts evaluations during training."""
-        if self.patience is not None and self.every is None:
-            yield Fault("evaluation.patience", "needs evaluations during training", "set evaluation.every, too")
+        """Patience counts selections, or evaluations during training."""
+        if self.patience is not None and self.every is None and not self.keep_best:
+            remedy = "set evaluation.every or evaluation.keep_best, too"
+            yield Fault("evaluation.patience", "needs evaluations during training", remedy)
 
 
 class CheckpointSettings(Section):
     """What a run keeps, to be resumed from."""
 
     every: Positive = Field(20, description="Steps between checkpoints. One is written at every stop as well.")
-    keep: Positive = Field(2, description="Newest checkpoints kept; each holds the best adapter by evaluation, too.")
+    keep: Positive = Field(2, description="Newest checkpoints kept; each holds the best adapter so far, too.")
 
 
 class LoggingSettings(Section):

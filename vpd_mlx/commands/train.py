@@ -128,9 +128,10 @@ def _report(cfg: Recipe, folder: Path, summary: Summary) -> None:
     for key, name in {"student": f"student, avg@{cfg.evaluation.samples}", **NAMES}.items():
         table.add_row(name, percent(summary["before"][key]), percent(summary["after"][key]))
     console.print(table)
-    training = sum(v for k, v in summary["seconds"].items() if k not in ("wall", "evaluation"))
+    training = sum(v for k, v in summary["seconds"].items() if k not in ("wall", "evaluation", "selection"))
     steps, best = summary["steps"], summary["adapter_of_step"]
-    which = "" if best == steps else f"the adapter of step {best}; "
+    chosen = f", chosen on {summary['selection']} other problems" if summary["selection"] else ""
+    which = f"the adapter of step {best}{chosen}; " if chosen or best != steps else ""
     console.print(f"{which}{steps} steps, {duration(training)} training, {duration(summary['seconds']['wall'])} in all")
     print_answers(console, load_run(folder).answers)
     console.print(f"adapters: {folder / 'adapters'}", soft_wrap=True)

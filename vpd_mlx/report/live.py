@@ -66,6 +66,12 @@ def evaluation_lines(step: int, result: Mapping[str, Any]) -> list[str]:
     return [line] if worth is None else [line, worth]
 
 
+def selection_line(step: int, result: Mapping[str, Any], best: bool) -> str:
+    """One selection in one line."""
+    found = f"selection after step {step}, {result['problems']} other held-out problems: {percent(result['student'])}"
+    return f"{found}, the best so far" if best else found
+
+
 class QuietView(Progress):
     """Warnings only, on standard error."""
 
@@ -100,6 +106,10 @@ class PlainView(QuietView):
     def evaluation(self, step: int, result: Mapping[str, Any]) -> None:
         """A line or two."""
         print(*evaluation_lines(step, result), sep="\n", flush=True)
+
+    def selection(self, step: int, result: Mapping[str, Any], *, best: bool) -> None:
+        """A line."""
+        print(selection_line(step, result, best), flush=True)
 
 
 class LiveView(Progress):
@@ -152,6 +162,10 @@ class LiveView(Progress):
         self._console.print(Text("\n".join(evaluation_lines(step, result))))
         if result.get("gap") is not None:
             self._curves.setdefault("teacher gap", []).append(float(result["gap"]))
+
+    def selection(self, step: int, result: Mapping[str, Any], *, best: bool) -> None:
+        """A line above the table."""
+        self._console.print(Text(selection_line(step, result, best)))
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -7,8 +7,11 @@ One step, file by file:
 - `collect` samples the completions and has each one verified while the others are still being decoded.
 - `records` declares the rows that a step, a completion and an evaluation leave in the logs, and makes the first two.
 - `log` appends them to the run folder's files, which one process holds.
-- `warnings` looks through the rows for what goes wrong. `evaluate` measures student and teacher on held-out problems; `answers`
-  chooses those of which a person is shown the answers.
+- `warnings` looks through the rows for what goes wrong. `watch` finds a collapse in them within three steps, by the reward and by
+  lengths, entropy and the first token (`style`); `collapse` does what the recipe says about it.
+- `evaluate` measures student and teacher on held-out problems, `selection` the student alone on those set aside to choose the
+  adapter by. `best` calls both when they are due, and hands over the best adapter.
+- `answers` chooses the problems of which a person is shown the answers.
 - `state` keeps where the run stands and turns it into a checkpoint, or a checkpoint into it.
 
 Before any training `probe` measures student and teachers, `shift` what a teacher's prompt does to the style of answers, and

@@ -15,6 +15,7 @@ from vpd_mlx.errors import DataError
 from vpd_mlx.recipe import Recipe
 from vpd_mlx.run.evaluate import Measured, compared, measure, summed
 from vpd_mlx.run.progress import Progress
+from vpd_mlx.run.selection import apart
 from vpd_mlx.run.step import Trainer
 from vpd_mlx.types import Problem
 
@@ -42,7 +43,8 @@ def evaluate_change(
         recipe = recipe.model_copy(update={"lora": lora_of(adapter)})
     trainer, before = Trainer.build(recipe, progress, handed=handed), None
     with contextlib.closing(trainer.sources):
-        problems = (trainer.task.train if split == "train" else trainer.task.held_out)[: recipe.evaluation.problems]
+        _, reported = apart(recipe, trainer.task)
+        problems = (trainer.task.train if split == "train" else reported)[: recipe.evaluation.problems]
         if split != "train" and run is not None and trainer.task.held_out != trainer.task.train:
             _refuse_trained(run, problems)
         if adapter is not None:

@@ -94,8 +94,8 @@ def compared(base: Measured, other: Measured) -> dict[str, Paired]:
     return {name: difference for name, difference in both.items() if difference is not None}
 
 
-def evaluate(parts: Parts, step: int) -> tuple[Result, list[AnswerRow]]:
-    """A row of `evals.jsonl`, the held-out problems' figures with their intervals; and rows of `answers.jsonl`.
+def evaluate(parts: Parts, problems: Sequence[Problem], step: int) -> tuple[Result, list[AnswerRow]]:
+    """A row of `evals.jsonl`, these held-out problems' figures with their intervals; and rows of `answers.jsonl`.
 
     `student_there` is the student's avg@k on the problems where the teacher had feedback, so that `gap`, teacher less student,
     compares like with like.
@@ -104,11 +104,28 @@ def evaluate(parts: Parts, step: int) -> tuple[Result, list[AnswerRow]]:
         SourceError: the verifier failed on more than half of the completions.
     """
     start, k = time.perf_counter(), parts.recipe.evaluation.samples
-    found = measure(parts, parts.task.held_out[: parts.recipe.evaluation.problems])
+    found = measure(parts, problems)
     row = summed(found, at=("student", "student_greedy", "teacher", f"pass@{k}", f"maj@{k}"))
     seconds = round(time.perf_counter() - start, 3)
     answers: list[AnswerRow] = [{"step": step, **answer} for answer in found.answers]
     return {"step": step, **row, "greedy_by_problem": found.figures["student_greedy"], "seconds": seconds}, answers
+
+
+def answered(parts: Parts, problems: Sequence[Problem], name: str, samples: int, greedy: bool) -> Batch:
+    """The student's graded completions of these problems, this rank's; every call of a run draws alike under the same name."""
+    recipe = parts.recipe
+    seed = parts.policy.ranks.seed(phase_seed(recipe.seed, 0, "evaluation"))
+    return collect(
+        parts.policy,
+        parts.prompter,
+        partial(examine, parts.task),
+        problems,
+        samples,
+        _sampling(recipe, greedy),
+        threshold=recipe.rollout.success_threshold,
+        seed=phase_seed(seed, 0, name),
+        on_progress=lambda done, total: parts.progress.phase(f"evaluation, {name}", done, total),
+    )
 
 
 def measure(parts: Parts, problems: Sequence[Problem], *, greedy_only: bool = False) -> Measured:
@@ -126,21 +143,8 @@ def measure(parts: Parts, problems: Sequence[Problem], *, greedy_only: bool = Fa
     keys = [names(problems)[i] for i in own]
     problems = [problems[i] for i in own]
 
-    def run(name: str, samples: int, greedy: bool) -> Batch:
-        return collect(
-            parts.policy,
-            parts.prompter,
-            partial(examine, task),
-            problems,
-            samples,
-            _sampling(recipe, greedy),
-            threshold=recipe.rollout.success_threshold,
-            seed=phase_seed(seed, 0, name),
-            on_progress=lambda done, total: parts.progress.phase(f"evaluation, {name}", done, total),
-        )
-
-    sampled = None if greedy_only else run("student", k, False)
-    greedy = run("greedy", 1, True)
+    sampled = None if greedy_only else answered(parts, problems, "student", k, False)
+    greedy = answered(parts, problems, "greedy", 1, True)
     student = greedy if sampled is None else sampled
     groups = add_context(parts.sources.for_evaluation(), student.groups, parts.prompter, recipe.feedback)
     named = dict(zip(keys, groups, strict=True))

@@ -118,7 +118,7 @@ class Run:
 
     @property
     def evaluation(self) -> Evaluation:
-        """The evaluation of the adapter that the run hands over: the best one's with `keep_best`, else the newest."""
+        """The evaluation of the adapter that the run hands over; while it goes on, the newest."""
         of = number(self.summary.get("adapter_of_step"))
         chosen = [e for e in self.evals if of is not None and number(e.get("step")) == of]
         return (chosen or self.evals or [Evaluation()])[-1]
@@ -216,7 +216,10 @@ def load_run(path: Path) -> Run:
         path=path,
         config=config if isinstance(config, dict) else {},
         metrics=[cast(MetricsRow, upgraded(row)) for _, row in _rows(path / "metrics.jsonl")],
-        evals=[Evaluation(row) for _, row in _rows(path / "evals.jsonl")],
+        # In the order of steps: that of an adapter which is handed over after a collapse may come last.
+        evals=sorted(
+            (Evaluation(row) for _, row in _rows(path / "evals.jsonl")), key=lambda row: number(row.get("step")) or 0
+        ),
         summary=cast(Summary, summary),
         rollouts=entries,
     )

@@ -17,7 +17,7 @@ from vpd_mlx.run.records import upgraded
 
 __all__ = ["LOGS", "RECIPE_FILE", "RunLog", "check_resume", "free_run_folder", "json_lines"]
 
-LOGS = ("metrics.jsonl", "rollouts.jsonl", "evals.jsonl", "answers.jsonl")
+LOGS = ("metrics.jsonl", "rollouts.jsonl", "evals.jsonl", "selection.jsonl", "answers.jsonl")
 RECIPE_FILE = "config.yaml"  # a folder that holds it is a run
 LEAST_FREE = 64 << 20  # bytes: below it a run stops while its last checkpoint can still be written
 GIGABYTES = ("memory.limit_gb", "memory.cache_limit_gb", "memory.wired_limit_gb")
@@ -25,6 +25,7 @@ MAY_CHANGE = (
     "steps",
     "on_collapse",
     "evaluation.every",
+    "evaluation.selection_every",
     "checkpoint.",
     *GIGABYTES,
     "description",

@@ -13,11 +13,13 @@ from vpd_mlx.engine.ranks import ALONE, Heartbeat, Ranks
 from vpd_mlx.errors import RunError, SourceError
 from vpd_mlx.recipe import Recipe, dump
 from vpd_mlx.run.advice import gap_line, no_gap
+from vpd_mlx.run.best import finish, look, patience_is_out
 from vpd_mlx.run.collapse import react
 from vpd_mlx.run.followers import Followers
 from vpd_mlx.run.log import RECIPE_FILE, RunLog, json_lines
 from vpd_mlx.run.progress import Interrupted, Progress, Silent, Stop
 from vpd_mlx.run.records import Summary
+from vpd_mlx.run.selection import unchosen
 from vpd_mlx.run.setup import refuse_what_cannot_fit
 from vpd_mlx.run.state import RunState
 from vpd_mlx.run.step import Trainer
@@ -51,7 +53,7 @@ def train(
     followers = Followers(recipe.logging, progress)
     refuse_what_cannot_fit(recipe)
     trainer = Trainer.build(recipe, progress, stop, ranks, handed)
-    for note in (*trainer.policy.notes, *notices(trainer.task), *recipe.notices()):
+    for note in (*trainer.policy.notes, *notices(trainer.task), *recipe.notices(), *unchosen(recipe, trainer.task)):
         progress.note(note)
     trainer.sources.ready()
     log = RunLog()
@@ -83,20 +85,23 @@ def _run(state: RunState, followers: Followers, resume: bool) -> Summary:
             state.resume()
         if trainer.ranks.first:
             followers.start(state.log.path)
-        _evaluate_if_due(state)
+        new = not state.evaluations
+        look(state)
+        if new:
+            _check_gap(state, state.evaluations[0])
         if state.done == 0:
             state.checkpoint()
         while state.done < recipe.steps and not state.stopped:
             trainer.check_stop()
             state.log.check_space()
             _advance(state, warnings)
-            _evaluate_if_due(state)
+            look(state)
             followers.check()
             if state.done % recipe.checkpoint.every == 0 or state.done == recipe.steps:
                 state.checkpoint()
-            if _patience_is_out(state):
+            if patience_is_out(state):
                 break
-        result = _finish(state)
+        result = finish(state)
     except Interrupted:
         state.checkpoint()
         state.save_adapter()
@@ -129,23 +134,6 @@ def _advance(state: RunState, warnings: Warnings) -> None:
     state.take_snapshot(sources)
 
 
-def _evaluate_if_due(state: RunState, *, last: bool = False) -> None:
-    """Evaluate where the run stands, if that is due and not done: before the first step, on the way, at the end."""
-    trainer, every = state.trainer, state.trainer.recipe.evaluation.every
-    due = last or state.done in (0, trainer.recipe.steps) or (every is not None and state.done % every == 0)
-    if not due or (state.evaluations and state.evaluations[-1]["step"] == state.done):
-        return
-    row, answers = trainer.evaluate(state.done)
-    sources = state.settle()
-    state.count_evaluation(row)
-    state.log.append("evals.jsonl", [row])
-    state.log.append("answers.jsonl", answers)
-    trainer.progress.evaluation(row["step"], row)
-    state.take_snapshot(sources)
-    if state.done == 0:
-        _check_gap(state, row)
-
-
 def _check_gap(state: RunState, row: Mapping[str, Any]) -> None:
     """Before the first step: a teacher no better than the student would only do harm.
 
@@ -160,27 +148,3 @@ def _check_gap(state: RunState, row: Mapping[str, Any]) -> None:
     if recipe.on_no_gap == "stop":
         raise RunError(f"{text}, or set on_no_gap to warn to train all the same")
     state.trainer.progress.note(text)
-
-
-def _patience_is_out(state: RunState) -> bool:
-    """Whether the recipe's number of evaluations has passed without a better student."""
-    patience = state.trainer.recipe.evaluation.patience
-    values = [e["student"] or 0.0 for e in state.evaluations]
-    if patience is None or len(values) - 1 - values.index(max(values)) < patience:
-        return False
-    reason = f"no better student in {patience} evaluations (evaluation.patience)"
-    state.trainer.progress.note(f"stopping early after step {state.done}: {reason}")
-    return True
-
-
-def _finish(state: RunState) -> dict[str, Any]:
-    """The evaluation that the run ends with: the last, or, with `keep_best` and after a collapse, that of the best adapter, which
-    is put back."""
-    if not state.stopped:
-        _evaluate_if_due(state, last=True)
-    state.checkpoint()
-    if not (state.stopped or state.trainer.recipe.evaluation.keep_best) or state.best is None:
-        return state.evaluations[-1]
-    step, adapter = state.best
-    state.trainer.policy.set_adapter(adapter)
-    return next(e for e in state.evaluations if e["step"] == step)

@@ -46,6 +46,9 @@ class Progress:
     def evaluation(self, step: int, result: Mapping[str, Any]) -> None:
         """An evaluation is complete."""
 
+    def selection(self, step: int, result: Mapping[str, Any], *, best: bool) -> None:
+        """A look at the problems by which the adapter is chosen is complete; `best` says that it is the best so far."""
+
     def paused(self) -> AbstractContextManager[None]:
         """A block in which the terminal belongs to a dialogue with a person."""
         return nullcontext()

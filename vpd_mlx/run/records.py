@@ -27,6 +27,7 @@ __all__ = [
     "EvaluationRow",
     "MetricsRow",
     "RolloutRow",
+    "SelectionRow",
     "Summary",
     "answer_row",
     "rollout_metrics",
@@ -232,6 +233,21 @@ class AnswerRow(TypedDict, total=False):
     teacher_prompt: Annotated[str | None, "", "The teacher's prompt, decoded: the student's with the feedback in it."]
 
 
+class SelectionRow(TypedDict, total=False):
+    """A row of `selection.jsonl`: one look at the held-out problems by which `keep_best` chooses. They are never reported on."""
+
+    step: Annotated[int, "", "Steps done before it."]
+    problems: Annotated[int, "problems", "Problems set aside to choose by."]
+    student: Annotated[
+        Fraction, "0..1", "Mean score of a likeliest and a sampled completion of each: the highest is best."
+    ]
+    student_greedy: Annotated[Fraction, "0..1", "Mean score of the likeliest completions alone."]
+    length: Annotated[Number, "tokens", "Mean length of a sampled completion."]
+    truncated: Annotated[Fraction, "0..1", "Sampled completions cut off at `rollout.max_completion_tokens`."]
+    verifier_failures: Annotated[int, "completions", "Completions left out because the verifier failed on them."]
+    seconds: Annotated[float, "seconds", "Time that it took."]
+
+
 class Summary(TypedDict, total=False):
     """`summary.json`: the run, once it has ended."""
 
@@ -242,11 +258,16 @@ class Summary(TypedDict, total=False):
     steps: Annotated[int, "steps", "Steps done."]
     reverts: Annotated[int, "", "How often the run went back to its best adapter after a collapse."]
     adapter_of_step: Annotated[int, "", "The step after which the adapter stood as it is handed over."]
+    selection: Annotated[
+        int, "problems", "Held-out problems by which that adapter was chosen, none of those evaluated."
+    ]
     before: Annotated[Scores, "0..1", "`student`, `student_greedy` and `teacher` before the first step."]
     after: Annotated[Scores, "0..1", "The same of the adapter that is handed over."]
     problems: Annotated[int, "problems", "Held-out problems of that evaluation."]
     tokens: Annotated[int, "tokens", "Completion tokens sampled for training."]
-    seconds: Annotated[Seconds, "seconds", "By phase, as in `metrics.jsonl`; `evaluation`; `wall`, all in all."]
+    seconds: Annotated[
+        Seconds, "seconds", "By phase, as in `metrics.jsonl`; `evaluation`; `selection`; `wall`, all in all."
+    ]
     nonfinite_updates: Annotated[int, "updates", "Updates left out: loss or gradient was not finite."]
     ranks: Annotated[int, "processes", "Processes that trained together."]
     versions: Annotated[dict[str, str], "", "Of vpd-mlx, mlx, mlx-lm and Python; the platform and the device."]

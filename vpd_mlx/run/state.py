@@ -25,7 +25,7 @@ from vpd_mlx import __version__
 from vpd_mlx.algos.base import restore_parts, save_parts
 from vpd_mlx.errors import RunError
 from vpd_mlx.run.log import RunLog
-from vpd_mlx.run.records import FORMAT, RolloutRow, Summary, upgraded
+from vpd_mlx.run.records import FORMAT, RolloutRow, SelectionRow, Summary, upgraded
 from vpd_mlx.run.step import Trainer
 from vpd_mlx.tasks import fingerprint
 
@@ -137,7 +137,8 @@ class RunState:
         rows: of `metrics.jsonl`, for the warnings.
         evaluations: rows of `evals.jsonl`.
         seconds: by phase, over all steps and evaluations.
-        best: the step of the best evaluation and the adapter of then, once there is one.
+        selections: rows of `selection.jsonl`.
+        best: the best adapter's step and the adapter, once there is one: by selections if there are any, else by evaluations.
         initial: the adapter before the first step.
         reverts: how often the run has gone back after a collapse; stopped: whether one has ended it.
     """
@@ -148,6 +149,7 @@ class RunState:
         self.done = 0
         self.rows: list[dict[str, Any]] = []
         self.evaluations: list[dict[str, Any]] = []
+        self.selections: list[SelectionRow] = []
         self.seconds: dict[str, float] = {}
         self.best: tuple[int, dict[str, mx.array]] | None = None
         self.initial = trainer.policy.adapter
@@ -193,12 +195,20 @@ class RunState:
         self._nonfinite += sum(v for k, v in row.items() if k.endswith("/nonfinite"))
 
     def count_evaluation(self, row: dict[str, Any]) -> None:
-        """Add an evaluation; the adapter of the best one is kept."""
+        """Add an evaluation; the adapter of the best one is kept where there are no selections."""
         best = max((e["student"] or 0.0 for e in self.evaluations), default=-1.0)
-        if (row["student"] or 0.0) > best:
+        if (row["student"] or 0.0) > best and not self.selections:
             self.best = (self.done, self.trainer.policy.adapter)
         self.evaluations.append(row)
         self.seconds["evaluation"] = self.seconds.get("evaluation", 0.0) + row["seconds"]
+
+    def count_selection(self, row: SelectionRow) -> None:
+        """Add a selection; the adapter of the best one is kept."""
+        best = max((s["student"] or 0.0 for s in self.selections), default=-1.0)
+        if (row["student"] or 0.0) > best:
+            self.best = (self.done, self.trainer.policy.adapter)
+        self.selections.append(row)
+        self.seconds["selection"] = self.seconds.get("selection", 0.0) + row["seconds"]
 
     def seconds_left(self) -> float:
         """An estimate, by the steps so far and the newest evaluation."""
@@ -218,6 +228,7 @@ class RunState:
             "algorithm": scalars,
             "offsets": self.log.offsets(),
             "evaluations": list(self.evaluations),
+            "selections": list(self.selections),
             "seconds": dict(self.seconds),
             "wall": self._wall_now(),
             "tokens": self._tokens,
@@ -257,6 +268,7 @@ class RunState:
             "steps": self.done,
             "reverts": self.reverts,
             "adapter_of_step": result["step"],
+            "selection": self.selections[-1]["problems"] if self.selections else 0,
             "before": {name: self.evaluations[0][name] for name in scores},
             "after": {name: result[name] for name in scores},
             "problems": result["problems"],
@@ -291,7 +303,7 @@ class RunState:
             change = "the task's rows or its verifier have changed since this run's last checkpoint"
             trainer.progress.note(f"{change}: from here on the run differs from an undisturbed one")
         self.done = found.step
-        self.evaluations = state["evaluations"]
+        self.evaluations, self.selections = state["evaluations"], state.get("selections", [])
         self.seconds = state["seconds"]
         self.best = None if state["best"] is None else (state["best"], part("best"))
         self.reverts = state.get("reverts", 0)

@@ -22,6 +22,7 @@ from vpd_mlx.run.collect import Batch, collect
 from vpd_mlx.run.evaluate import evaluate
 from vpd_mlx.run.progress import Interrupted
 from vpd_mlx.run.records import AnswerRow, RolloutRow, rollout_metrics, rollout_row
+from vpd_mlx.run.selection import apart
 from vpd_mlx.run.setup import Parts
 from vpd_mlx.run.style import PROMPTS, Style
 from vpd_mlx.types import Group, Problem
@@ -193,7 +194,8 @@ class Trainer(Parts):
 
     def evaluate(self, step: int) -> tuple[dict[str, Any], list[AnswerRow]]:
         """Accuracy on held-out problems after `step` steps, and the answers to them."""
-        return evaluate(self, step)
+        _, reported = apart(self.recipe, self.task)
+        return evaluate(self, reported[: self.recipe.evaluation.problems], step)
 
     # --- stopping
 

@@ -24,14 +24,16 @@ __all__ = ["WINDOW", "Collapse", "collapse", "completions", "drift", "lineage", 
 Row = Mapping[str, Any]
 
 WINDOW = 3  # steps
+LINGER = 5  # steps for which a style must have moved: it moves before the reward does where a format is learned
 LONG = 10  # steps of the best stretch so far
 ALIKE = 0.7  # correlation of two completions of one problem
 GROUP = 4  # completions of a problem, where a row does not say
-RISEN, PAID, FALLEN = 1.0, 2.0, 5.0  # standard errors of the reward's change: anything, something, a loss
+RISEN, PAID, FALLEN = 0.5, 2.0, 5.0  # standard errors of the reward's change: anything, something, a loss
 LOST = 0.5  # of the best reward
 CUT_OFF, CUT_OFF_ERRORS = 0.3, 4.0  # rise of the share of cut-off completions
-CREEPING, CREEPING_ERRORS = 0.1, 3.5  # the same where the style has moved, too
+CREEPING, CREEPING_ERRORS = 0.1, 3.5  # the same where the style has moved far
 DRIFT, FAR = 0.3, 0.4  # style: total variation of the first token from the untrained model's
+WILDER = 1.5  # of the first steps' entropy, where the style has moved far
 LONGER, LONGER_TOKENS = 3.0, 12  # of the first steps' median length
 SOLVED = 0.9  # reward from which on nothing need pay, and wrong completions are few
 LEAST_RIGHT = 12  # completions for a mean over right ones
@@ -150,26 +152,32 @@ def collapse(rows: Sequence[Row]) -> Collapse | None:
     cut_off = f"{percent(now)} of completions are cut off at the limit, {percent(was)} at first"
     if now - was >= CUT_OFF and errors >= CUT_OFF_ERRORS:
         return Collapse("truncated", f"{cut_off}, {reward}")
+    other = f"the first token is another in {percent(moved)} of answers"
     if moved >= FAR and now - was >= CREEPING and errors >= CREEPING_ERRORS:
-        return Collapse("style", f"the first token is another in {percent(moved)} of answers, {cut_off}, {reward}")
+        return Collapse("style", f"{other}, {cut_off}, {reward}")
     was, now = first.mean("length_median"), last.mean("length_median")
     if moved >= FAR and now >= LONGER * was and now >= was + LONGER_TOKENS:
         return Collapse("length", f"completions have grown from {was:.0f} to {now:.0f} tokens (median), {reward}")
     was, now = first.mean("student/entropy"), last.mean("student/entropy")
+    if moved >= FAR and now > WILDER * was:
+        return Collapse("style", f"{other}, entropy has grown from {was:.2f} to {now:.2f} nats, {reward}")
     if now < ENTROPY_LEFT * was and now < ENTROPY_LOW:
         return Collapse("entropy", f"entropy has gone from {was:.3f} to {now:.3f} nats, {reward}")
     return None
 
 
 def drift(rows: Sequence[Row]) -> str | None:
-    """What to say of a style that moves without any gain; None if it stays, or the reward rises."""
-    view = _view(rows)
-    moved = None if view is None else number(view.last.rows[-1].get("style/first_token"))
-    if view is None or moved is None or moved < DRIFT or view.gain >= RISEN or view.pays:
+    """What to say of a style that has moved for some steps without any gain; None if it stays, or the reward rises."""
+    view, (path, kept) = _view(rows), lineage(rows)
+    recent = _Stretch(path[kept:][-LINGER:])
+    moved = [number(row.get("style/first_token")) or 0.0 for row in recent.rows]
+    if view is None or view.pays or len(moved) < LINGER or min(moved) < DRIFT:
         return None
-    was, now = view.first.mean("reward"), view.last.mean("reward")
+    if _errors(view.first, recent, "reward") >= RISEN:
+        return None
+    was, now = view.first.mean("reward"), recent.mean("reward")
     return (
-        f"the style drifts without a gain: the first token is another in {percent(moved)} of answers, and the reward went "
+        f"the style drifts without a gain: the first token is another in {percent(moved[-1])} of answers, and the reward went "
         f"from {was:.2f} to {now:.2f}"
     )
 

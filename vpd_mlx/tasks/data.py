@@ -22,7 +22,7 @@ from vpd_mlx.common.settings import HUB, Section
 from vpd_mlx.errors import DataError, Fault
 from vpd_mlx.types import Message, Problem
 
-__all__ = ["DatasetSettings", "fraction", "read_rows", "read_split"]
+__all__ = ["DatasetSettings", "content", "fraction", "read_rows", "read_split"]
 
 
 class DatasetSettings(Section):
@@ -112,18 +112,18 @@ def read_split(
     if cfg.eval_data is not None:
         train, held = rows, read(cfg.eval_data)
     else:
-        train = [p for p in rows if fraction(_content(p)) >= cfg.held_out]
-        held = [p for p in rows if fraction(_content(p)) < cfg.held_out]
+        train = [p for p in rows if fraction(content(p)) >= cfg.held_out]
+        held = [p for p in rows if fraction(content(p)) < cfg.held_out]
         if not held or not train:
             if reuse:
                 return tuple(rows), tuple(rows)
             side = "training" if held else "evaluation"
             what = f"the split by hash leaves no row of {len(rows)} for {side} (task.held_out is {cfg.held_out:g})"
             raise DataError(f"{cfg.data}: {what}; add rows, change task.held_out, or give task.eval_data")
-    seen = {_content(p): p.id for p in train}
+    seen = {content(p): p.id for p in train}
     for p in held:
-        if _content(p) in seen:
-            raise DataError(f"{p.id}: the same prompt as the training row {seen[_content(p)]}; take one of them out")
+        if content(p) in seen:
+            raise DataError(f"{p.id}: the same prompt as the training row {seen[content(p)]}; take one of them out")
     return tuple(train), tuple(held)
 
 
@@ -209,7 +209,8 @@ def _from_hub(source: str, revision: str | None) -> Path:
     return Path(found)
 
 
-def _content(problem: Problem) -> str:
+def content(problem: Problem) -> str:
+    """What a problem asks, as text to be hashed: its messages, whatever their spacing."""
     return json.dumps([[m["role"], " ".join(m["content"].split())] for m in problem.messages])
 
 
