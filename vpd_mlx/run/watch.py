@@ -28,7 +28,7 @@ LINGER = 5  # steps for which a style must have moved: it moves before the rewar
 LONG = 10  # steps of the best stretch so far
 ALIKE = 0.7  # correlation of two completions of one problem
 GROUP = 4  # completions of a problem, where a row does not say
-RISEN, PAID, FALLEN = 0.5, 2.0, 5.0  # standard errors of the reward's change: anything, something, a loss
+RISEN, PAID, FALLEN = 0.0, 2.0, 5.0  # standard errors of the reward's change: anything, something, a loss
 LOST = 0.5  # of the best reward
 CUT_OFF, CUT_OFF_ERRORS = 0.3, 4.0  # rise of the share of cut-off completions
 CREEPING, CREEPING_ERRORS = 0.1, 3.5  # the same where the style has moved far
@@ -166,16 +166,22 @@ def collapse(rows: Sequence[Row]) -> Collapse | None:
     return None
 
 
-def drift(rows: Sequence[Row]) -> str | None:
-    """What to say of a style that has moved for some steps without any gain; None if it stays, or the reward rises."""
+def _without_gain(rows: Sequence[Row]) -> _Stretch | None:
+    """The last `LINGER` steps, if their reward is no higher than that of the first; None if it is, or there are too few."""
     view, (path, kept) = _view(rows), lineage(rows)
     recent = _Stretch(path[kept:][-LINGER:])
-    moved = [number(row.get("style/first_token")) or 0.0 for row in recent.rows]
-    if view is None or view.pays or len(moved) < LINGER or min(moved) < DRIFT:
+    if view is None or view.pays or len(recent.rows) < LINGER or _errors(view.first, recent, "reward") > RISEN:
         return None
-    if _errors(view.first, recent, "reward") >= RISEN:
+    return recent
+
+
+def drift(rows: Sequence[Row]) -> str | None:
+    """What to say of a style that has moved for some steps without any gain; None if it stays, or the reward rises."""
+    recent = _without_gain(rows)
+    moved = [] if recent is None else [number(row.get("style/first_token")) or 0.0 for row in recent.rows]
+    if recent is None or min(moved) < DRIFT:
         return None
-    was, now = view.first.mean("reward"), recent.mean("reward")
+    was, now = _Stretch(rows[:WINDOW]).mean("reward"), recent.mean("reward")
     return (
         f"the style drifts without a gain: the first token is another in {percent(moved[-1])} of answers, and the reward went "
         f"from {was:.2f} to {now:.2f}"
@@ -183,14 +189,15 @@ def drift(rows: Sequence[Row]) -> str | None:
 
 
 def moves_right(rows: Sequence[Row]) -> str | None:
-    """What to say of a teacher that is as far from the student on right completions as on wrong ones; None if it is not.
+    """What to say where nothing is gained from a teacher that differs on right completions as much as on wrong ones, else None.
 
-    What it changes in a right answer is not the answer: it is its style.
+    What it changes in a right answer is not the answer: it is its style. Where answers are free that need not hinder learning.
     """
-    path, kept = lineage(rows)
-    last = _Stretch(path[kept:][-WINDOW:])
-    right, wrong = last.mean("student/divergence_right"), last.mean("student/divergence_wrong")
-    count = sum((number(row.get("success")) or 0.0) * completions(row) for row in last.rows)
-    if len(last.rows) < WINDOW or count < LEAST_RIGHT or last.mean("success") > SOLVED or not right >= wrong:
+    recent = _without_gain(rows)
+    if recent is None or len(rows) < LONG:  # a gain takes its time
         return None
-    return f"the teacher differs as much on right completions ({right:.2f} nats) as on wrong ones ({wrong:.2f})"
+    right, wrong = recent.mean("student/divergence_right"), recent.mean("student/divergence_wrong")
+    count = sum((number(row.get("success")) or 0.0) * completions(row) for row in recent.rows)
+    if count < LEAST_RIGHT or recent.mean("success") > SOLVED or not right >= wrong:
+        return None
+    return f"no gain, and the teacher differs as much on right completions ({right:.2f} nats) as on wrong ones ({wrong:.2f})"
