@@ -124,7 +124,7 @@ class Updates:
         self.taught = [teacher_row(s) for s in self.samples]
         self.weights = [w / sum(map(len, unit_weights(self.student))) for w in unit_weights(self.student)]
         self.loss = Distillation(
-            m_step or MStepSettings(alpha=0.5, top_k=None), Teacher(TeacherSettings(weights="live"), "live", policy)
+            m_step or MStepSettings(alpha=0.5, top_k=None), Teacher(TeacherSettings(weights="live"), policy)
         )
 
     def fused(self) -> Any:
@@ -210,7 +210,6 @@ def recipe_of(algorithm: str, every: int = 5) -> Recipe:
     changes: dict[str, Any] = {
         "algorithm": algorithm,
         "optimizer.learning_rate": 1e-8,
-        "teacher.weights": None,
         "e_step.every": every,
     }
     return load_recipe(builtin_recipes()["quickstart"], list(changes.items()))

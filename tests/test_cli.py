@@ -131,7 +131,8 @@ def test_resume_refuses_another_recipe_and_lists_the_keys(tmp_path: Path):
         "2 faults",
         "lora.rank: differs from the run's recipe",
         "seed: differs",
-        "only these may change: steps, evaluation.every",
+        "only these may change: steps, ",
+        "evaluation.every",
     ):
         assert words in changed.stderr
     assert (run / "metrics.jsonl").read_bytes() == before

@@ -38,6 +38,7 @@ TINY: dict[str, Any] = {
     "rollout.max_completion_tokens": 6,
     "evaluation.problems": 2,
     "evaluation.samples": 1,
+    "evaluation.keep_best": False,  # else nothing may be handed over: it learns nothing in two steps
     "e_step.every": 1,
     "e_step.minibatch_prompts": 2,
     "m_step.minibatch_prompts": 1,
