@@ -175,6 +175,34 @@ def test_two_ranks_train_and_go_on_as_if_never_stopped(tmp_path: Path):
     assert all(np.array_equal(whole[k], parts[k]) for k in whole)
 
 
+COLLAPSE = """
+from vpd_mlx.__main__ import main
+from vpd_mlx.run import collapse
+from vpd_mlx.run.watch import Collapse
+collapse.collapse = lambda rows: Collapse("length", "it rambles") if rows[-1]["step"] == 2 else None
+main()
+"""
+
+
+def test_two_ranks_choose_the_same_adapter_and_go_back_together(tmp_path: Path):
+    chosen = (
+        "evaluation.keep_best=true",
+        "evaluation.selection=3",
+        "evaluation.selection_every=1",
+        "on_collapse=revert",
+    )
+    sets = [word for key in chosen for word in ("--set", key)]
+    done = end(start(["-c", COLLAPSE, *training(tmp_path, "--steps", "3", *sets)[2:]], tmp_path))
+    assert [code for code, *_ in done] == [0, 0], done
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [("watch/reverted_to" in row) for row in rows] == [False, True, False]
+    assert [(s["step"], s["problems"]) for s in read_rows(tmp_path / "run" / "selection.jsonl")] == [
+        (n, 3) for n in range(4)
+    ]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["reverts"], summary["selection"]) == (1, 3)
+
+
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_the_number_of_ranks_may_change_on_resume(tmp_path: Path, before: int, after: int):
     assert [code for code, *_ in end(start(training(tmp_path, "--steps", "1"), tmp_path, before))] == [0] * before

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from vpd_mlx.common.stats import mean
 from vpd_mlx.errors import SourceError
 from vpd_mlx.recipe import Recipe
+from vpd_mlx.run.collect import Batch
 from vpd_mlx.run.evaluate import answered
 from vpd_mlx.run.records import SelectionRow
 from vpd_mlx.run.setup import Parts
@@ -58,7 +59,8 @@ def score(parts: Parts, problems: Sequence[Problem], step: int) -> SelectionRow:
     """
     start, ranks = time.perf_counter(), parts.policy.ranks
     mine = [problems[i] for i in ranks.own_range(len(problems))]
-    found = ranks.gather([answered(parts, mine, "selection", 1, greedy) for greedy in (True, False)])
+    none = Batch([], [])  # more ranks than problems
+    found = ranks.gather([answered(parts, mine, "selection", 1, greedy) if mine else none for greedy in (True, False)])
     failures = [f for rank in found for batch in rank for f in batch.failures]
     if len(failures) > len(problems):
         raise SourceError(f"the verifier failed on {len(failures)} completions, first {failures[0]}")
