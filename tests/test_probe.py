@@ -368,8 +368,10 @@ def test_a_teacher_no_better_than_the_student_stops_the_run(small: Callable[...,
     ):
         assert part in text
     assert not (tmp_path / "run" / "metrics.jsonl").read_text()
-    # What was found once is not asked again: a resume goes on.
-    summary = train(small(on_no_gap="stop", **BLIND), tmp_path / "run", resume=True)
+    # A resume changes nothing about it, unless it is told to.
+    with pytest.raises(RunError, match="on_no_gap"):
+        train(small(on_no_gap="stop", **BLIND), tmp_path / "run", resume=True)
+    summary = train(small(on_no_gap="warn", **BLIND), tmp_path / "run", resume=True)
     assert summary["steps"] == 2
 
 

@@ -13,7 +13,7 @@ from vpd_mlx.errors import DataError
 from vpd_mlx.feedback.prompts import Prompter
 from vpd_mlx.types import Group, Problem, Rollout, Verdict
 
-__all__ = ["Batch", "check_prompt_lengths", "collect", "sample_graded", "student_prompts"]
+__all__ = ["Batch", "check_prompt_lengths", "collect", "student_prompts"]
 
 WORKERS = 4
 HEARTBEAT = 1.0  # seconds
@@ -60,39 +60,6 @@ def student_prompts(prompter: Prompter, problems: Sequence[Problem]) -> list[tup
 
 def collect(
     policy: Policy,
-    prompter: Prompter,
-    verify: Callable[[Problem, str], Verdict],
-    problems: Sequence[Problem],
-    group_size: int,
-    how: Sampling,
-    *,
-    threshold: float,
-    seed: int,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-    on_graded: Callable[[Problem, Rollout], None] = lambda problem, rollout: None,
-) -> Batch:
-    """Groups of completions for problems, graded.
-
-    `on_progress` is called with (finished, total) after each completion, and every second while verdicts are awaited; what it
-    raises ends the call at once, even while verifiers run. `on_graded` is called with each rollout that has its verdict, in a
-    worker thread.
-    """
-    return sample_graded(
-        policy,
-        verify,
-        problems,
-        student_prompts(prompter, problems),
-        group_size,
-        how,
-        threshold=threshold,
-        seed=seed,
-        on_progress=on_progress,
-        on_graded=on_graded,
-    )
-
-
-def sample_graded(
-    policy: Policy,
     verify: Callable[[Problem, str], Verdict],
     problems: Sequence[Problem],
     prompts: Sequence[tuple[int, ...]],
@@ -104,7 +71,12 @@ def sample_graded(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     on_graded: Callable[[Problem, Rollout], None] = lambda problem, rollout: None,
 ) -> Batch:
-    """`collect` with a prompt for each problem, in ids: the student's or a teacher's."""
+    """Groups of completions for problems, graded; `prompts` has the ids of each one's prompt, the student's or a teacher's.
+
+    `on_progress` is called with (finished, total) after each completion, and every second while verdicts are awaited; what it
+    raises ends the call at once, even while verifiers run. `on_graded` is called with each rollout that has its verdict, in a
+    worker thread.
+    """
     total = len(problems) * group_size
 
     def grade(problem: Problem, rollout: Rollout) -> Rollout:

@@ -22,7 +22,7 @@ from vpd_mlx.engine.sampling import Sampling, generate
 from vpd_mlx.errors import SourceError
 from vpd_mlx.feedback import add_context
 from vpd_mlx.recipe import Recipe
-from vpd_mlx.run.collect import Batch, collect
+from vpd_mlx.run.collect import Batch, collect, student_prompts
 from vpd_mlx.run.records import AnswerRow, answer_row
 from vpd_mlx.run.setup import Parts
 from vpd_mlx.tasks import Task, answer_of, examine
@@ -117,9 +117,9 @@ def answered(parts: Parts, problems: Sequence[Problem], name: str, samples: int,
     seed = parts.policy.ranks.seed(phase_seed(recipe.seed, 0, "evaluation"))
     return collect(
         parts.policy,
-        parts.prompter,
         partial(examine, parts.task),
         problems,
+        student_prompts(parts.prompter, problems),
         samples,
         _sampling(recipe, greedy),
         threshold=recipe.rollout.success_threshold,

@@ -24,6 +24,7 @@ GIGABYTES = ("memory.limit_gb", "memory.cache_limit_gb", "memory.wired_limit_gb"
 MAY_CHANGE = (
     "steps",
     "on_collapse",
+    "on_no_gap",
     "evaluation.every",
     "evaluation.selection_every",
     "checkpoint.",

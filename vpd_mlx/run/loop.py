@@ -85,11 +85,9 @@ def _run(state: RunState, followers: Followers, resume: bool) -> Summary:
             state.resume()
         if trainer.ranks.first:
             followers.start(state.log.path)
-        new = not state.evaluations
         look(state)
-        if new:
-            _check_gap(state, state.evaluations[0])
         if state.done == 0:
+            _check_gap(state, state.evaluations[0])
             state.checkpoint()
         while state.done < recipe.steps and not state.stopped:
             trainer.check_stop()

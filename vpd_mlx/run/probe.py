@@ -29,7 +29,7 @@ from vpd_mlx.feedback.prompts import PLACEHOLDERS, Prompter, Templates
 from vpd_mlx.feedback.wordings import STYLES
 from vpd_mlx.recipe import Recipe
 from vpd_mlx.run.advice import Advice, Contexts, Student, Teacher, recommend
-from vpd_mlx.run.collect import Batch, sample_graded, student_prompts
+from vpd_mlx.run.collect import Batch, collect, student_prompts
 from vpd_mlx.run.evaluate import names
 from vpd_mlx.run.progress import Progress
 from vpd_mlx.run.setup import Parts
@@ -181,7 +181,7 @@ class _Bench:
             self.parts.stop.check()
             self.parts.progress.phase("probe", before + done, self._total)
 
-        batch = sample_graded(
+        batch = collect(
             self.parts.policy,
             self.parts.task.verify,
             problems,

@@ -18,7 +18,7 @@ from vpd_mlx.engine.ranks import Ranks
 from vpd_mlx.engine.sampling import Sampling
 from vpd_mlx.errors import RunError, SourceError, VpdError
 from vpd_mlx.feedback import add_context
-from vpd_mlx.run.collect import Batch, collect
+from vpd_mlx.run.collect import Batch, collect, student_prompts
 from vpd_mlx.run.evaluate import evaluate
 from vpd_mlx.run.progress import Interrupted
 from vpd_mlx.run.records import AnswerRow, RolloutRow, rollout_metrics, rollout_row
@@ -132,9 +132,9 @@ class Trainer(Parts):
         with clock("rollout"):
             batch = collect(
                 self.policy,
-                self.prompter,
                 self.task.verify,
                 problems,
+                student_prompts(self.prompter, problems),
                 cfg.group_size,
                 Sampling(
                     cfg.temperature, cfg.top_p, cfg.max_completion_tokens, memory.rollout_rows, memory.rollout_streams
