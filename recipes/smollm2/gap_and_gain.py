@@ -1,15 +1,19 @@
-"""Does the gap before training foretell the gain? Reads finished runs, prints a table, draws a picture.
+"""Does the gap that `vpd-mlx probe` finds before training foretell the gain? Prints a table, draws a picture.
 
-    python gap_and_gain.py RUN... --out gap.png
+    python gap_and_gain.py benchmarks/smollm2 --out gap.png
 
-The gap is the accuracy of the teacher less that of the student, both sampled, before the first step; the gain is that of the
-student's greedy accuracy on the same held-out problems.
+The folder has what `vpd-mlx probe --json` printed in probes/<task>.json, and the run of each source alone in
+others/<task>-<source>. The gap is the teacher's accuracy less the student's, both sampled, on training problems; the gain is that
+of the student's greedy accuracy on held-out problems.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -22,8 +26,18 @@ import matplotlib.pyplot as plt
 DRAWS = 10_000
 
 
+def pairs(folder: Path) -> Iterator[tuple[str, dict[str, Any], dict[str, Any], list[dict[str, Any]]]]:
+    """(task-source, student, teacher, evaluations of the run) of every source that was probed and trained with."""
+    for file in sorted((folder / "probes").glob("*.json")):
+        found = json.loads(file.read_text())
+        for teacher in found["teachers"]:
+            run = folder / "others" / f"{file.stem}-{teacher['source']}"
+            if run.is_dir():
+                yield run.name, found["student"], teacher, vpd.load_run(run).evals
+
+
 def correlation(gaps: np.ndarray, gains: np.ndarray) -> tuple[float, float, float]:
-    """Pearson's r and a 95 % bootstrap interval over runs."""
+    """Pearson's r and a 95 % bootstrap interval over pairs."""
     draw = np.random.default_rng(0)
     found = []
     for _ in range(DRAWS):
@@ -37,29 +51,27 @@ def correlation(gaps: np.ndarray, gains: np.ndarray) -> tuple[float, float, floa
 def main() -> None:
     """Print the table and write the picture."""
     parser = argparse.ArgumentParser(description="Does the gap before training foretell the gain?")
-    parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs")
+    parser.add_argument("folder", type=Path, help="folder with probes/ and others/")
     parser.add_argument("--out", type=Path, default=Path("gap.png"))
     given = parser.parse_args()
-    names, gaps, gains = [], [], []
-    print(
-        "| run | student before | teacher before | gap | greedy before | greedy after | gain |\n|---|---|---|---|---|---|---|"
-    )
-    for path in given.runs:
-        evaluations = vpd.load_run(path).evals
-        first, last = evaluations[0], evaluations[-1]
-        gap, gain = first["gap"], last["student_greedy"] - first["student_greedy"]
-        names, gaps, gains = [*names, path.name], [*gaps, gap], [*gains, gain]
-        figures = (first["student"], first["teacher"], gap, first["student_greedy"], last["student_greedy"], gain)
-        print(f"| {path.name} | {' | '.join(f'{100 * x:.0f}' for x in figures)} |")
+    print("| pair | student | teacher | gap | its interval | greedy before | greedy after | gain |")
+    print("|---|---|---|---|---|---|---|---|")
+    gaps, gains = [], []
     figure, axis = plt.subplots(figsize=(5.2, 3.8))
-    axis.scatter(100 * np.array(gaps), 100 * np.array(gains))
-    for name, x, y in zip(names, gaps, gains, strict=True):
-        axis.annotate(name, (100 * x, 100 * y), fontsize=6, xytext=(3, 3), textcoords="offset points")
+    for name, student, teacher, evaluations in pairs(given.folder):
+        gap, before, after = teacher["gap"], evaluations[0]["student_greedy"], evaluations[-1]["student_greedy"]
+        x, y = 100 * gap["difference"], 100 * (after - before)
+        sampled = f"{100 * student['sampled']:.0f} | {100 * teacher['sampled']:.0f} | {x:.0f}"
+        between = f"{100 * gap['low']:.0f} to {100 * gap['high']:.0f}"
+        print(f"| {name} | {sampled} | {between} | {100 * before:.0f} | {100 * after:.0f} | {y:.0f} |")
+        axis.errorbar(x, y, xerr=[[x - 100 * gap["low"]], [100 * gap["high"] - x]], fmt="o", color="C0", lw=0.8)
+        axis.annotate(name, (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
+        gaps, gains = [*gaps, x], [*gains, y]
     axis.set(xlabel="gap before training: teacher - student, points", ylabel="gain in greedy accuracy, points")
     axis.grid(alpha=0.3)
     if len(gaps) > 2:
         r, low, high = correlation(np.array(gaps), np.array(gains))
-        print(f"\nr = {r:.2f} (95 % interval {low:.2f} to {high:.2f}, {len(gaps)} runs)")
+        print(f"\nr = {r:.2f} (95 % interval {low:.2f} to {high:.2f}, {len(gaps)} pairs)")
         axis.set_title(f"r = {r:.2f} ({low:.2f} to {high:.2f})", fontsize=9)
     figure.tight_layout()
     figure.savefig(given.out, dpi=110)
