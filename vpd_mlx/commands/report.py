@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vpd_mlx.common.stats import paired
 from vpd_mlx.common.text import figures, points, points_range, steps
 from vpd_mlx.errors import wrong_option
 from vpd_mlx.run.folder import Run, load_run, short_names
+from vpd_mlx.run.pairing import pair_up, refuse_strangers
 
 __all__ = ["compare", "report"]
 
@@ -46,12 +46,13 @@ def compare(
     if len({r.resolve() for r in runs}) < len(runs):
         raise wrong_option("RUN...", "names a run twice", "name each once")
     found = dict(zip(short_names(runs), map(load_run, runs), strict=True))
+    refuse_strangers(found)
     console = Console(highlight=False)
     console.print(_table(found))
     console.print(
         "Each run is judged by the evaluation of its final adapter, or by the newest one if it is unfinished. Difference: "
-        "greedy, on the problems that both runs were evaluated on. Second lines are 95 % intervals over problems; another "
-        "seed of a recipe may differ by more."
+        "greedy, on the problems that both runs were evaluated on, known by their content. Second lines are 95 % intervals "
+        "over problems; another seed of a recipe may differ by more."
     )
     if out is not None:
         from vpd_mlx.report.page import comparison_page, save
@@ -67,11 +68,12 @@ def _table(runs: dict[str, Run]) -> Table:
         table.add_column(head, justify="right", no_wrap=True)
     for name, run in runs.items():
         cells = [Text("\n".join(figures(run.evaluation, key))) for key in ("student", "student_greedy", "teacher")]
-        p = None if run is base else paired(base.greedy(), run.greedy())
+        pairing = pair_up(base, run)
+        p = None if run is base else pairing.difference
+        difference = "-"
         if p is not None:
-            difference = f"{points(p.difference)} {p.verdict}\n{points_range(p.low, p.high)}"
-        else:
-            difference = "-" if run is base else "no problem\nin common"
+            paired_by = f"{p.problems} rows of a name" if pairing.by_name else f"{p.problems} shared problems"
+            difference = f"{points(p.difference)} {p.verdict}\n{points_range(p.low, p.high)}\n{paired_by}"
         done = steps(run.done) if run.planned in (None, run.done) else f"{run.done} of {run.planned} steps"
         at = "" if not run.evals or run.evaluated == run.done else f"\nevaluated after {steps(run.evaluated)}"
         table.add_row(Text(f"{name}\n{run.algorithm}, {done}{at}"), *cells, Text(difference))

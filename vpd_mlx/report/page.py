@@ -19,13 +19,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from vpd_mlx.common.files import write_atomic
-from vpd_mlx.common.stats import paired
 from vpd_mlx.common.text import duration, figures, number, percent, points, points_range, steps, without_surrogates
 from vpd_mlx.errors import wrong_option
 from vpd_mlx.report.plots import comparison_plots, legend_colors, run_plots
 from vpd_mlx.run.answers import choose as choose_answers
 from vpd_mlx.run.answers import rule
 from vpd_mlx.run.folder import NO_CONTEXT, LoggedRollout, Run, by_dotted_key
+from vpd_mlx.run.pairing import pair_up
 from vpd_mlx.run.warnings import findings
 
 __all__ = ["choose", "comparison_page", "run_page", "save"]
@@ -188,7 +188,7 @@ def comparison_page(runs: Mapping[str, Run]) -> str:
             "run": run,
             "color": color,
             "progress": _progress(run),
-            "paired": None if name == first else paired(base.greedy(), run.greedy()),
+            "paired": None if name == first else pair_up(base, run).difference,
         }
         for (name, run), color in zip(runs.items(), legend_colors(len(runs)), strict=True)
     ]
@@ -206,7 +206,7 @@ def comparison_page(runs: Mapping[str, Run]) -> str:
 def _verdicts(first: str, others: Sequence[Mapping[str, Any]]) -> str:
     """Which runs are better or worse than the first, in a sentence."""
     parts = [
-        f"{other['name']} has no held-out problem in common with it"
+        f"{other['name']} cannot be paired with it"
         if (p := other["paired"]) is None
         else f"{other['name']} is {p.verdict} ({points(p.difference)} points, {points_range(p.low, p.high)})"
         for other in others
@@ -219,11 +219,16 @@ def _not_comparable(runs: Mapping[str, Run]) -> list[str]:
     (first, base), *others = runs.items()
     out = []
     for name, run in others:
-        ours, theirs = set(base.greedy()), set(run.greedy())
-        if ours and theirs and ours != theirs:
+        pairing = pair_up(base, run)
+        if pairing.base and pairing.other and pairing.base.keys() != pairing.other.keys():
             out.append(
-                f"{name} was evaluated on different problems than {first} ({len(ours & theirs)} in common): compare only the "
+                f"{name} was evaluated on different problems than {first} ({pairing.shared} in common): compare only the "
                 "paired difference."
+            )
+        if pairing.by_name and pairing.shared:
+            out.append(
+                f"{name} or {first} has no hashes of its problems (an older run): they are paired by row names, which says "
+                "nothing where the files differ."
             )
         if base.done != run.done:
             out.append(f"{name} has done {steps(run.done)}, {first} {base.done}.")

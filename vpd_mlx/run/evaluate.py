@@ -23,6 +23,7 @@ from vpd_mlx.errors import SourceError
 from vpd_mlx.feedback import add_context
 from vpd_mlx.recipe import Recipe
 from vpd_mlx.run.collect import Batch, collect, student_prompts
+from vpd_mlx.run.pairing import fingerprints
 from vpd_mlx.run.records import AnswerRow, answer_row
 from vpd_mlx.run.setup import Parts
 from vpd_mlx.tasks import Task, answer_of, examine
@@ -108,7 +109,9 @@ def evaluate(parts: Parts, problems: Sequence[Problem], step: int) -> tuple[Resu
     row = summed(found, at=("student", "student_greedy", "teacher", f"pass@{k}", f"maj@{k}"))
     seconds = round(time.perf_counter() - start, 3)
     answers: list[AnswerRow] = [{"step": step, **answer} for answer in found.answers]
-    return {"step": step, **row, "greedy_by_problem": found.figures["student_greedy"], "seconds": seconds}, answers
+    hashes = dict(zip(names(problems), fingerprints(problems), strict=True))
+    greedy = {"greedy_by_problem": found.figures["student_greedy"], "hash_by_problem": hashes}
+    return {"step": step, **row, **greedy, "seconds": seconds}, answers
 
 
 def answered(parts: Parts, problems: Sequence[Problem], name: str, samples: int, greedy: bool) -> Batch:

@@ -178,6 +178,11 @@ class Run:
         """Greedy score by held-out problem at `evaluation`, before or after training; empty if it was not logged."""
         return greedy_by_problem(self.evaluation)
 
+    def hash_by_problem(self) -> dict[str, str]:
+        """Hash of each of these problems' content; empty for runs that logged none."""
+        found = self.evaluation.get("hash_by_problem")
+        return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+
     def change(self) -> Paired | None:
         """Greedy accuracy after training less before, paired by problem."""
         return paired(greedy_by_problem(self.before), greedy_by_problem(self.after))

@@ -214,6 +214,7 @@ class EvaluationRow(_Figures, total=False):
     truncated: Annotated[Fraction, "0..1", "Sampled completions cut off at `rollout.max_completion_tokens`."]
     verifier_failures: Annotated[int, "completions", "Completions left out because the verifier failed on them."]
     greedy_by_problem: Annotated[dict[str, float], "0..1", "Score of the likeliest completion by problem."]
+    hash_by_problem: Annotated[dict[str, str], "", "Hash of what each problem asks: the same in every run that has it."]
     seconds: Annotated[float, "seconds", "Time that the evaluation took."]
 
 
