@@ -66,6 +66,24 @@ ROWS: dict[str, dict[str, Any]] = {
         "entry_point": "root",
         "reference": "def root(cs):\n    return -cs[0] / cs[1]\ndef evaluate(cs, x):\n    return 0",
     },
+    # As HumanEval/32, 38 and 50: the tests call a function of the prompt, which uses others in turn.
+    "helper": {
+        "prompt": "from string import ascii_lowercase as letters\n\nSHIFT = 5\n\ndef code(c, by):\n"
+        "    return letters[(letters.index(c) + by) % 26]\n\ndef encode(s):\n    return ''.join(code(c, SHIFT) for c in s)"
+        '\n\ndef decode(s):\n    """The inverse of encode."""\n',
+        "tests": "def check(candidate):\n    import random\n    for _ in range(9):\n"
+        "        s = ''.join(random.choices('abcxyz', k=5))\n        assert candidate(encode(s)) == s\n",
+        "entry_point": "decode",
+        "reference": "def encode(s):\n    return 'aaaaa'\n\n"
+        "def decode(s):\n    return ''.join(chr((ord(c) - 5 - 97) % 26 + 97) for c in s)",
+    },
+    # As MBPP+ 737, 787 and 794: an object of which the tests use the truth alone.
+    "truth": {
+        "prompt": "Starts with a vowel?",
+        "tests": "assert vowel('annie')\nassert not vowel('dawood')\n",
+        "entry_point": "vowel",
+        "reference": "import re\ndef vowel(s):\n    return re.search('^[aeiou]', s)",
+    },
 }
 
 
@@ -180,6 +198,23 @@ def test_assertions_show_statement_and_call(tmp_path: Path) -> None:
 def test_a_completion_cannot_bring_its_own_helpers_to_the_tests(tmp_path: Path) -> None:
     built = task(tmp_path, "asserts")
     assert "root([1, 2]) gave 5" in feedback(built, "def root(cs): return 5\ndef evaluate(cs, x): return 0")
+    built = task(tmp_path, "helper")
+    assert feedback(built, "def encode(s): return 'a'\ndef code(c, by): return 'a'\nSHIFT = 0\ndef decode(s): return s")
+
+
+def test_helpers_may_stand_in_a_fence_or_in_the_reference_alone(tmp_path: Path) -> None:
+    row = ROWS["helper"]
+    whole = row["prompt"].replace('    """The inverse of encode."""', "    return s")
+    for prompt, reference in (
+        (f"Write decode:\n```python\n{row['prompt']}\n```\nThank you.", ""),
+        ("Write decode, please.", whole),
+        ("def encode(s):\n    pass\n", whole),
+    ):
+        suite = read_suite(row["tests"], "decode", "", "row 1", [prompt, reference])
+        names: dict[str, Any] = {}
+        exec(suite.setup, names)
+        assert names["encode"]("xyz") == "cde"
+    assert "decode" not in read_suite(row["tests"], "decode", "", "row 1", [row["prompt"]]).setup.split("def check")[0]
 
 
 # --- forging

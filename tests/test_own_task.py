@@ -124,7 +124,10 @@ def test_data_check_counts_and_refuses(mine: Path):
         assert words in str(RUNNER.invoke(app, ["data", "check", str(mine)]).exception)
     (mine.parent / "verifier.py").write_text("def verify(problem, completion): return 0.25\n")
     rows.write_text(whole)
-    assert "scores 0.25, not 1" in str(RUNNER.invoke(app, ["data", "check", str(mine)]).exception)
+    every = RUNNER.invoke(app, ["data", "check", str(mine)])
+    assert sorted(int(line.split(":")[1]) for line in every.output.splitlines()) == list(range(1, 11))
+    assert every.output.count("scores 0.25, not 1") == 10
+    assert "10 of 10 rows fail, as listed; fix the rows or the verifier" in str(every.exception)
 
 
 def test_the_recipe_is_commented_and_sound(mine: Path):

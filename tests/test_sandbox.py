@@ -385,6 +385,24 @@ def test_judge_reports_the_statement_and_the_call(box: Sandbox) -> None:
     assert failed.failure == Failure("IndexError", "list index out of range", 2)
 
 
+def test_of_an_object_only_its_truth_reaches_the_tests(box: Sandbox) -> None:
+    program = "import re\ndef f(x): return re.match('a', x)\ndef same(x): return x"
+    good = ["assert f('a')", "assert not f('b')", "assert f('a') is not None"]
+    bad = [
+        "assert f('b')",
+        "assert not f('a')",
+        "assert f('a') == True",
+        "assert f('a').group() == 'a'",
+        "assert same(f('a'))",
+    ]
+    with box.open(program) as session:
+        outcomes = box.judge(session, [*good, *bad], {"f": "f", "same": "same"}, most_failures=9)
+        assert [o.passed for o in outcomes] == [True] * len(good) + [False] * len(bad)
+        assert outcomes[5].failure is not None
+        assert outcomes[5].failure.message == "a Match, which is not plain data"
+        assert str(session.call("f", ["a"])) == "TypeError: the call returned a Match, which is not plain data"
+
+
 def test_a_broken_test_is_not_the_programs_fault(box: Sandbox) -> None:
     for tests, setup in (
         (["assert undefined == 1"], ""),

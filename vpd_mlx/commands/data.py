@@ -9,6 +9,7 @@ import typer
 
 from vpd_mlx.commands.options import SetOption
 from vpd_mlx.common.settings import parse_set
+from vpd_mlx.common.text import one_line
 from vpd_mlx.errors import DataError
 from vpd_mlx.recipe import load_recipe, resolve_recipe_path
 
@@ -23,18 +24,23 @@ def check(
 ) -> None:
     """Read every row, run every reference through the verifier, and count: lengths against the limits, duplicates, leaks.
 
-    Exit code 2 with the place and the remedy when a row is unusable.
+    Lists every row whose reference does not score 1. Exit code 2 with the place and the remedy when a row is unusable.
     """
     import numpy as np
 
     from vpd_mlx.run.collect import check_prompt_lengths
     from vpd_mlx.run.setup import build_prompter, load_policy
-    from vpd_mlx.tasks import build_task, prove
+    from vpd_mlx.tasks import build_task, faulty_rows
 
     cfg = load_recipe(resolve_recipe_path(recipe), parse_set(sets or []))
     task = build_task(cfg)  # refuses broken rows and prompts on both sides of the split
     rows = (*task.train, *task.held_out)
-    prove(task, rows=len(rows))
+    faults = 0
+    for fault in faulty_rows(task, rows):
+        typer.echo(one_line(fault))  # at once: grading all of them may take long
+        faults += 1
+    if faults:
+        raise DataError(f"{recipe}: {faults} of {len(rows)} rows fail, as listed; fix the rows or the verifier")
     prompter = build_prompter(cfg, load_policy(cfg))
     lengths = [len(prompter.student(p)) for p in rows]
     answers = [len(prompter.tokenizer.encode(a)) for p in rows if (a := task.reference_completion(p)) is not None]

@@ -177,10 +177,13 @@ class LoadedProgram(AbstractContextManager["LoadedProgram"]):
             TypeError: an argument is not plain data.
             SourceError: the sandbox itself failed.
         """
-        return self.send(name, [encode(a) for a in args], {k: encode(v) for k, v in (kwargs or {}).items()})
+        answer = self.send(name, [encode(a) for a in args], {k: encode(v) for k, v in (kwargs or {}).items()})
+        if isinstance(answer, Value) and answer.opaque is not None:
+            return Failure("TypeError", f"the call returned {answer.opaque}")
+        return answer
 
     def send(self, name: str, args: list[Any], kwargs: dict[str, Any]) -> Value | Failure:
-        """Like `call`, with encoded arguments."""
+        """Like `call`, with encoded arguments; an object that is not plain data comes back as a value with its truth alone."""
         if not self._loaded and self._end is None:
             self._receive()
             self._loaded = True

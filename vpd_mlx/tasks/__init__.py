@@ -19,7 +19,7 @@ With several ranks, `fingerprint` must be the same on all.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 from vpd_mlx.common.functions import NOTHING, Handed
@@ -37,7 +37,7 @@ from vpd_mlx.tasks.reasoning_gym import ReasoningGym, ReasoningGymSettings
 from vpd_mlx.tasks.regex import Regex, RegexSettings
 from vpd_mlx.types import Problem, Verdict
 
-__all__ = ["TASKS", "Task", "answer_of", "build_task", "examine", "fingerprint", "notices", "prove"]
+__all__ = ["TASKS", "Task", "answer_of", "build_task", "examine", "faulty_rows", "fingerprint", "notices", "prove"]
 
 
 class Task(Protocol):
@@ -77,6 +77,7 @@ TASKS: list[tuple[type[Section], Callable[[Any], Task]]] = [
     (FunctionSettings, Function),
 ]
 """(section of the recipe, class of the task) for every kind of task."""
+MOST_SHOWN = 200  # characters of a reference answer in an error
 
 
 def build_task(recipe: Any, handed: Handed = NOTHING) -> Task:
@@ -121,22 +122,28 @@ def fingerprint(task: Task) -> str:
 def prove(task: Task, rows: int = 32) -> None:
     """Run reference answers through the verifier: each must score 1.0, or training would learn from wrong verdicts.
 
-    Held-out rows are graded as in evaluation, too.
-
     Raises:
         DataError: a reference answer does not score 1.0, or the verifier fails on it.
     """
-    for problem in (*task.train[:rows], *task.held_out[:rows]):
+    for fault in faulty_rows(task, (*task.train[:rows], *task.held_out[:rows])):
+        raise DataError(f"{fault}; fix the row or the verifier")
+
+
+def faulty_rows(task: Task, problems: Iterable[Problem]) -> Iterator[str]:
+    """Every row whose reference answer does not score 1.0, one after another, with the reason in words.
+
+    All are graded as in evaluation, too.
+    """
+    for problem in problems:
         answer = task.reference_completion(problem)
         if answer is None:
             continue
         verdict = task.verify(problem, answer)
         if verdict.error is None and verdict.score == 1.0:
             verdict = examine(task, problem, answer)
+        shown = repr(answer if len(answer) <= MOST_SHOWN else f"{answer[:MOST_SHOWN]}...")
         if verdict.error is not None:
-            what = f"the verifier failed on the reference answer {answer!r}"
-            raise DataError(f"row {problem.id}: {what}: {verdict.error}")
-        if verdict.score < 1.0:
-            what = f"the reference answer {answer!r} scores {verdict.score:g}, not 1"
+            yield f"row {problem.id}: the verifier failed on the reference answer {shown}: {verdict.error}"
+        elif verdict.score < 1.0:
             why = f" ({verdict.text})" if verdict.text else ""
-            raise DataError(f"row {problem.id}: {what}{why}; fix the row or the verifier")
+            yield f"row {problem.id}: the reference answer {shown} scores {verdict.score:g}, not 1{why}"

@@ -98,7 +98,8 @@ class Code:
         row, cfg = problem.data, self._cfg
         column = cfg.private_tests if private and row.get(cfg.private_tests) else cfg.tests
         function, setup = _function(row.get(cfg.entry_point)), str(row.get(cfg.setup) or "")
-        return read_suite(row.get(column), function, setup, f"row {problem.id}, {column}")
+        helpers = [problem.prompt, problem.reference or ""]
+        return read_suite(row.get(column), function, setup, f"row {problem.id}, {column}", helpers)
 
     def _grade(self, problem: Problem, completion: str, private: bool) -> Verdict:
         program = in_fence(completion)

@@ -2,7 +2,8 @@
 
 - input and output: `[{"input": ..., "output": ...}, ...]` or `{"inputs": [...], "outputs": [...]}`, as LiveCodeBench and APPS;
 - function calls: the same with a function's name (LiveCodeBench's `testtype: functional`: one line of JSON for each argument);
-- assertions: a list of statements as in MBPP, or code, with or without HumanEval's `check(candidate)`.
+- assertions: a list of statements as in MBPP, or code, with or without HumanEval's `check(candidate)`. They may call helpers
+  that the prompt or the row's reference defines, as in HumanEval/32; those come from the row, never from a completion.
 
 All but the last may be JSON text; LiveCodeBench's packed private tests are read without unpickling.
 """
@@ -13,18 +14,26 @@ import ast
 import base64
 import binascii
 import builtins
+import contextlib
 import json
 import pickletools
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from vpd_mlx.errors import DataError
+from vpd_mlx.tasks.answers import in_fence
 
 __all__ = ["Suite", "imports_for", "read_suite"]
 
 MOST_UNPACKED = 256 << 20  # bytes
+UNREADABLE = (
+    SyntaxError,
+    ValueError,
+    RecursionError,
+    MemoryError,
+)  # what `ast.parse` raises on text that is not Python
 
 
 @dataclass(frozen=True)
@@ -37,8 +46,8 @@ class Suite:
     setup: str = ""
 
 
-def read_suite(raw: Any, function: str | None, setup: str, place: str) -> Suite:
-    """The tests in one cell of a row.
+def read_suite(raw: Any, function: str | None, setup: str, place: str, helpers: Sequence[str] = ()) -> Suite:
+    """The tests in one cell of a row. Functions that assertions call and nothing defines are looked for in `helpers`, texts.
 
     Raises:
         DataError: they have none of the forms above, or assert on several functions and none is named.
@@ -55,11 +64,11 @@ def read_suite(raw: Any, function: str | None, setup: str, place: str) -> Suite:
             {"input": i, "output": o, "testtype": kind} for i, o in zip(value["inputs"], value["outputs"], strict=False)
         ]
     if isinstance(value, str) and value.strip():
-        return _assertions([], f"{setup}\n{value}", function, place)
+        return _assertions([], f"{setup}\n{value}", function, place, helpers)
     if not isinstance(value, list) or not value:
         raise fault(f"no tests in {str(raw)[:60]!r}", "give input and output, calls, or assertions")
     if all(isinstance(v, str) for v in value):
-        return _assertions(value, setup, function, place)
+        return _assertions(value, setup, function, place, helpers)
     if not all(isinstance(v, Mapping) and "input" in v and "output" in v for v in value):
         raise fault("a test without input or output", "give both in each, or assertions as text")
     calls = {v.get("testtype", "stdin") != "stdin" for v in value}
@@ -77,12 +86,12 @@ def imports_for(source: str) -> str:
     """Imports for the common names that a program uses and does not bind, as in LiveCodeBench's own harness."""
     try:
         missing = _unbound(ast.parse(source))
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    except UNREADABLE:
         return ""
     return "\n".join(sorted(USUAL[name] for name in missing & set(USUAL)))
 
 
-def _assertions(statements: list[str], setup: str, function: str | None, place: str) -> Suite:
+def _assertions(statements: list[str], setup: str, function: str | None, place: str, helpers: Sequence[str]) -> Suite:
     try:
         tree = ast.parse("\n".join([setup, *statements]))
         if not statements:
@@ -95,7 +104,7 @@ def _assertions(statements: list[str], setup: str, function: str | None, place: 
                 setup = ast.unparse(ast.Module([n for n in tree.body if n not in tests], []))
         for statement in statements:
             ast.parse(statement)
-    except (SyntaxError, ValueError) as error:
+    except UNREADABLE as error:
         raise DataError(f"{place}: tests that are not Python ({error}); fix them") from None
     if not statements:
         raise DataError(f"{place}: code without an assertion or a function `check`; give tests")
@@ -107,8 +116,54 @@ def _assertions(statements: list[str], setup: str, function: str | None, place: 
             remedy = "name the one under test in the column of task.entry_point"
             raise DataError(f"{place}: the tests call {names}; {remedy}")
         function = called.pop()
+    else:
+        given = _definitions(helpers, unbound - {function})
+        unbound |= _unbound(ast.parse(given))
+        setup = f"{given}\n{setup}"
     needed = sorted(USUAL[name] for name in unbound & set(USUAL) - {function})
     return Suite("assert", tuple((s, None) for s in statements), function, "\n".join([*needed, setup]))
+
+
+def _definitions(texts: Sequence[str], wanted: set[str]) -> str:
+    """Statements that define the wanted names, from the first text that does, with all that they use in turn."""
+    lines: list[str] = []
+    for text in texts:
+        if not wanted:
+            break
+        body = _parsed(text)
+        known = {name: node for node in body for name in _defined(node)}
+        todo, found = sorted(wanted & set(known)), set()
+        wanted = wanted - set(known)
+        while todo:
+            node = known[todo.pop()]
+            if node not in found:
+                found.add(node)
+                todo += sorted(_unbound(node) & set(known))
+        lines += [ast.unparse(node) for node in body if node in found]
+    return "\n".join(lines)
+
+
+def _parsed(text: str) -> list[ast.stmt]:
+    """The statements of a text that is Python, or whose last fenced block is."""
+    for source in (text, in_fence(text) or ""):
+        with contextlib.suppress(*UNREADABLE):
+            return ast.parse(source).body
+    return []
+
+
+def _defined(node: ast.stmt) -> list[str]:
+    """Names that a statement defines. A function that the prompt leaves to be written defines none."""
+    match node:
+        case ast.FunctionDef(name=name, body=body):
+            blank = all(isinstance(n, ast.Pass | ast.Expr | ast.Raise) for n in body)
+            return [] if blank else [name]
+        case ast.ClassDef(name=name):
+            return [name]
+        case ast.Import(names=names) | ast.ImportFrom(names=names):
+            return [alias.asname or alias.name.partition(".")[0] for alias in names]
+        case ast.Assign(targets=targets):
+            return [target.id for target in targets if isinstance(target, ast.Name)]
+    return []
 
 
 def _unbound(tree: ast.AST) -> set[str]:
