@@ -24,6 +24,7 @@ from vpd_mlx.common.seeds import phase_seed
 from vpd_mlx.engine import models
 from vpd_mlx.engine.batching import Capture, Extend, by_row, micro_batches, pad, shared_prompts
 from vpd_mlx.engine.heads import Head, chunk_size, map_tokens, target_logps, tempered
+from vpd_mlx.engine.memory import out_of_memory
 from vpd_mlx.engine.models import Adapter
 from vpd_mlx.engine.ranks import ALONE, Ranks
 from vpd_mlx.engine.settings import LoraSettings, MemorySettings
@@ -32,8 +33,6 @@ from vpd_mlx.types import TokenRow
 __all__ = ["Policy"]
 
 T = TypeVar("T")
-# How mlx says that memory ran out: when allocating, or from a failed command buffer on Metal.
-OUT_OF_MEMORY = ("Unable to allocate", "Insufficient Memory", "OutOfMemory", "greater than the maximum allowed buffer")
 LEAST_TOKENS = 64  # micro-batches are not halved below this: they hold single sequences by then
 DEFAULTS = MemorySettings()
 GPU_MULTIPLE = 32  # lengths on the GPU are padded to this, so that kernels see few shapes
@@ -49,7 +48,8 @@ class Policy:
         head: hidden states (m, D) -> float32-able logits (m, V), over `temperature`.
         temperature: at which completions to learn from are sampled: the policy is softmax(logits / temperature).
         shares_prompts: whether one pass over a prompt serves all its completions in updates.
-        widest: most rows that may be decoded side by side; None has no bound.
+        widest: most rows that this architecture can decode side by side; None has no bound.
+        rollout_rows: most rows that memory had room for side by side; None until it ran out in a rollout.
         notes: what a user should know of how this model is handled, e.g. a fallback.
         ranks: who else trains this policy.
     """
@@ -61,6 +61,7 @@ class Policy:
         self.notes: list[str] = []
         self.ranks: Ranks = ALONE
         self.widest: int | None = None
+        self.rollout_rows: int | None = None
         self.temperature = 1.0
         self._lora_config: dict[str, Any] = {}
         self._micro_batch_tokens = memory.micro_batch_tokens
@@ -154,8 +155,7 @@ class Policy:
             try:
                 return run()
             except RuntimeError as error:
-                out_of_memory = any(words in str(error) for words in OUT_OF_MEMORY)
-                if not out_of_memory or self._micro_batch_tokens < 2 * LEAST_TOKENS:
+                if not out_of_memory(error) or self._micro_batch_tokens < 2 * LEAST_TOKENS:
                     raise
                 self._micro_batch_tokens //= 2
                 self.notes.append(

@@ -6,6 +6,7 @@ The only module that touches mlx-lm's `BatchGenerator`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -19,12 +20,14 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
 from vpd_mlx import losses
+from vpd_mlx.engine.memory import free, out_of_memory
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.types import FinishReason, Rollout
 
 __all__ = ["Finished", "Reply", "Sampling", "default_streams", "generate", "probe_batches", "stream"]
 
 PREFILL = 2048  # prompt tokens read at once
+DEAD_ROWS = 8  # one in so many may have finished before the cache is copied without them
 CPU_STREAMS = 2  # one mlx stream keeps one core busy; a constant, so that a run is the same on any number of cores
 
 
@@ -83,8 +86,32 @@ def generate(
 
     The same seed, prompts and counts give the same tokens. Log-probabilities are those at `how.temperature`, over the whole
     vocabulary: without the nucleus. Greedy completions have those at temperature 1.
+
+    When memory runs out, all rows are sampled again by the same seed, half as many side by side, and so it is from then on: what
+    comes is what `how.rows` of that number gives. A place that was yielded before is yielded again, and replaces what it had.
     """
-    parts = min(how.streams or default_streams(), len(prompts))
+    while True:
+        bounds = [n for n in (how.rows, policy.rollout_rows) if n is not None]
+        now = replace(how, rows=min(bounds, default=None))
+        try:
+            yield from _once(policy, prompts, samples, now, seed)
+            return
+        except (RuntimeError, MemoryError) as error:
+            width = min(len(prompts) * samples, now.rows or len(prompts) * samples)
+            if not out_of_memory(error) or width < 2:
+                raise
+            policy.rollout_rows = width // 2
+        free()
+        policy.notes.append(
+            f"memory ran out: memory.rollout_rows is {policy.rollout_rows} from here on, and these completions are "
+            "sampled again; set it in the recipe to avoid this"
+        )
+
+
+def _once(
+    policy: Policy, prompts: Sequence[tuple[int, ...]], samples: int, how: Sampling, seed: int
+) -> Iterator[Finished]:
+    parts = min(how.streams or default_streams(), len(prompts), how.rows or len(prompts))
     if parts > 1:
         yield from _side_by_side(policy, prompts, samples, how, seed, parts)
         return
@@ -101,7 +128,7 @@ def _side_by_side(
     """
     results: queue.SimpleQueue[list[Finished] | BaseException | None] = queue.SimpleQueue()
     stop = threading.Event()
-    rows = None if how.rows is None else max(1, how.rows // parts)
+    rows = None if how.rows is None else how.rows // parts
 
     def work(part: int) -> None:
         start, end = len(prompts) * part // parts, len(prompts) * (part + 1) // parts
@@ -167,6 +194,39 @@ def _at(temperature: float, logps: mx.array, tokens: mx.array) -> mx.array:
     return losses.token_logps(logps.astype(mx.float32) / temperature, tokens)
 
 
+class _Rows:
+    """The rows of a cache: those that still draw, and those that have finished and wait to be dropped.
+
+    To drop a row copies the keys and values of all others. So it waits until one row in `DEAD_ROWS` has finished, or the longest
+    prompts are done, without which the cache gets shorter.
+    """
+
+    def __init__(self, cache: list[Any], prompts: Sequence[int]) -> None:
+        self.cache = cache
+        self._prompts = list(prompts)  # tokens of each row's prompt
+        self._live = list(range(len(prompts)))
+
+    def spread(self, tokens: mx.array) -> mx.array:
+        """The live rows' tokens as those of all rows; finished ones get any."""
+        if len(self._live) == len(self._prompts):
+            return tokens
+        return mx.zeros(len(self._prompts), tokens.dtype).at[mx.array(self._live)].add(tokens)
+
+    def live(self, logits: mx.array) -> mx.array:
+        """Of all rows' logits those of the live ones. Only they may draw: others would shift their random numbers."""
+        return logits if len(self._live) == len(self._prompts) else logits[mx.array(self._live)]
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Of the live rows only these go on."""
+        self._live = [self._live[i] for i in indices]
+        left = [self._prompts[i] for i in self._live]
+        finished = len(self._prompts) - len(left)
+        if finished * DEAD_ROWS >= len(self._prompts) or max(left) < max(self._prompts):
+            for layer in self.cache:
+                layer.filter(self._live)
+            self._prompts, self._live = left, list(range(len(left)))
+
+
 def _all_at_once(
     policy: Policy, prompts: Sequence[tuple[int, ...]], cache: list[Any], samples: int, how: Sampling
 ) -> Generator[list[Finished], None, None]:
@@ -177,12 +237,13 @@ def _all_at_once(
     """
     sampler, stops = _sampler(how), set(policy.tokenizer.eos_token_ids)
     rows = [(p, n) for p in range(len(prompts)) for n in range(samples)]
+    held = _Rows(cache, [len(prompts[p]) for p, _ in rows])
     done: dict[tuple[int, int], tuple[list[int], list[float]]] = {at: ([], []) for at in rows}
     # mlx lets few tasks wait, counted over all streams: beside another thread, async_eval waits for that one's.
     start: Callable[..., None] = mx.async_eval if how.streams == 1 else mx.eval
 
     def step(tokens: mx.array) -> tuple[mx.array, mx.array]:
-        logits = policy.model(tokens[:, None], cache=cache)[:, -1, :]
+        logits = held.live(policy.model(held.spread(tokens)[:, None], cache=cache)[:, -1, :])
         logps = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         sampled = sampler(logps)
         # Only the sampled token's is kept: a row of log-probabilities would pin the whole (rows, V) buffer.
@@ -213,8 +274,7 @@ def _all_at_once(
             return
         if len(keep) < len(rows):
             rows = [rows[i] for i in keep]
-            for layer in cache:
-                layer.filter(keep)
+            held.keep(keep)
             index = mx.array(keep)
             tokens, chosen = tokens[index], chosen[index]
 
@@ -261,25 +321,43 @@ def _continuous(
 
 def _behind_prompts(policy: Policy, prompts: Sequence[tuple[int, ...]], samples: int) -> list[Any] | None:
     """One cache for all rows, each prompt read once and nothing kept of it but the rows' own copies."""
-    caches = []
-    for prompt in prompts:
-        cache = _read(policy, prompt)
-        if cache is None:
-            return None
-        caches.append(cache)
-    by_layer = zip(*caches, strict=True)
-    return [layers[0].merge([layer for layer in layers for _ in range(samples)]) for layers in by_layer]
-
-
-def _read(policy: Policy, prompt: tuple[int, ...]) -> list[Any] | None:
-    """The cache behind all of the prompt but its last token; None where this architecture's cannot be shared."""
-    cache: list[Any] = make_prompt_cache(policy.model)
-    if not all(hasattr(c, "merge") for c in cache):
+    if not _can_merge(policy):
         return None
+    by_layer = [list(layers) for layers in zip(*(_read(policy, p) for p in prompts), strict=True)]
+    merged = []
+    while by_layer:
+        layers = by_layer.pop(0)
+        merged.append(layers[0].merge([layer for layer in layers for _ in range(samples)]))
+        del layers
+        mx.eval(merged[-1].state)  # the prompts' own keys go layer by layer, as the rows' come
+    return merged
+
+
+def _can_merge(policy: Policy) -> bool:
+    """Whether rows of this architecture can start from what one of them read."""
+    return all(hasattr(c, "merge") for c in make_prompt_cache(policy.model))
+
+
+def _read(policy: Policy, prompt: tuple[int, ...]) -> list[Any]:
+    """The cache behind all of the prompt but its last token."""
+    cache: list[Any] = make_prompt_cache(policy.model)
     for start in range(0, len(prompt) - 1, PREFILL):
         policy.model(mx.array([prompt[start : min(start + PREFILL, len(prompt) - 1)]]), cache=cache)
         mx.eval([c.state for c in cache])
     return cache
+
+
+class _ReadWhenNeeded:
+    """A prompt's cache, read when the first of its rows gets a place: `BatchGenerator` then asks for the layers one by one."""
+
+    def __init__(self, policy: Policy, prompt: tuple[int, ...]) -> None:
+        self._layers = functools.cache(lambda: _read(policy, prompt))
+
+    def __len__(self) -> int:
+        return len(self._layers())
+
+    def __getitem__(self, layer: int) -> Any:
+        return self._layers()[layer]
 
 
 def _insert(
@@ -287,9 +365,11 @@ def _insert(
 ) -> dict[int, tuple[int, int]]:
     """Queue all rows; a prompt with several samples is read once and its cache shared."""
     places: dict[int, tuple[int, int]] = {}
+    share = samples > 1 and _can_merge(policy)
     for p, prompt in enumerate(prompts):
-        shared = _read(policy, prompt) if samples > 1 and len(prompt) > 1 else None
-        caches, ids = (None, prompt) if shared is None else ([shared] * samples, prompt[-1:])
+        shared = share and len(prompt) > 1
+        caches: Any = [_ReadWhenNeeded(policy, prompt)] * samples if shared else None
+        ids = prompt[-1:] if shared else prompt
         uids = generator.insert([list(ids) for _ in range(samples)], [max_tokens] * samples, caches)
         places.update({uid: (p, n) for n, uid in enumerate(uids)})
     return places

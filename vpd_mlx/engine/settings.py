@@ -77,7 +77,11 @@ class MemorySettings(Section):
         None, description="Completion tokens per vocabulary-sized chunk; null chooses from the vocabulary."
     )
     gradient_checkpointing: bool = Field(False, description="Recompute blocks in the backward pass to save memory.")
-    rollout_rows: Positive | None = Field(None, description="Most sequences decoded side by side; null decodes all.")
+    rollout_rows: Positive | None = Field(
+        None,
+        description="Most sequences decoded side by side, in rollouts, evaluations, critiques and probes; null decodes all of a "
+        "step. Halved when memory runs out, and the completions are sampled again.",
+    )
     rollout_streams: Positive | None = Field(
         None,
         description="Threads among which the prompts are divided for decoding; null takes 2 on a CPU and 1 on a GPU. "

@@ -11,9 +11,10 @@ from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.sampling import Sampling, generate
 from vpd_mlx.errors import DataError
 from vpd_mlx.feedback.prompts import Prompter
+from vpd_mlx.recipe import Recipe
 from vpd_mlx.types import Group, Problem, Rollout, Verdict
 
-__all__ = ["Batch", "check_prompt_lengths", "collect", "student_prompts"]
+__all__ = ["Batch", "check_prompt_lengths", "collect", "rows_at_once", "student_prompts"]
 
 WORKERS = 4
 HEARTBEAT = 1.0  # seconds
@@ -31,6 +32,11 @@ class Batch:
     def rollouts(self) -> list[Rollout]:
         """All rollouts, in order."""
         return [r for g in self.groups for r in g.rollouts]
+
+
+def rows_at_once(recipe: Recipe) -> int:
+    """Most sequences to decode side by side wherever there may be more of them than a step has rollouts."""
+    return recipe.memory.rollout_rows or recipe.rollout.prompts * recipe.rollout.group_size
 
 
 def check_prompt_lengths(problems: Sequence[Problem], lengths: Sequence[int], limit: int) -> None:
@@ -92,6 +98,8 @@ def collect(
         # Closed at once when `on_progress` ends the run: an exception's traceback would keep it, and its threads, alive.
         with closing(generate(policy, prompts, group_size, how, seed)) as finished:
             for p, n, rollout in finished:
+                if (p, n) in waiting:  # memory ran out, and this place was sampled again
+                    waiting[p, n].cancel()
                 waiting[p, n] = pool.submit(grade, problems[p], rollout)
                 on_progress(len(waiting), total)
         while wait(waiting.values(), timeout=HEARTBEAT).not_done:

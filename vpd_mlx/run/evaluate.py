@@ -22,7 +22,7 @@ from vpd_mlx.engine.sampling import Sampling, generate
 from vpd_mlx.errors import SourceError
 from vpd_mlx.feedback import add_context
 from vpd_mlx.recipe import Recipe
-from vpd_mlx.run.collect import Batch, collect, student_prompts
+from vpd_mlx.run.collect import Batch, collect, rows_at_once, student_prompts
 from vpd_mlx.run.pairing import fingerprints
 from vpd_mlx.run.records import AnswerRow, answer_row
 from vpd_mlx.run.setup import Parts
@@ -56,8 +56,7 @@ class Measured:
 def _sampling(recipe: Recipe, greedy: bool) -> Sampling:
     rollout, memory, cfg = recipe.rollout, recipe.memory, recipe.evaluation
     temperature, top_p = (0.0, 1.0) if greedy else (cfg.temperature, cfg.top_p)
-    rows = memory.rollout_rows or rollout.prompts * rollout.group_size
-    return Sampling(temperature, top_p, rollout.max_completion_tokens, rows, memory.rollout_streams)
+    return Sampling(temperature, top_p, rollout.max_completion_tokens, rows_at_once(recipe), memory.rollout_streams)
 
 
 def names(problems: Sequence[Problem]) -> list[str]:
@@ -219,6 +218,7 @@ def _teacher(parts: Parts, named: Mapping[str, Group], how: Sampling, seed: int)
             chosen.append((name, group.problem, taught.teacher_prompt))
     scores: dict[int, float] = {}
     for p, _, rollout in generate(parts.policy, [prompt for *_, prompt in chosen], 1, how, seed) if chosen else ():
+        scores.pop(p, None)  # memory ran out, and this place was sampled again
         verdict = examine(parts.task, chosen[p][1], rollout.text)
         if verdict.error is None:
             scores[p] = verdict.score

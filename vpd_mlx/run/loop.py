@@ -13,6 +13,7 @@ from vpd_mlx.engine.ranks import ALONE, Heartbeat, Ranks
 from vpd_mlx.errors import RunError, SourceError
 from vpd_mlx.recipe import Recipe, dump
 from vpd_mlx.run.advice import gap_line, no_gap
+from vpd_mlx.run.awake import awake
 from vpd_mlx.run.best import finish, look, patience_is_out
 from vpd_mlx.run.collapse import react
 from vpd_mlx.run.followers import Followers
@@ -69,7 +70,7 @@ def train(
             own = out if ranks.first else out / f"rank-{ranks.index}"  # for what sources keep
             own.mkdir(parents=True, exist_ok=True)
             trainer.sources.open(own)
-        with Heartbeat(ranks):
+        with awake(), Heartbeat(ranks):
             return _run(RunState(trainer, log, started), followers, resume)
     finally:
         trainer.sources.close()

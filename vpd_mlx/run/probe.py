@@ -29,7 +29,7 @@ from vpd_mlx.feedback.prompts import PLACEHOLDERS, Prompter, Templates
 from vpd_mlx.feedback.wordings import STYLES
 from vpd_mlx.recipe import Recipe
 from vpd_mlx.run.advice import Advice, Contexts, Student, Teacher, recommend
-from vpd_mlx.run.collect import Batch, collect, student_prompts
+from vpd_mlx.run.collect import Batch, collect, rows_at_once, student_prompts
 from vpd_mlx.run.evaluate import names
 from vpd_mlx.run.progress import Progress
 from vpd_mlx.run.setup import Parts
@@ -175,7 +175,6 @@ class _Bench:
         recipe, before = self.parts.recipe, self._done
         rollout, memory = recipe.rollout, recipe.memory
         temperature, top_p = (0.0, 1.0) if name == "greedy" else (rollout.temperature, rollout.top_p)
-        rows = memory.rollout_rows or rollout.prompts * rollout.group_size
 
         def on_progress(done: int, _total: int) -> None:
             self.parts.stop.check()
@@ -187,7 +186,7 @@ class _Bench:
             problems,
             prompts,
             count,
-            Sampling(temperature, top_p, rollout.max_completion_tokens, rows, memory.rollout_streams),
+            Sampling(temperature, top_p, rollout.max_completion_tokens, rows_at_once(recipe), memory.rollout_streams),
             threshold=rollout.success_threshold,
             seed=phase_seed(recipe.seed, 0, f"probe {name}"),  # all teachers draw alike
             on_progress=on_progress,

@@ -23,7 +23,7 @@ from vpd_mlx.feedback import SOURCES, Sources, build_sources
 from vpd_mlx.feedback.base import Generate, Host
 from vpd_mlx.feedback.prompts import Prompter
 from vpd_mlx.recipe import Recipe
-from vpd_mlx.run.collect import student_prompts
+from vpd_mlx.run.collect import rows_at_once, student_prompts
 from vpd_mlx.run.plan import check_fits, memory_limit, plan
 from vpd_mlx.run.progress import Progress, Silent, Stop
 from vpd_mlx.tasks import Task, build_task, fingerprint, prove
@@ -84,7 +84,8 @@ def _critic(recipe: Recipe, policy: Policy) -> Generate:
 
     def ask(prompts: Sequence[tuple[int, ...]], max_tokens: int) -> list[str]:
         cfg = recipe.rollout
-        how = Sampling(cfg.temperature, cfg.top_p, max_tokens, streams=recipe.memory.rollout_streams)
+        streams = recipe.memory.rollout_streams
+        how = Sampling(cfg.temperature, cfg.top_p, max_tokens, rows_at_once(recipe), streams)
         seed = phase_seed(recipe.seed, hash(tuple(prompts)) & 0xFFFFFFFF, "critique")
         texts = {p: r.text for p, _, r in generate(policy, prompts, 1, how, seed)}
         return [texts[i] for i in range(len(prompts))]

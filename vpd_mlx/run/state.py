@@ -234,6 +234,7 @@ class RunState:
             "tokens": self._tokens,
             "nonfinite": self._nonfinite,
             "nonfinite_in_a_row": self.trainer.nonfinite_in_a_row,
+            "rollout_rows": self.trainer.policy.rollout_rows,
             "task": self._task,
             "sources": sources[0],
             **({"sources_of_ranks": sources} if len(sources) > 1 else {}),
@@ -295,6 +296,7 @@ class RunState:
 
         state, trainer = upgraded(found.state), self.trainer
         trainer.policy.set_adapter(part("adapter"))
+        trainer.policy.rollout_rows = state.get("rollout_rows")
         restore_parts(trainer.algorithm.parts, part("algorithm"), state["algorithm"])
         trainer.nonfinite_in_a_row = state["nonfinite_in_a_row"]
         of_ranks = state.get("sources_of_ranks", [state.get("sources", {})])
