@@ -28,7 +28,7 @@ def test_everything_holds_here_and_quickly():
         "divergence",
         "BCO",
         "policy gradient",
-        "LoRA on a quantised layer",
+        "LoRA on quantised layers",
         "fused head",
         "AdamW",
         "sampled",

@@ -18,9 +18,9 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from vpd_mlx.common.seeds import phase_seed
+from vpd_mlx.engine import lora as adapters
 from vpd_mlx.engine import models
 from vpd_mlx.engine.batching import Capture, Extend, by_row, micro_batches, pad, shared_prompts
 from vpd_mlx.engine.heads import Head, chunk_size, map_tokens, target_logps, tempered
@@ -104,9 +104,8 @@ class Policy:
         models.check_lora(self.model, lora)
         config = models.config_of(lora, blocks=len(self.model.layers))
         mx.random.seed(phase_seed(seed, 0, "lora"))
-        linear_to_lora_layers(self.model, config["num_layers"], dict(config["lora_parameters"]))
+        adapters.adapt(self.model, config)
         self._lora_config = config
-        self.model.eval()
         mx.eval(self.model.parameters())
         self._probe()
 

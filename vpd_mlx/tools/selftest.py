@@ -24,6 +24,7 @@ from vpd_mlx.algos.settings import MStepSettings, TeacherSettings
 from vpd_mlx.algos.teacher import Teacher
 from vpd_mlx.engine.heads import TokenLoss, target_logps, weighted_token_loss
 from vpd_mlx.engine.learner import Floats, accumulate, adam_step, unit_weights
+from vpd_mlx.engine.lora import share
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.sampling import Sampling, generate
 from vpd_mlx.types import TokenRow
@@ -82,15 +83,18 @@ def _loss_cases() -> Iterator[tuple[str, Scalar, Parameters]]:
 
     inputs = _normal((6, 64), 12)
     mx.random.seed(16)
-    adapted = LoRALinear.from_base(nn.Linear(64, 32).to_quantized(32, 4), r=4, dropout=0.0, scale=2.0)
+    pair = [LoRALinear.from_base(nn.Linear(64, 32).to_quantized(32, 4), r=4, scale=2.0) for _ in "qk"]
+    share(pair)
     output_weights = _normal((6, 32), 13)
 
     def lora(p: Parameters) -> mx.array:
-        adapted.update(p)
-        output: mx.array = adapted(inputs)
-        return (output * output_weights).sum()
+        pair[0].update({"lora_a": p["a"][0], "lora_b": p["b"]})
+        pair[1].update({"lora_a": p["a"][1], "lora_b": p["b"]})
+        first, second = (layer(inputs) for layer in pair)
+        total: mx.array = (first * second * output_weights).sum()
+        return total
 
-    yield "LoRA on a quantised layer", lora, {"lora_a": _normal((64, 4), 14, 0.2), "lora_b": _normal((4, 32), 15, 0.2)}
+    yield "LoRA on quantised layers", lora, {"a": _normal((2, 64, 4), 14, 0.2), "b": _normal((4, 32), 15, 0.2)}
 
 
 def _relative(a: mx.array, b: mx.array) -> float:
