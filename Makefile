@@ -10,13 +10,14 @@ train: $(VENV)/.installed
 	$(BIN)/vpd-mlx train quickstart
 
 test: $(VENV)/.installed-dev
+	$(BIN)/python -m compileall -q vpd_mlx  # once, and not in every process that a test starts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n auto -m "not long"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not long"
 
 long-test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n auto -m long
+	$(BIN)/python -m pytest -n auto --dist worksteal -m long
 
 # What takes minutes, or a browser: not part of `make test`, part of a release.
 crash-test: $(VENV)/.installed-dev
@@ -60,8 +61,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	@touch $@
 
+# pip would compile every module on one core, and half of them are tests, or models that no test loads.
+NOT_COMPILED := '/(tests|mypy|mypyc|pip|setuptools)/|/transformers/models/(?!auto/)[^/]*/'
+
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
+	-$(BIN)/python -m compileall -q -j 0 -x $(NOT_COMPILED) $(VENV)/lib/python3*/site-packages
 	@touch $@ $(VENV)/.installed
 
 clean:

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from command import apart, within
 
-ROOT = Path(__file__).parent.parent
 TINY = [
     *("--steps", "1", "--set", "rollout.prompts=2", "--set", "rollout.group_size=2"),
     *("--set", "evaluation.problems=4", "--set", "evaluation.samples=1", "--set", "lora.rank=4"),
 ]
-
-
-def vpd(*args: str, cwd: Path, **kw) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
-    return subprocess.run(
-        [sys.executable, "-m", "vpd_mlx", *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=120, **kw
-    )
 
 
 def refused(result: subprocess.CompletedProcess[str], folder: Path, *words: str, left: set[str] = frozenset()) -> None:
@@ -34,36 +25,36 @@ def refused(result: subprocess.CompletedProcess[str], folder: Path, *words: str,
 
 
 def test_unknown_key(tmp_path: Path):
-    result = vpd("train", "--set", "rollout.promts=3", cwd=tmp_path)
+    result = apart("train", "--set", "rollout.promts=3", cwd=tmp_path)
     refused(result, tmp_path, "rollout.promts: unknown key", "did you mean 'prompts'?")
 
 
 def test_wrong_type(tmp_path: Path):
-    refused(vpd("train", "--set", "steps=many", cwd=tmp_path), tmp_path, "steps: got 'many'")
+    refused(within("train", "--set", "steps=many", cwd=tmp_path), tmp_path, "steps: got 'many'")
 
 
 @pytest.mark.parametrize("model", ["./nowhere", "/nowhere/at/all", "nobody/no-such-model"])
 def test_no_such_model(tmp_path: Path, model: str):
-    refused(vpd("train", "--set", f"model={model}", cwd=tmp_path), tmp_path, "model:", model.lstrip("."))
+    refused(within("train", "--set", f"model={model}", cwd=tmp_path), tmp_path, "model:", model.lstrip("."))
 
 
 def test_no_such_recipe(tmp_path: Path):
-    refused(vpd("train", "quickstrat", cwd=tmp_path), tmp_path, "did you mean 'quickstart'?")
+    refused(within("train", "quickstrat", cwd=tmp_path), tmp_path, "did you mean 'quickstart'?")
 
 
 def test_lora_keys_that_match_nothing(tmp_path: Path):
-    result = vpd("train", "--set", "lora.keys=[self_attn.query]", cwd=tmp_path)
+    result = apart("train", "--set", "lora.keys=[self_attn.query]", cwd=tmp_path)
     refused(result, tmp_path, "lora.keys", "'self_attn.query' matches no linear layer", "self_attn.q_proj")
 
 
 def test_group_of_one_with_sibling_feedback(tmp_path: Path):
-    result = vpd("train", "--set", "rollout.group_size=1", "--set", "feedback.sources=[sibling]", cwd=tmp_path)
+    result = within("train", "--set", "rollout.group_size=1", "--set", "feedback.sources=[sibling]", cwd=tmp_path)
     refused(result, tmp_path, "rollout.group_size: 1 leaves no sibling")
 
 
 def test_prompt_longer_than_the_limit(tmp_path: Path):
     sets = ["--set", "rollout.max_prompt_tokens=8", "--set", "feedback.max_tokens=4"]
-    refused(vpd("train", *sets, cwd=tmp_path), tmp_path, "tokens, more than rollout.max_prompt_tokens 8")
+    refused(within("train", *sets, cwd=tmp_path), tmp_path, "tokens, more than rollout.max_prompt_tokens 8")
 
 
 @pytest.mark.parametrize(
@@ -77,11 +68,11 @@ def test_prompt_longer_than_the_limit(tmp_path: Path):
 )
 def test_unusable_data(tmp_path: Path, own_task, rows: str, words: list[str]):
     recipe = own_task(rows)
-    refused(vpd("train", str(recipe), cwd=tmp_path), tmp_path, *words, left={"rows.jsonl", "mine.yaml"})
+    refused(within("train", str(recipe), cwd=tmp_path), tmp_path, *words, left={"rows.jsonl", "mine.yaml"})
 
 
 def test_train_eval_and_an_old_run_is_safe(tmp_path: Path):
-    first = vpd("train", *TINY, cwd=tmp_path)
+    first = apart("train", *TINY, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     run = tmp_path / "runs" / "quickstart"
     for part in ("config.yaml", "metrics.jsonl", "rollouts.jsonl", "evals.jsonl", "summary.json", "adapters"):
@@ -95,37 +86,37 @@ def test_train_eval_and_an_old_run_is_safe(tmp_path: Path):
     assert "\x1b[" not in first.stdout  # plain lines where there is no terminal
     old = (run / "summary.json").read_bytes()
 
-    again = vpd("train", *TINY, cwd=tmp_path)
+    again = within("train", *TINY, cwd=tmp_path)
     assert again.returncode == 0
     assert (tmp_path / "runs" / "quickstart-2" / "summary.json").exists()
-    same = vpd("train", *TINY, "--out", str(run), cwd=tmp_path)
+    same = within("train", *TINY, "--out", str(run), cwd=tmp_path)
     assert same.returncode == 3
     assert "holds a run already" in same.stderr
     assert (run / "summary.json").read_bytes() == old
-    told = vpd("train", *TINY, "--out", str(run), "--overwrite", "--json", cwd=tmp_path)
+    told = within("train", *TINY, "--out", str(run), "--overwrite", "--json", cwd=tmp_path)
     assert told.returncode == 0, told.stderr
     assert json.loads(told.stdout)["steps"] == 1
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    kept = vpd("train", *TINY, "--out", "mine", "--overwrite", cwd=tmp_path)
+    kept = within("train", *TINY, "--out", "mine", "--overwrite", cwd=tmp_path)
     assert kept.returncode == 3
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
-    result = vpd("eval", str(run), "--json", cwd=tmp_path)
+    result = within("eval", str(run), "--json", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["student_greedy"] == json.loads(told.stdout)["after"]["student_greedy"]
 
 
 def test_version_and_recipes(tmp_path: Path):
-    assert vpd("--version", cwd=tmp_path).stdout.startswith("vpd-mlx 0.")
-    assert "quickstart" in vpd("recipes", cwd=tmp_path).stdout
+    assert apart("--version", cwd=tmp_path).stdout.startswith("vpd-mlx 0.")
+    assert "quickstart" in within("recipes", cwd=tmp_path).stdout
 
 
 def test_resume_refuses_another_recipe_and_lists_the_keys(tmp_path: Path):
-    assert vpd("train", *TINY, "--quiet", cwd=tmp_path).returncode == 0
+    assert within("train", *TINY, "--quiet", cwd=tmp_path).returncode == 0
     run = tmp_path / "runs" / "quickstart"
     before = (run / "metrics.jsonl").read_bytes()
-    changed = vpd("train", "--resume", str(run), "--set", "lora.rank=8", "--seed", "5", cwd=tmp_path)
+    changed = within("train", "--resume", str(run), "--set", "lora.rank=8", "--seed", "5", cwd=tmp_path)
     assert changed.returncode == 2
     for words in (
         "2 faults",
@@ -137,11 +128,11 @@ def test_resume_refuses_another_recipe_and_lists_the_keys(tmp_path: Path):
         assert words in changed.stderr
     assert (run / "metrics.jsonl").read_bytes() == before
     for arguments in (["quickstart2"], ["--out", "x"], ["--overwrite"]):
-        mixed = vpd("train", *arguments, "--resume", str(run), cwd=tmp_path)
+        mixed = within("train", *arguments, "--resume", str(run), cwd=tmp_path)
         assert mixed.returncode == 2
         assert "leave RECIPE, --out and --overwrite out" in mixed.stderr
-    assert vpd("train", "--resume", str(tmp_path), cwd=tmp_path).returncode == 2
-    longer = vpd("train", "--resume", str(run), "--steps", "2", "--json", cwd=tmp_path)
+    assert within("train", "--resume", str(tmp_path), cwd=tmp_path).returncode == 2
+    longer = within("train", "--resume", str(run), "--steps", "2", "--json", cwd=tmp_path)
     assert longer.returncode == 0, longer.stderr
     assert json.loads(longer.stdout)["steps"] == 2
     assert (run / "metrics.jsonl").read_bytes().startswith(before)
