@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from command import within
 
 from vpd_mlx.common.files import read_rows
 from vpd_mlx.common.stats import Clock
@@ -31,6 +33,15 @@ from vpd_mlx.run.step import Trainer
 from vpd_mlx.types import TokenRow, Verdict
 
 ALGORITHMS = ("vpd", "sdpo", "grpo", "joint", "reshape", "reweight")
+PROMPTS, GROUP = 6, 4
+SMALL = (
+    f"rollout.prompts={PROMPTS}",
+    f"rollout.group_size={GROUP}",
+    "evaluation.problems=7",
+    "evaluation.samples=1",
+    "checkpoint.every=2",
+    "on_no_gap=warn",
+)
 
 
 class Pretended(Ranks):
@@ -71,8 +82,13 @@ def end(processes: list[subprocess.Popen[str]], timeout: float = 120) -> list[tu
 
 
 def training(folder: Path, *more: str, out: str = "run") -> list[str]:
-    common = ["--set", "evaluation.problems=7", "--set", "evaluation.samples=1", "--set", "checkpoint.every=2"]
-    return ["-m", "vpd_mlx", "train", "quickstart", "--out", str(folder / out), "-q", *common, *more]
+    """Arguments of a quickstart of `PROMPTS` times `GROUP` completions a step."""
+    sets = [word for key in SMALL for word in ("--set", key)]
+    return ["-m", "vpd_mlx", "train", "quickstart", "--out", str(folder / out), "-q", *sets, *more]
+
+
+def resumed(run: Path, steps: int) -> list[str]:
+    return ["-m", "vpd_mlx", "train", "--resume", str(run), "--steps", str(steps), "-q"]
 
 
 def weights(run: Path) -> dict[str, Any]:
@@ -153,26 +169,33 @@ def test_two_ranks_make_the_update_of_one_on_the_union_batch(small: Callable[...
 # --- runs
 
 
-def test_two_ranks_train_and_go_on_as_if_never_stopped(tmp_path: Path):
-    """One writer, every prompt once, and a resume to the same bits."""
-    for code, out, error in end(start(training(tmp_path, "--steps", "4", out="whole"), tmp_path)):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps of two ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for code, out, error in end(start(training(folder, "--steps", "4", out="whole"), folder)):
         assert (code, out, error) == (0, "", "")
-    rows = read_rows(tmp_path / "whole" / "rollouts.jsonl")
+    return folder / "whole"
+
+
+def test_two_ranks_train_and_go_on_as_if_never_stopped(whole: Path, tmp_path: Path):
+    """One writer, every prompt once, and a resume to the same bits."""
+    rows = read_rows(whole / "rollouts.jsonl")
     recipe_rows = [r for r in rows if r["step"] == 1]
-    assert len(recipe_rows) == 16 * 8  # the quickstart's prompts and completions, divided, not doubled
+    assert len(recipe_rows) == PROMPTS * GROUP  # the recipe's prompts and completions, divided, not doubled
     assert len({(r["problem"], r["sample"]) for r in recipe_rows}) == len(recipe_rows)
-    halves = [[r["pieces"] for r in recipe_rows[i : i + 64]] for i in (0, 64)]
+    half = len(recipe_rows) // 2
+    halves = [[r["pieces"] for r in recipe_rows[i : i + half]] for i in (0, half)]
     assert halves[0] != halves[1]  # each rank draws by a seed of its own
-    assert [r["step"] for r in read_rows(tmp_path / "whole" / "metrics.jsonl")] == [1, 2, 3, 4]
-    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert [r["step"] for r in read_rows(whole / "metrics.jsonl")] == [1, 2, 3, 4]
+    summary = json.loads((whole / "summary.json").read_text())
     assert (summary["ranks"], summary["problems"]) == (2, 7)
-    assert not (tmp_path / "whole" / "rank-1").exists()
+    assert not (whole / "rank-1").exists()
     end(start(training(tmp_path, "--steps", "2", out="parts"), tmp_path))
-    resume = ["-m", "vpd_mlx", "train", "--resume", str(tmp_path / "parts"), "--steps", "4", "-q"]
-    for code, _, error in end(start(resume, tmp_path)):
+    for code, _, error in end(start(resumed(tmp_path / "parts", 4), tmp_path)):
         assert code == 0, error
-    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
-    assert all(np.array_equal(whole[k], parts[k]) for k in whole)
+    expected, found = weights(whole), weights(tmp_path / "parts")
+    assert all(np.array_equal(expected[k], found[k]) for k in expected)
 
 
 COLLAPSE = """
@@ -203,15 +226,17 @@ def test_two_ranks_choose_the_same_adapter_and_go_back_together(tmp_path: Path):
     assert (summary["reverts"], summary["selection"]) == (1, 3)
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-def test_the_number_of_ranks_may_change_on_resume(tmp_path: Path, before: int, after: int):
-    assert [code for code, *_ in end(start(training(tmp_path, "--steps", "1"), tmp_path, before))] == [0] * before
-    resume = ["-m", "vpd_mlx", "train", "--resume", str(tmp_path / "run"), "--steps", "2", "-q"]
-    for code, _, error in end(start(resume, tmp_path, after)):
+def test_the_number_of_ranks_may_change_on_resume(whole: Path, tmp_path: Path):
+    """From two to one, and from one to two."""
+    fewer = shutil.copytree(whole, tmp_path / "fewer")
+    assert within(*resumed(fewer, 5)[2:], cwd=tmp_path).returncode == 0
+    assert within(*training(tmp_path, "--steps", "1", out="more")[2:], cwd=tmp_path).returncode == 0
+    for code, _, error in end(start(resumed(tmp_path / "more", 2), tmp_path)):
         assert code == 0, error
-    rows = read_rows(tmp_path / "run" / "rollouts.jsonl")
-    assert [sum(r["step"] == step for r in rows) for step in (1, 2)] == [16 * 8] * 2
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["ranks"] == after
+    for run, steps, ranks in ((fewer, 5, 1), (tmp_path / "more", 2, 2)):
+        rows = read_rows(run / "rollouts.jsonl")
+        assert [sum(r["step"] == step + 1 for r in rows) for step in range(steps)] == [PROMPTS * GROUP] * steps
+        assert json.loads((run / "summary.json").read_text())["ranks"] == ranks
 
 
 def wait_for_step(run: Path, step: int, processes: list[subprocess.Popen[str]]) -> None:
@@ -239,8 +264,7 @@ def test_a_killed_rank_ends_the_other_with_an_error_and_a_checkpoint(tmp_path: P
     assert not notes
     if victim == 1:
         assert found.step == len(read_rows(tmp_path / "run" / "metrics.jsonl"))  # the last whole step is not lost
-    resume = ["-m", "vpd_mlx", "train", "--resume", str(tmp_path / "run"), "--steps", str(found.step + 1), "-q"]
-    assert [code for code, *_ in end(start(resume, tmp_path))] == [0, 0]
+    assert [code for code, *_ in end(start(resumed(tmp_path / "run", found.step + 1), tmp_path))] == [0, 0]
 
 
 @pytest.mark.long
