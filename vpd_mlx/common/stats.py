@@ -34,7 +34,7 @@ class Clock:
     """Seconds spent in each phase. Work on the device counts for the phase in which it is evaluated."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
-        self._now = now
+        self.now = now
         self.seconds: dict[str, float] = {}
         self.phase = ""
 
@@ -42,13 +42,13 @@ class Clock:
     def __call__(self, phase: str) -> Iterator[None]:
         """Count the block's seconds under `phase`. A phase within a phase counts only for the inner one."""
         outer, self.phase = self.phase, phase
-        start = self._now()
+        start = self.now()
         inner = sum(self.seconds.values())
         try:
             yield
         finally:
             inside = sum(self.seconds.values()) - inner
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + self._now() - start - inside
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + self.now() - start - inside
             self.phase = outer
 
 
