@@ -440,6 +440,16 @@ def after_two_steps(world):
         {"verifier": verifier, "sibling": sibling}, groups, trainer.prompter, trainer.recipe.feedback
     )
     known: dict[str, dict[str, np.ndarray]] = {}
+    loaded: dict[str, tuple[Policy, dict[str, mx.array]]] = {}
+
+    def untrained(recipe) -> Policy:
+        key = f"{recipe.lora} {recipe.seed}"
+        if key not in loaded:
+            policy = Policy.load(recipe.model, recipe.lora, seed=recipe.seed)
+            loaded[key] = policy, policy.adapter
+        policy, start = loaded[key]
+        policy.set_adapter(start)
+        return policy
 
     def run(algorithm: str, overrides: dict) -> dict[str, np.ndarray]:
         key = f"{algorithm} {overrides}"
@@ -448,7 +458,7 @@ def after_two_steps(world):
             teacher = {"teacher.weights": "ema" if algorithm == "sdpo" else "live", "algorithm": algorithm}
             settings = {**SMALL, "rollout.prompts": 6, "e_step.every": 2, **LOUD, **teacher, **overrides}
             recipe = load_recipe(QUICKSTART, list(settings.items()))
-            policy = Policy.load(recipe.model, recipe.lora, seed=recipe.seed)
+            policy = untrained(recipe)
             algo = ALGORITHMS[algorithm].load()(recipe, policy)
             for number in (1, 2, 3, 4) if "e_step.delta" in overrides else (1, 2):
                 algo(
