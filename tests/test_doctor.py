@@ -84,15 +84,15 @@ def test_a_wrong_analytic_gradient_is_caught(monkeypatch):
 
 
 def test_a_broken_prefix_is_caught(monkeypatch):
-    from vpd_mlx.engine import batching
+    from vpd_mlx.engine import caches
 
-    real = batching.Extend.__init__
+    real = caches.Extend.__init__
 
     def shifted(self, prompt, parents, lengths):
         real(self, prompt, parents, lengths + 3)
 
     assert names_of_bad() == []
-    monkeypatch.setattr(batching.Extend, "__init__", shifted)
+    monkeypatch.setattr(caches.Extend, "__init__", shifted)
     # The self-test shares prompts whatever the probe at load says, and that would not have used it.
     assert any("shared prompts" in name for name in names_of_bad())
     policy = tiny_policy()

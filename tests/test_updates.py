@@ -25,7 +25,7 @@ from vpd_mlx.algos.teacher import Teacher
 from vpd_mlx.common.stats import Clock
 from vpd_mlx.engine.batching import micro_batches, pad
 from vpd_mlx.engine.heads import target_logps
-from vpd_mlx.engine.learner import Learner, accumulate
+from vpd_mlx.engine.learner import Learner, accumulate, unit_weights
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.feedback import add_context
 from vpd_mlx.feedback.sibling import sibling
@@ -659,33 +659,33 @@ def test_when_memory_runs_out_micro_batches_are_halved_to_the_same_result(world,
         policy._micro_batch_tokens, policy.notes = before, notes
 
 
-def test_checkpointed_blocks_are_one_models_own():
-    """Recomputing blocks changes no gradient, and no other model of the process."""
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_recomputed_blocks_are_one_models_own(dropout: float):
+    """Recomputing blocks changes no gradient, shared prompt or not, dropout or not, and no other model of the process."""
     from conftest import QUICKSTART
 
     from vpd_mlx.engine.policy import Policy
     from vpd_mlx.engine.settings import LoraSettings, MemorySettings
 
-    plain = Policy.load(str(QUICKSTART.parent / "model"), LoraSettings(rank=4), seed=1)
+    path, lora = str(QUICKSTART.parent / "model"), LoraSettings(rank=4, dropout=dropout)
+    plain = Policy.load(path, lora, seed=1)
     before = type(plain.model.layers[0]).__call__
-    memory = MemorySettings(gradient_checkpointing=True)
-    thrifty = Policy.load(str(QUICKSTART.parent / "model"), LoraSettings(rank=4), memory, seed=1)
+    thrifty = Policy.load(path, lora, MemorySettings(gradient_checkpointing=True), seed=1)
     assert type(plain.model.layers[0]).__call__ is before
     assert type(thrifty.model.layers[0]).__call__ is not before
-    assert plain.shares_prompts
-    assert not thrifty.shares_prompts
     moved = {k: v + 0.05 for k, v in plain.adapter.items()}
-    rows = [TokenRow((5, 6, 7), (8, 9)), TokenRow((5, 6, 7), (3, 4, 2))]
-    found = []
-    for policy in (plain, thrifty):
-        policy.set_adapter(moved)
-        done = accumulate(
-            policy,
-            rows,
-            [np.ones(len(r.completion), np.float32) for r in rows],
-            None,
-            target_logps,
-            seed=0,
-        )
-        found.append(dict(tree_flatten(done.gradients)))
-    assert_close(found[1], found[0], 1e-5)
+    rows = [TokenRow((5, 6, 7), (8, 9)), TokenRow((5, 6, 7), (3, 4, 2)), TokenRow((6,), (1,))]
+    for shares in (True, False):
+        found = []
+        for policy in (plain, thrifty):
+            assert policy.shares_prompts
+            policy.set_adapter(moved)
+            policy.shares_prompts = shares
+            done = [accumulate(policy, rows, unit_weights(rows), None, target_logps, seed=s) for s in (0, 1)]
+            policy.shares_prompts = True
+            assert all(mx.array_equal(v, moved[k]) for k, v in policy.adapter.items())
+            found.append([dict(tree_flatten(d.gradients)) for d in done])
+        for one, two in zip(*found, strict=True):
+            assert_close(two, one, 1e-6)
+        # the same masks, and other ones with another seed
+        assert all(mx.array_equal(v, found[0][1][k]) for k, v in found[0][0].items()) == (dropout == 0)

@@ -18,8 +18,8 @@ import mlx.nn as nn
 import mlx_lm
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.tuner.trainer import grad_checkpoint
 
+from vpd_mlx.engine.attention import bounded
 from vpd_mlx.engine.heads import Head
 from vpd_mlx.engine.settings import LoraSettings
 from vpd_mlx.errors import ConfigError, Fault, ModelError, RunError
@@ -117,25 +117,34 @@ def can_share_prompts(model: nn.Module, hidden: Callable[..., tuple[mx.array, mx
         mx.eval(shared)
     except (TypeError, ValueError, AttributeError, IndexError):
         return False  # this architecture needs more from a cache than keys, values and a mask
-    full_precision = separate.dtype == mx.float32
-    separate, shared = separate.astype(mx.float32), shared.astype(mx.float32)
-    tolerance = (1e-4 if full_precision else 3e-2) * float(mx.abs(separate).max()) + 1e-6
-    return float(mx.abs(shared - separate).max()) <= tolerance
+    return _close(shared, separate)
 
 
-def checkpoint_blocks(model: nn.Module) -> None:
-    """Recompute this model's blocks in the backward pass.
+def can_bound_attention(model: nn.Module, hidden: Callable[..., tuple[mx.array, mx.array]], *, shares: bool) -> bool:
+    """Whether every block calls mlx-lm's function for attention, and its states stay the same when that is `bounded`.
 
-    mlx-lm's function changes the blocks' class, for every model of the process: these blocks get a class of their own first.
+    `shares` says whether completions share their prompt.
     """
-    own: dict[type, type] = {}
-    for block in model.layers:
-        kind = type(block)
-        if kind not in own:
-            own[kind] = type(kind.__name__, (kind,), {"__module__": kind.__module__})
-            block.__class__ = own[kind]
-            grad_checkpoint(block)
-        block.__class__ = own[kind]
+    attending = sum(type(c).__name__ in ("KVCache", "RotatingKVCache") for c in make_prompt_cache(model))
+    rows = [TokenRow(PROBE[2:4], PROBE[:6]), TokenRow(PROBE[:5], PROBE[:3]), TokenRow(PROBE[2:4], PROBE[3:5])]
+    plain, _ = hidden(rows, shared=False)
+    for shared in (False, True) if shares else (False,):
+        try:
+            with bounded(model, least=1, size=3) as use:
+                found, _ = hidden(rows, shared=shared, long=1)
+            mx.eval(found)
+        except (TypeError, ValueError, AttributeError, IndexError):
+            return False  # this architecture handles masks or caches in its own way
+        if use.calls < max(1, attending) or not _close(found, plain):
+            return False
+    return True
+
+
+def _close(found: mx.array, wanted: mx.array) -> bool:
+    full_precision = wanted.dtype == mx.float32
+    found, wanted = found.astype(mx.float32), wanted.astype(mx.float32)
+    tolerance = (1e-4 if full_precision else 3e-2) * float(mx.abs(wanted).max()) + 1e-6
+    return float(mx.abs(found - wanted).max()) <= tolerance
 
 
 def check_lora(model: nn.Module, lora: LoraSettings) -> None:

@@ -22,11 +22,14 @@ from mlx.utils import tree_flatten, tree_unflatten
 from vpd_mlx.common.seeds import phase_seed
 from vpd_mlx.engine import lora as adapters
 from vpd_mlx.engine import models
-from vpd_mlx.engine.batching import Capture, Extend, by_row, micro_batches, pad, shared_prompts
+from vpd_mlx.engine.attention import LONG, bounded
+from vpd_mlx.engine.batching import by_row, micro_batches, pad, shared_prompts
 from vpd_mlx.engine.heads import Head, chunk_size, map_tokens, target_logps, tempered
 from vpd_mlx.engine.memory import out_of_memory
 from vpd_mlx.engine.models import Adapter
+from vpd_mlx.engine.passes import states_of
 from vpd_mlx.engine.ranks import ALONE, Ranks
+from vpd_mlx.engine.recompute import recompute_blocks
 from vpd_mlx.engine.settings import LoraSettings, MemorySettings
 from vpd_mlx.types import TokenRow
 
@@ -48,6 +51,7 @@ class Policy:
         head: hidden states (m, D) -> float32-able logits (m, V), over `temperature`.
         temperature: at which completions to learn from are sampled: the policy is softmax(logits / temperature).
         shares_prompts: whether one pass over a prompt serves all its completions in updates.
+        long: keys from which on attention is bounded (`attention.bounded`); None where the architecture does not allow it.
         widest: most rows that this architecture can decode side by side; None has no bound.
         rollout_rows: most rows that memory had room for side by side; None until it ran out in a rollout.
         notes: what a user should know of how this model is handled, e.g. a fallback.
@@ -94,9 +98,7 @@ class Policy:
         if lora is not None:
             policy.adapt(lora, seed)
         if memory.gradient_checkpointing:
-            # A checkpointed block takes its cache for a constant: the prompt's share of the gradient would be lost.
-            policy.shares_prompts = False
-            models.checkpoint_blocks(model)
+            recompute_blocks(model)
         return policy
 
     def adapt(self, lora: LoraSettings, seed: int) -> None:
@@ -120,6 +122,7 @@ class Policy:
     def _probe(self) -> None:
         """Find out, on a few tokens, what this architecture allows, and note what it does not."""
         self.notes = []
+        self.long: int | None = None
         self._body, head, self.vocabulary = models.split_head(self.model)
         self._plain_head: Head = head or (lambda logits: logits)
         self.temper(self.temperature)
@@ -132,6 +135,12 @@ class Policy:
             self.notes.append(
                 f"{self.architecture}: completions cannot share their prompt's keys, so updates read it for each (slower, "
                 "same numbers)"
+            )
+        self.long = LONG if models.can_bound_attention(self.model, self.hidden, shares=self.shares_prompts) else None
+        if self.long is None:
+            self.notes.append(
+                f"{self.architecture}: attention is computed in a way of its own, so a long row's scores are held whole (more "
+                "memory, same numbers)"
             )
 
     @property
@@ -163,25 +172,20 @@ class Policy:
                 )
                 mx.clear_cache()
 
-    def hidden(self, rows: Sequence[TokenRow], *, shared: bool | None = None) -> tuple[mx.array, mx.array]:
+    def hidden(
+        self, rows: Sequence[TokenRow], *, shared: bool | None = None, long: int | None = None
+    ) -> tuple[mx.array, mx.array]:
         """States that predict each completion token, and these tokens: (M, D) and (M,), rows in order.
 
         `shared` says whether rows read a common prompt once; None does so where the architecture allows it and it saves work.
+        Attention over `long` keys or more is bounded; None stands for the policy's own number.
         """
+        long = long or self.long
         apart = shared is False or (shared is None and not self.shares_prompts)
         together = None if apart else shared_prompts(rows, self._multiple, always=bool(shared))
-        if together is None:
-            padded = pad(rows, self._multiple)
-            flat = self._body(mx.array(padded.inputs)).flatten(0, 1)  # (B * L, D)
-            return flat[mx.array(padded.positions)], mx.array(padded.targets)
-        captures = [Capture() for _ in self.model.layers]
-        flat = self._body(mx.array(together.prompts), cache=captures).flatten(0, 1)  # (U * P, D)
-        if together.completions.size:
-            parents, lengths = mx.array(together.parents), mx.array(together.lengths)
-            caches = [Extend(layer, parents, lengths) for layer in captures]
-            added = self._body(mx.array(together.completions), cache=caches).flatten(0, 1)  # (B * T, D)
-            flat = mx.concatenate([flat, added])  # (U * P + B * T, D)
-        return flat[mx.array(together.positions)], mx.array(together.targets)
+        tokens = together or pad(rows, self._multiple)
+        with contextlib.nullcontext() if long is None else bounded(self.model, long):
+            return states_of(self._body, len(self.model.layers), tokens, long)
 
     def logps(self, rows: Sequence[TokenRow]) -> list[npt.NDArray[np.float32]]:
         """Log-probability of every completion token, float32, by a forward pass without gradient: per row (T_i,)."""
