@@ -91,7 +91,7 @@ LENGTHS = {
 
 def memory(recipe: Recipe, model: Model) -> float:
     """Peak in GiB, at the longest sequences that the recipe allows."""
-    longest = recipe.rollout.max_prompt_tokens + recipe.rollout.max_completion_tokens
+    longest = max(recipe.rollout.max_prompt_tokens, recipe.max_teacher_tokens) + recipe.rollout.max_completion_tokens
     total = recipe.rollout.prompts * recipe.rollout.group_size
     rows = min(total, recipe.memory.rollout_rows or total)
     weights = model.weights * BITS / 8

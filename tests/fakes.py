@@ -6,10 +6,12 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
+import jinja2
 import mlx.core as mx
 
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.settings import LoraSettings
+from vpd_mlx.types import Message
 
 VOCABULARY = 256
 ARGUMENTS = {
@@ -35,6 +37,19 @@ class ByteTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(ids).decode(errors="replace")
+
+
+class Chat(ByteTokenizer):
+    """A byte tokenizer whose chat template marks the roles."""
+
+    chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+
+    def apply_chat_template(self, messages: list[Message], **_: Any) -> list[int]:
+        def refuse(why: str) -> None:
+            raise jinja2.exceptions.TemplateError(why)
+
+        template = jinja2.Template(self.chat_template)
+        return self.encode(template.render(messages=messages, raise_exception=refuse))
 
 
 def tiny_policy(kind: str = "llama", lora: LoraSettings | None = None, **arguments: Any) -> Policy:

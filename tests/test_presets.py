@@ -37,6 +37,8 @@ COMMON: dict[str, Any] = {
     "e_step.contexts": "own",
     "e_step.anchor": 0.0,
     "e_step.learning_rate_ratio": 1.0,
+    "e_step.epochs": 1,
+    "feedback.max_prompt_tokens": 10240,
     "m_step.tail": True,
     "m_step.weighting": "sequence",
     "m_step.importance_clip": None,

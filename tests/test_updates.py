@@ -250,6 +250,37 @@ def test_minibatches_keep_groups_whole(world):
     assert minibatches(samples, None) == [list(range(len(samples)))]
 
 
+def test_several_passes_of_an_e_step_keep_the_prior_and_the_reward_shift_of_its_beginning(world):
+    trainer, groups = world
+    policy, samples = trainer.policy, gather(groups)
+    before = policy.adapter
+
+    class Nudge(Recorder):
+        def apply(self, policy, gradients):
+            policy.set_adapter({k: 1.1 * v for k, v in policy.adapter.items()})
+            return super().apply(policy, gradients)
+
+    cfg = trainer.recipe.e_step.model_copy(update={"epochs": 2})
+    teacher = Teacher(TeacherSettings(weights="live"), policy)
+    chosen = [s for s in samples if s.teacher is not None]
+    labels = mx.array([int(s.rollout.success) for s in chosen])
+    old = mx.stack([x.sum() for x in plain_logps(policy, [s.student for s in chosen])])
+    learner = Nudge()
+    try:
+        result = bco_update(policy, samples, learner, cfg, previous_delta=None, seed=0, teacher=teacher)
+        policy.set_adapter({k: 1.1 * v for k, v in before.items()})
+
+        def loss() -> mx.array:
+            new = mx.stack([x.sum() for x in plain_logps(policy, [s.teacher for s in chosen])])
+            return losses.bco_loss(new, old, labels, beta=cfg.beta, delta=result.delta)[0]
+
+        _, gradient = nn.value_and_grad(policy.model, loss)()
+    finally:
+        policy.set_adapter(before)
+    assert len(learner.gradients) == 2
+    assert_close(learner.gradients[1], dict(tree_flatten(gradient)))
+
+
 def test_a_batch_with_one_class_skips_the_e_step(world):
     trainer, groups = world
     failures = [s for s in gather(groups) if not s.rollout.success]
@@ -376,6 +407,7 @@ OPTIONS = [
     ("vpd", {"e_step.delta": "ema", "e_step.delta_rate": 0.9}),
     ("vpd", {"e_step.length_normalise": True}),
     ("vpd", {"e_step.minibatch_prompts": 2}),
+    ("vpd", {"e_step.epochs": 2}),
     ("vpd", {"e_step.contexts": "crossed"}),
     ("vpd", {"e_step.anchor": 0.5}),
     ("vpd", {"e_step.learning_rate_ratio": 0.1}),

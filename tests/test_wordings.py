@@ -9,16 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pytest
-from fakes import ByteTokenizer
+from fakes import ByteTokenizer, Chat
 
 from vpd_mlx.common.settings import parse_set
 from vpd_mlx.errors import ConfigError
 from vpd_mlx.feedback.prompts import Prompter, Templates
 from vpd_mlx.feedback.wordings import COMMON, STYLES
 from vpd_mlx.recipe import Recipe, builtin_recipes, dump, load_recipe
-from vpd_mlx.types import Message, Problem
+from vpd_mlx.types import Problem
 
 MINIMAL = "name: x\nmodel: ./m\ntask: {kind: addition}\n"
 PROBLEM = Problem("p", ({"role": "user", "content": "Name a prime."},))
@@ -26,21 +25,8 @@ WITH_SYSTEM = Problem("s", ({"role": "system", "content": "Be brief."}, *PROBLEM
 CONTEXTS = ("sibling", "verifier", "critique", "reference", "review")
 
 
-class Chat(ByteTokenizer):
-    """A byte tokenizer whose chat template marks the roles."""
-
-    chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
-
-    def apply_chat_template(self, messages: list[Message], **_: Any) -> list[int]:
-        def refuse(why: str) -> None:
-            raise jinja2.exceptions.TemplateError(why)
-
-        template = jinja2.Template(self.chat_template)
-        return self.encode(template.render(messages=messages, raise_exception=refuse))
-
-
 def prompter(tokenizer: Any = None, prompt: int = 2048, context: int = 1024, **templates: Any) -> Prompter:
-    return Prompter(tokenizer or Chat(), Templates(**templates), False, prompt, context)
+    return Prompter(tokenizer or Chat(), Templates(**templates), False, prompt, context, prompt)
 
 
 def shown(how: Prompter, kind: str, context: str, problem: Problem = PROBLEM, **more: Any) -> str:

@@ -154,6 +154,11 @@ class _Core(Section):
         """The recipe's algorithm in `ALGORITHMS`."""
         return ALGORITHMS[self.algorithm]
 
+    @property
+    def max_teacher_tokens(self) -> int:
+        """Most tokens of the teacher's prompt."""
+        return self.feedback.max_prompt_tokens or self.rollout.max_prompt_tokens
+
     def section(self, kind: type[Kind]) -> Kind:
         """The section of this type. This is how an algorithm finds its own, which the type of a recipe does not name."""
         return next(value for value in self.sections().values() if isinstance(value, kind))

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from vpd_mlx import losses
 from vpd_mlx.algos.base import Stateful
-from vpd_mlx.algos.samples import Sample, minibatches, teacher_row
+from vpd_mlx.algos.samples import Sample, epochs, minibatches, teacher_row
 from vpd_mlx.algos.settings import EStepSettings
 from vpd_mlx.algos.teacher import Teacher
 from vpd_mlx.common.seeds import phase_seed
@@ -185,12 +185,12 @@ def _updates(policy: Policy, samples: Sequence[Sample], learner: Learner, bco: _
     if len(batches) > 1:
         bco.survey(scored(policy, teacher_rows))
     updates = []
-    for number, indices in enumerate(batches):
+    for number, indices in epochs(batches, bco.cfg.epochs):
         rows = [teacher_rows[i] for i in indices]
         of_step = phase_seed(seed, number, "e_step")
 
-        def weigh(teacher: list[Floats], indices: list[int] = indices) -> list[Floats]:
-            if indices == everyone:
+        def weigh(teacher: list[Floats], indices: list[int] = indices, number: int = number) -> list[Floats]:
+            if number == 0 and indices == everyone:
                 bco.survey(teacher)
             return bco.weights(indices, bco.rewards(indices, teacher))
 

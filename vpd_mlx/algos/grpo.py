@@ -49,9 +49,13 @@ class Grpo:
         return prefixed("student", metrics)
 
 
+def _score(sample: Sample) -> float:
+    return sample.rollout.verdict.score if sample.rollout.verdict else 0.0
+
+
 def advantages_of(samples: Sequence[Sample], cfg: GrpoSettings) -> Floats:
     """One advantage per sample, from its score against its group's. Groups may be of different sizes."""
-    scores = np.array([s.rollout.verdict.score if s.rollout.verdict else 0.0 for s in samples], np.float32)
+    scores = np.array([_score(s) for s in samples], np.float32)
     of = np.array([s.group for s in samples])
     sizes = {g: int((of == g).sum()) for g in sorted(set(of.tolist()))}
     out = np.zeros(len(samples), np.float32)
@@ -201,14 +205,14 @@ def policy_gradient_update(
 
 
 def _minibatches(samples: Sequence[Sample], cfg: GrpoSettings) -> list[list[int]]:
-    """`minibatches`, less the groups that are left out for being all right or all wrong."""
+    """`minibatches`, less the groups that are left out because all their scores are equal, hence all advantages 0."""
     batches = minibatches(samples, cfg.minibatch_prompts)
     if not cfg.drop_uniform_groups:
         return batches
-    outcomes: dict[int, set[bool]] = {}
+    scores: dict[int, set[float]] = {}
     for sample in samples:
-        outcomes.setdefault(sample.group, set()).add(sample.rollout.success)
-    return [[i for i in part if len(outcomes[samples[i].group]) > 1] for part in batches]
+        scores.setdefault(sample.group, set()).add(_score(sample))
+    return [[i for i in part if len(scores[samples[i].group]) > 1] for part in batches]
 
 
 def _batch(policy: Policy, samples: Sequence[Sample], cfg: GrpoSettings, updates: int) -> Batch:

@@ -42,7 +42,13 @@ _PUBLISHED: Values = {
     "on_no_gap": "warn",  # nothing steps in
     "on_collapse": "warn",
     "templates": {"style": "sdpo"},
-    "feedback": {"with_solution": False, "include_attempt": False, "on_success": False},
+    "feedback": {
+        "with_solution": False,
+        "include_attempt": False,
+        "on_success": False,
+        "max_tokens": 8192,  # a whole completion
+        "max_prompt_tokens": 10240,  # the reference's limit of the teacher's prompt
+    },
     "rollout": {
         "prompts": 32,
         "group_size": 8,
@@ -63,6 +69,7 @@ _PUBLISHED: Values = {
         "contexts": "own",
         "anchor": 0.0,
         "minibatch_prompts": None,  # 32: the whole batch
+        "epochs": 1,
         "learning_rate_ratio": 1.0,
     },
     "m_step": {"tail": True, "weighting": "sequence", "importance_clip": None, "epochs": 1},
@@ -78,7 +85,7 @@ _PUBLISHED: Values = {
         "epochs": 1,
     },
     "hybrid": {"distill": 0.5, "reward": 0.5, "mix": 1.0, "mix_decay_steps": None, "weight_clip": 0.2},
-    "memory": {"micro_batch_tokens": 10240},  # one sequence of that length
+    "memory": {"micro_batch_tokens": 18432},  # one sequence of that length
     "evaluation": {"keep_best": False, "temperature": 0.6, "top_p": 0.95},
 }
 

@@ -60,6 +60,7 @@ class EStepSettings(Section):
         "0 as published.",
     )
     minibatch_prompts: Positive | None = Field(None, description="Problems per update; null takes the whole batch.")
+    epochs: Positive = Field(1, description="Passes over the batch, all against the same prior and reward shift.")
     learning_rate_ratio: float = Field(1.0, gt=0, description="The E-step's rate over `optimizer.learning_rate`.")
 
     def faults(self, recipe: Any) -> Iterator[Fault]:
@@ -123,7 +124,9 @@ class GrpoSettings(Section):
     dual_clip: float | None = Field(3.0, gt=1, description="Bound of the loss for negative advantages; null has none.")
     weighting: Literal["sequence", "token"] = Field("token", description="Mean over sequences, or over all tokens.")
     kl: float = Field(0.0, ge=0, description="Coefficient of the k3 estimate of KL(student|initial model).")
-    drop_uniform_groups: bool = Field(False, description="DAPO's filter: groups all right or all wrong are left out.")
+    drop_uniform_groups: bool = Field(
+        False, description="DAPO's filter: groups whose scores are all equal are left out."
+    )
     minibatch_prompts: Positive | None = Field(None, description="Problems per update; null takes the whole batch.")
     epochs: Positive = Field(1, description="Passes over the batch.")
 

@@ -25,6 +25,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+from vpd_mlx.common.seeds import phase_seed
 from vpd_mlx.errors import RunError
 from vpd_mlx.types import TokenRow
 
@@ -76,8 +77,8 @@ class Ranks:
         return range(count * self.index // self.size, count * (self.index + 1) // self.size)
 
     def seed(self, seed: int) -> int:
-        """A seed of this rank's own, so that no two draw the same; the first keeps the run's."""
-        return seed + self.index
+        """A seed of this rank's own, so that no two draw the same, nor what another's stream draws; the first keeps the run's."""
+        return phase_seed(seed, self.index, "rank") if self.index else seed
 
     def own_rows(self, rows: Sequence[TokenRow]) -> list[int]:
         """Indices of this rank's rows, in order; the same division on every rank.

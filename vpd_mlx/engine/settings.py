@@ -32,7 +32,7 @@ class RolloutSettings(Section):
 
     prompts: Positive = Field(32, description="Problems per step.")
     group_size: Positive = Field(8, description="Completions per problem.")
-    max_prompt_tokens: Positive = Field(2048, description="Longest prompt, student's or teacher's, in tokens.")
+    max_prompt_tokens: Positive = Field(2048, description="Longest prompt of the student in tokens.")
     max_completion_tokens: Positive = Field(1024, description="Longest completion in tokens.")
     temperature: float = Field(
         1.0, gt=0, description="Sampling temperature. Updates are of the policy at this temperature, see algorithm.md."
@@ -98,11 +98,13 @@ class MemorySettings(Section):
     def faults(self, recipe: Any) -> Iterator[Fault]:
         """One sequence must fit a micro-batch."""
         rollout = recipe.rollout
-        longest = rollout.max_prompt_tokens + rollout.max_completion_tokens
+        prompt = max(rollout.max_prompt_tokens, recipe.max_teacher_tokens)
+        key = "rollout.max_prompt_tokens" if prompt == rollout.max_prompt_tokens else "feedback.max_prompt_tokens"
+        longest = prompt + rollout.max_completion_tokens
         if self.micro_batch_tokens < longest:
             yield Fault(
                 "memory.micro_batch_tokens",
                 f"{self.micro_batch_tokens} cannot hold one sequence of {longest} tokens "
-                "(rollout.max_prompt_tokens + rollout.max_completion_tokens)",
+                f"({key} + rollout.max_completion_tokens)",
                 f"raise it to {longest} or lower those two",
             )

@@ -116,7 +116,13 @@ class CommonKeys(Section):
     include_attempt: bool = Field(
         False, description="Show the teacher the student's own failed attempt, too. It was found to hurt."
     )
-    max_tokens: Positive = Field(1024, description="Longest context in tokens; more is cut from its middle.")
+    max_tokens: Positive = Field(
+        1024,
+        description="Longest context in tokens; more is cut from its middle. So is a solution or an attempt beside it.",
+    )
+    max_prompt_tokens: Positive | None = Field(
+        None, description="Longest prompt of the teacher or a critic in tokens; null takes `rollout.max_prompt_tokens`."
+    )
     on_success: bool = False
     max_failures: Positive = Field(
         20, description="Failures in a row of a source outside this process that stop the run."
@@ -132,9 +138,9 @@ class CommonKeys(Section):
             yield Fault("feedback.sources", what, f"set feedback.sources to [{needed}]")
         if self.with_solution and not {"sibling", "verifier"} <= set(sources):
             yield Fault("feedback.with_solution", "needs both sibling and verifier", "name both in feedback.sources")
-        if self.max_tokens >= recipe.rollout.max_prompt_tokens:
-            key = "rollout.max_prompt_tokens"
-            what = f"{self.max_tokens} leaves no room in {key} {recipe.rollout.max_prompt_tokens}"
+        if self.max_tokens >= recipe.max_teacher_tokens:
+            key = f"{'rollout' if self.max_prompt_tokens is None else 'feedback'}.max_prompt_tokens"
+            what = f"{self.max_tokens} leaves no room in {key} {recipe.max_teacher_tokens}"
             yield Fault("feedback.max_tokens", what, f"lower feedback.max_tokens or raise {key}")
         yield from super().faults(recipe)
 

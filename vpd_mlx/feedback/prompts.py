@@ -96,7 +96,7 @@ class Templates(Section):
 
 
 class NoRoom(Exception):
-    """`rollout.max_prompt_tokens` leaves no room for the text that a prompt is to show."""
+    """The teacher's prompt limit leaves no room for the text that a prompt is to show."""
 
 
 CUT_MARK = "\n[...]\n"
@@ -104,8 +104,20 @@ _THINKING = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
 
 
 def demonstration(text: str) -> str:
-    """A completion without its thinking, as a teacher may see it."""
+    """A completion without its thinking, as a teacher may see it.
+
+    A chat template may open `<think>` in the prompt itself: then the completion has the closing tag alone.
+    """
+    opened, closed = text.find("<think>"), text.find("</think>")
+    if closed >= 0 and not 0 <= opened < closed:
+        text = text[closed + len("</think>") :]
     return _THINKING.sub("", text).strip()
+
+
+def _lowered(budgets: Sequence[int], over: int) -> list[int]:
+    """`over` tokens less in all: the largest budgets come down to a common level, at least 0."""
+    level = next((c for c in range(max(budgets), 0, -1) if sum(max(0, b - c) for b in budgets) >= over), 0)
+    return [min(b, level) for b in budgets]
 
 
 def _fill(template: str, **values: str) -> str:
@@ -115,13 +127,18 @@ def _fill(template: str, **values: str) -> str:
 
 @dataclass(frozen=True)
 class Prompter:
-    """Turns problems and contexts into token ids with one tokenizer, one set of templates, one set of limits."""
+    """Turns problems and contexts into token ids with one tokenizer, one set of templates, one set of limits.
+
+    Limits are in tokens: `max_prompt_tokens` of the student's prompt, `max_teacher_tokens` of the teacher's and the critic's,
+    `max_context_tokens` of each text of a context within it.
+    """
 
     tokenizer: Any
     templates: Templates
     thinking: bool
     max_prompt_tokens: int
     max_context_tokens: int
+    max_teacher_tokens: int
 
     def template(self, name: str) -> str:
         """The wording of this name: the recipe's own, else its style's."""
@@ -139,16 +156,17 @@ class Prompter:
     ) -> tuple[tuple[int, ...], bool]:
         """(the teacher's prompt ids with this context, whether the context had to be cut).
 
-        A context that is too long loses its middle; the text around it, with the closing instruction, stays whole.
+        A context that is too long loses its middle, and so do a solution and an attempt beside it, the longest of them first;
+        the text around them, with the closing instruction, stays whole.
 
         Raises:
             NoRoom: the text around it fills the prompt alone.
         """
 
-        def ids(context: str) -> tuple[int, ...]:
-            return self.encode(self._shown(problem, template, context, solution, attempt))
+        def ids(context: str, solution: str, tried: str) -> tuple[int, ...]:
+            return self.encode(self._shown(problem, template, context, solution, None if attempt is None else tried))
 
-        return self._fit(ids, text)
+        return self._fit(ids, text, solution, attempt or "")
 
     def _shown(
         self, problem: Problem, template: str, context: str, solution: str, attempt: str | None
@@ -219,21 +237,26 @@ class Prompter:
         )
         return tuple(int(i) for i in ids)
 
-    def _fit(self, build: Callable[[str], tuple[int, ...]], text: str) -> tuple[tuple[int, ...], bool]:
-        tokens = self.tokenizer.encode(text, add_special_tokens=False)
-        budget, ids = min(self.max_context_tokens, len(tokens)), build(text)
-        if budget == len(tokens) and len(ids) <= self.max_prompt_tokens:
-            return ids, False
+    def _fit(self, build: Callable[..., tuple[int, ...]], *texts: str) -> tuple[tuple[int, ...], bool]:
+        tokens = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        full = [len(t) for t in tokens]
+        budgets = [min(self.max_context_tokens, n) for n in full]
         while True:
-            # Only the context may shrink; do so until the whole prompt fits.
-            head, tail = tokens[: (budget + 1) // 2], tokens[len(tokens) - budget // 2 :]
-            ids = build(self.tokenizer.decode(head) + CUT_MARK + self.tokenizer.decode(tail))
-            over = len(ids) - self.max_prompt_tokens
-            if over <= 0 and budget > 0:
-                return ids, True
-            if budget == 0:
+            # Only these texts may shrink; they do until the whole prompt fits.
+            ids = build(*(self._cut(*of) for of in zip(texts, tokens, budgets, strict=True)))
+            over = len(ids) - self.max_teacher_tokens
+            if over <= 0 and (budgets[0] > 0 or budgets == full):
+                return ids, budgets != full
+            if not any(budgets):
                 raise NoRoom(
-                    f"no room: the prompt and the text around it take {len(ids)} tokens of "
-                    f"rollout.max_prompt_tokens {self.max_prompt_tokens}; raise it or shorten the template"
+                    f"no room: the prompt and the text around it take {len(ids)} tokens of the teacher's "
+                    f"{self.max_teacher_tokens}; raise feedback.max_prompt_tokens or shorten the template"
                 )
-            budget = max(0, budget - max(over, 1))
+            budgets = _lowered(budgets, max(over, 1))
+
+    def _cut(self, text: str, tokens: Sequence[int], budget: int) -> str:
+        """The text, or so many tokens of its two ends."""
+        if budget == len(tokens):
+            return text
+        head, tail = tokens[: (budget + 1) // 2], tokens[len(tokens) - budget // 2 :]
+        return str(self.tokenizer.decode(head) + CUT_MARK + self.tokenizer.decode(tail))

@@ -123,7 +123,7 @@ def plan(recipe: Recipe, *, prompt: int | None = None, context: int | None = Non
     config = read_model_config(recipe)
     rollout = recipe.rollout
     longest = min(prompt or rollout.max_prompt_tokens, rollout.max_prompt_tokens)
-    teacher_prompt = min(longest + (context or recipe.feedback.max_tokens), rollout.max_prompt_tokens)
+    teacher_prompt = min(longest + (context or recipe.feedback.max_tokens), recipe.max_teacher_tokens)
     rows = rollout.prompts * rollout.group_size
     try:
         blocks = int(config["num_hidden_layers"])

@@ -152,7 +152,7 @@ def load_policy(recipe: Recipe) -> Policy:
 def build_prompter(recipe: Recipe, policy: Policy) -> Prompter:
     """The recipe's wording and limits with the policy's tokenizer."""
     prompt, context = recipe.rollout.max_prompt_tokens, recipe.feedback.max_tokens
-    return Prompter(policy.tokenizer, recipe.templates, recipe.thinking, prompt, context)
+    return Prompter(policy.tokenizer, recipe.templates, recipe.thinking, prompt, context, recipe.max_teacher_tokens)
 
 
 def _check_prompts(prompter: Prompter, problems: Sequence[Problem]) -> None:

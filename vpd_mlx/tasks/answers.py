@@ -10,8 +10,8 @@ _FENCE = re.compile(r"^[ \t]*(```+|~~~+)[^\n`]*$", re.M)
 
 
 def spoken(completion: str) -> str:
-    """The completion without its thinking: all after the last `</think>`."""
-    return completion.rpartition("</think>")[2]
+    """The completion without its thinking: all after the last `</think>`, and before a thought that was never closed."""
+    return completion.rpartition("</think>")[2].partition("<think>")[0]
 
 
 def in_tag(completion: str, tag: str) -> str | None:

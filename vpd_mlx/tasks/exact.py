@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from vpd_mlx.errors import DataError
+from vpd_mlx.tasks.answers import spoken
 from vpd_mlx.tasks.data import DatasetSettings, read_split
 from vpd_mlx.types import Problem, Verdict
 
@@ -14,7 +15,7 @@ __all__ = ["Exact", "ExactSettings"]
 
 
 class ExactSettings(DatasetSettings):
-    """The completion must equal the answer, ignoring white space at the ends."""
+    """The completion, less its thinking, must equal the answer, ignoring white space at the ends."""
 
     kind: Literal["exact"]
     ignore_case: bool = Field(False, description="Compare without regard to case.")
@@ -32,10 +33,10 @@ class Exact:
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
         """1 for equal texts, else 0 with a text that does not give the answer away."""
-        got, want = completion.strip(), (problem.answer or "").strip()
+        got, want = (said := spoken(completion).strip()), (problem.answer or "").strip()
         if self._fold:
             got, want = got.casefold(), want.casefold()
-        return Verdict(1.0) if got == want else Verdict(0.0, f"{completion.strip()!r} is not the answer.")
+        return Verdict(1.0) if got == want else Verdict(0.0, f"{said!r} is not the answer.")
 
     def reference_completion(self, problem: Problem) -> str | None:
         """The answer."""

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from vpd_mlx.errors import DataError, config_error
+from vpd_mlx.tasks.answers import spoken
 from vpd_mlx.tasks.data import DatasetSettings, read_split
 from vpd_mlx.types import Problem, Verdict
 
@@ -15,7 +16,7 @@ __all__ = ["Regex", "RegexSettings"]
 
 
 class RegexSettings(DatasetSettings):
-    """The completion must match a pattern."""
+    """The completion, less its thinking, must match a pattern."""
 
     kind: Literal["regex"]
     pattern: str | None = Field(None, description="Pattern of all rows; null takes each row's from the answer column.")
@@ -59,7 +60,7 @@ class Regex:
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
         """1 for a match, else 0 with a text that does not give the pattern away."""
-        pattern, text = self._pattern(problem), completion.strip()
+        pattern, text = self._pattern(problem), spoken(completion).strip()
         whole = self._cfg.match == "whole"
         try:
             found = (pattern.fullmatch if whole else pattern.search)(text, timeout=self._cfg.timeout)
