@@ -779,7 +779,7 @@ def test_a_context_that_has_no_room_is_a_failed_source_not_a_teacher_without_wor
         assert rollout.context is None
         assert rollout.teacher_prompt is None
         assert "take 6" in rollout.source_errors["verifier"]
-        assert "of rollout.max_prompt_tokens 64; raise it or shorten the template" in rollout.source_errors["verifier"]
+        assert "of the teacher's 64; raise feedback.max_prompt_tokens" in rollout.source_errors["verifier"]
     fits = Trainer.build(
         small(feedback__sources=["verifier"], templates__verifier="{prompt} " + "x" * 30 + " {context}")
     )
