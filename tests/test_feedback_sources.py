@@ -588,14 +588,14 @@ def test_a_real_terminal(last: bytes, tmp_path: Path, monkeypatch: pytest.Monkey
     threading.Thread(target=listen, daemon=True).start()
 
     def wait_for(text: str) -> None:
-        until = time.monotonic() + 10
+        until = time.monotonic() + 60
         while text not in screen.decode(errors="replace"):
             assert time.monotonic() < until, screen.decode(errors="replace")
             time.sleep(0.01)
 
     def press(key: bytes, question: str) -> None:
         wait_for(question)
-        until = time.monotonic() + 10
+        until = time.monotonic() + 60
         while termios.tcgetattr(theirs)[3] & termios.ICANON:  # what is typed before a key is awaited is lost
             assert time.monotonic() < until
             time.sleep(0.01)
@@ -614,7 +614,7 @@ def test_a_real_terminal(last: bytes, tmp_path: Path, monkeypatch: pytest.Monkey
             press(last, "4 of 4")
         except AssertionError as error:
             wrong.append(str(error))
-            os.write(ours, b"q")
+            os.write(ours, b"\nq")  # ends a line as well as a choice
 
     stops: list[bool] = []
     with os.fdopen(theirs, "r", closefd=False) as reads, os.fdopen(theirs, "w", closefd=False) as writes:
