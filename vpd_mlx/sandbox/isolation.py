@@ -349,7 +349,8 @@ def _close_others() -> None:
     try:
         numbers = [int(name) for name in os.listdir("/dev/fd")]
     except OSError:
-        numbers = list(range(resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        numbers = list(range(most if 0 < most < 1 << 16 else 1 << 16))
     for number in numbers:
         if number > 4:
             os.closerange(number, number + 1)  # among them the listing's own, closed by now
