@@ -59,7 +59,17 @@ def test_final_answers(text: str, answer: str | None) -> None:
 
 def test_nested_boxes_give_the_inner_one() -> None:
     assert boxed(r"\boxed{a\boxed{b}") == "b"
+    assert boxed(r"} \boxed{{a}} {\boxed{b} \boxed{c") == "b"
     assert boxed("\\boxed{" * 50) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["~" * 40_000 + "`", "\\boxed{" * 40_000, "`" * 40_000, "<answer>" * 20_000, " \t" * 40_000]
+)
+def test_reading_an_answer_takes_linear_time(text: str) -> None:
+    start = time.process_time()
+    assert [boxed(text), in_fence(text), in_tag(text, "answer"), final_answer(text)] == [None] * 4
+    assert time.process_time() - start < 1.0  # 60 ms here; a loop within a loop would take minutes
 
 
 def test_tags_and_fences_take_the_last() -> None:
@@ -131,8 +141,9 @@ def maths(tmp_path_factory: pytest.TempPathFactory) -> Task:
         {"prompt": "big", "answer": "1,000"},
         {"prompt": "set", "answer": r"\{1,2\}", "reference": r"Clearly \boxed{\{2, 1\}}."},
         {"prompt": "ten", "answer": "10"},
+        {"prompt": "huge", "answer": "9^{9^{9}}"},
     ]
-    return build(tmp_path_factory.mktemp("math"), {"kind": "math", "timeout": 3.0}, rows)
+    return build(tmp_path_factory.mktemp("math"), {"kind": "math", "timeout": 1.0}, rows)
 
 
 @pytest.mark.parametrize(
@@ -168,14 +179,17 @@ def test_math_proves_its_references(maths: Task) -> None:
     assert "There is no final answer" in maths.verify(maths.train[0], "so 1/2").text
 
 
-def test_a_monstrous_answer_is_no_verdict_and_holds_nothing_up(maths: Task) -> None:
-    ten = maths.train[5]
-    monster = r"\boxed{10^{10^{10^{10}}}}"
+def test_a_monstrous_answer_is_wrong_and_holds_nothing_up(maths: Task) -> None:
+    ten, huge = maths.train[5:]
+    # The first keeps Python busy, which a signal interrupts; the second one multiplication, which only the kernel ends.
+    monsters = [f"\\boxed{{{'-' * 4000}1}}", r"\boxed{9^{9^{9}}}"]
     with ThreadPoolExecutor(4) as pool:
-        verdicts = list(pool.map(lambda c: maths.verify(ten, c), [monster, r"\boxed{10.0}", r"\boxed{11}"]))
-    assert verdicts[0].error is not None
-    assert "too long" in verdicts[0].error
-    assert [v.score for v in verdicts[1:]] == [1.0, 0.0]
+        verdicts = list(pool.map(lambda c: maths.verify(ten, c), [*monsters, r"\boxed{10.0}", r"\boxed{11}"]))
+    assert verdicts[:2] == [Verdict(0.0, "The answer takes too long to check.")] * 2
+    assert [v.score for v in verdicts[2:]] == [1.0, 0.0]
+    verdict = maths.verify(huge, r"\boxed{8^{9^{9}}}")  # the row's own answer is as bad
+    assert verdict.error is not None
+    assert "took more than 1 s of processor time; the reference of row rows.jsonl:7 fails, too" in verdict.error
 
 
 def test_the_library_outlives_the_threads_that_call_it(maths: Task) -> None:
@@ -208,12 +222,15 @@ def test_regex_by_row_and_for_all(tmp_path: Path) -> None:
     assert "yes" not in verdict.text
 
 
-def test_regex_that_backtracks_for_ever_is_no_verdict(tmp_path: Path) -> None:
+def test_a_text_on_which_a_pattern_backtracks_for_ever_does_not_match(tmp_path: Path) -> None:
     importlib.import_module("regex")
-    task = build(tmp_path, {"kind": "regex", "pattern": r"(?:a|aa)+$b", "timeout": 0.2}, [{"prompt": "q"}])
-    verdict = task.verify(task.train[0], "a" * 60)
+    rows = [{"prompt": "q", "reference": "ab"}, {"prompt": "bad", "reference": "a" * 60}]
+    task = build(tmp_path, {"kind": "regex", "pattern": r"(?:a|aa)+$b|ab", "timeout": 0.2}, rows)
+    assert task.verify(task.train[0], "a" * 60) == Verdict(0.0, "The answer takes too long to check.")
+    assert task.verify(task.train[0], "ab").score == 1.0
+    verdict = task.verify(task.train[1], "a" * 50)
     assert verdict.error is not None
-    assert "took longer than 0.2 s" in verdict.error
+    assert "the reference of row rows.jsonl:2 fails, too" in verdict.error
 
 
 def test_regex_faults(tmp_path: Path) -> None:
@@ -245,6 +262,8 @@ PERSON = {
         ('{"name": 1, "age": -1}', 0.0, "$.age: -1 is less than the minimum of 0\n$.name: 1 is not of type 'string'"),
         ("{name: Ada}", 0.0, "This is not JSON"),
         ('{"name": "Ada", "age": NaN}', 0.0, "NaN is not a JSON value"),
+        ('{"name": "Ada", "age": 1e999}', 0.0, "1e999 is not a JSON value"),
+        ('{"name": "\ud800", "age": "\\ud800"}', 0.0, "$.age: '\\ud800' is not of type 'integer'"),
         ("[" * 100_000, 0.0, "This is not JSON"),
         ("", 0.0, "This is not JSON"),
     ],
@@ -255,6 +274,27 @@ def test_json_must_fit_its_schema(tmp_path: Path, completion: str, score: float,
     verdict = task.verify(task.train[0], completion)
     assert (verdict.score, verdict.error) == (score, None)
     assert words in verdict.text
+
+
+def test_json_that_exhausts_its_schema_is_wrong(tmp_path: Path) -> None:
+    importlib.import_module("jsonschema")
+    many = {"type": "array", "uniqueItems": True}
+    tree = {"$ref": "#/$defs/n", "$defs": {"n": {"type": "array", "items": {"$ref": "#/$defs/n"}}}}
+    rows = [
+        {"prompt": "pattern", "schema": {"pattern": "^(a|aa)+$"}},
+        {"prompt": "unique", "schema": many, "reference": "[1, 2]"},
+        {"prompt": "deep", "schema": tree},
+        {"prompt": "endless", "schema": {"$ref": "#"}},
+    ]
+    task = build(tmp_path, {"kind": "json-schema", "timeout": 0.5}, rows)
+    objects = json.dumps([{"a": i, "b": [i]} for i in range(3000)])
+    for problem, text in zip(task.train, (json.dumps("a" * 60 + "b"), objects, "[" * 900 + "]" * 900), strict=False):
+        assert task.verify(problem, text) == Verdict(0.0, "The answer takes too long to check."), problem.prompt
+    assert task.verify(task.train[1], "[1, 1]").text == "$: [1, 1] has non-unique elements"
+    verdict = task.verify(task.train[3], "1")
+    assert verdict.error is not None
+    assert verdict.error.startswith("the schema cannot be used: RecursionError")
+    assert "the reference of row rows.jsonl:4 fails, too" in verdict.error
 
 
 def test_json_schema_from_a_file_with_answers(tmp_path: Path) -> None:
@@ -344,8 +384,7 @@ def test_gym_runs_no_code_from_an_answer(gym: Task, answer: str) -> None:
 
 
 def test_gym_survives_its_scorer(gym: Task) -> None:
-    library = gym._library  # type: ignore[attr-defined]
-    library.close()
+    gym._checker.close()  # type: ignore[attr-defined]
     prove(gym)
 
 

@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from vpd_mlx.common.text import without_surrogates
+
 __all__ = ["Context", "FinishReason", "Group", "Message", "Problem", "Rollout", "TokenRow", "Verdict"]
 
 Message = dict[str, str]
+MOST_TEXT = 20_000  # characters of a verdict's texts
 FinishReason = Literal["stop", "length"]
 
 
@@ -37,12 +40,19 @@ class Verdict:
     """A verifier's verdict on one completion.
 
     `score` lies in [0, 1]; `text` is its feedback in words, empty if it has none. `error` describes a failure of the
-    verifier itself: the score then means nothing, and the rollout leaves the batch.
+    verifier itself: the score then means nothing, and the rollout leaves the batch. Both texts are cut to `MOST_TEXT`
+    characters, and lone surrogates, which no file or tokenizer accepts, become `?`.
     """
 
     score: float
     text: str = ""
     error: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("text", "error"):
+            text = getattr(self, name)
+            if text:
+                object.__setattr__(self, name, without_surrogates(text[:MOST_TEXT]))
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import closing
 from dataclasses import dataclass
 
+from vpd_mlx.common.workers import Workers
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.sampling import Sampling, generate
 from vpd_mlx.errors import DataError
@@ -93,7 +94,7 @@ def collect(
         return rollout
 
     waiting: dict[tuple[int, int], Future[Rollout]] = {}
-    pool = ThreadPoolExecutor(WORKERS)
+    pool = Workers(WORKERS, "verdicts")
     try:
         # Closed at once when `on_progress` ends the run: an exception's traceback would keep it, and its threads, alive.
         with closing(generate(policy, prompts, group_size, how, seed)) as finished:
@@ -106,7 +107,7 @@ def collect(
             on_progress(len(waiting), total)
         graded = [(at, waiting[at].result()) for at in sorted(waiting)]
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.close()
     good: list[list[Rollout]] = [[] for _ in problems]
     failures = []
     for (p, _), rollout in graded:

@@ -17,6 +17,17 @@ go through this process. `Library` keeps a grading library in a child of its own
 """
 
 from vpd_mlx.sandbox.results import Ended, Failure, Limits, Outcome, Result, Value
-from vpd_mlx.sandbox.sandbox import Library, LoadedProgram, Sandbox
+from vpd_mlx.sandbox.sandbox import Library, LibraryError, LoadedProgram, Sandbox
 
-__all__ = ["Ended", "Failure", "Library", "Limits", "LoadedProgram", "Outcome", "Result", "Sandbox", "Value"]
+__all__ = [
+    "Ended",
+    "Failure",
+    "Library",
+    "LibraryError",
+    "Limits",
+    "LoadedProgram",
+    "Outcome",
+    "Result",
+    "Sandbox",
+    "Value",
+]

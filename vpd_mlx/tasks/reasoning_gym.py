@@ -11,8 +11,8 @@ from pydantic import Field
 
 from vpd_mlx.common.settings import Positive, Section
 from vpd_mlx.errors import DataError, SourceError, config_error
-from vpd_mlx.sandbox import Library
 from vpd_mlx.tasks.answers import in_tag
+from vpd_mlx.tasks.checker import Checker
 from vpd_mlx.tasks.data import fraction
 from vpd_mlx.types import Problem, Verdict
 
@@ -31,7 +31,9 @@ class ReasoningGymSettings(Section):
     partial_credit: bool = Field(
         True, description="Keep the scorer's partial scores; otherwise only a full score counts."
     )
-    timeout: float = Field(10.0, gt=0, description="Seconds to score one answer; after that there is no verdict.")
+    timeout: float = Field(
+        10.0, gt=0, description="Seconds of processor time to score one answer; one that takes more is wrong."
+    )
 
 
 SYSTEM = "Solve the problem. Put the answer, and nothing else, between <answer> and </answer>."
@@ -54,6 +56,7 @@ def entry(i):
     e = made[i] = made["set"][i]
     return json.dumps([e["question"], None if e["answer"] is None else str(e["answer"])])
 
+@limited
 def score(name, settings, size, seed, i, question, answer):
     if "set" not in made:
         make(name, settings, size, seed)
@@ -73,23 +76,23 @@ class ReasoningGym:
     """Rows are split by a hash of the task's name and the row's index. Repeated questions are dropped."""
 
     def __init__(self, cfg: ReasoningGymSettings) -> None:
-        self._library = Library(MAKER, "reasoning_gym", "reasoning-gym", cfg.kind, cfg.timeout)
-        self.notices = tuple(filter(None, [self._library.notice]))
+        self._checker = Checker(MAKER, "reasoning_gym", "reasoning-gym", cfg.kind, cfg.timeout)
+        self.notices = tuple(filter(None, [self._checker.notice]))
         self._partial_credit = cfg.partial_credit
         self._made = (cfg.name, json.dumps(cfg.settings), cfg.rows, cfg.seed)
-        names = self._library.call("names")
+        names = self._checker.call("names")
         if cfg.name not in names:
             what = f"{cfg.name!r} is not a task of reasoning-gym"
             raise config_error("task.name", what, f"use one of {', '.join(names)}")
         try:
-            self._library.call("make", *self._made)
+            self._checker.call("make", *self._made)
         except SourceError as error:
             what = f"{cfg.settings} are refused by {cfg.name} ({error})"
             raise config_error("task.settings", what, "see that task's settings") from None
         sides: tuple[list[Problem], list[Problem]] = ([], [])
         seen: set[str] = set()
         for index in range(cfg.rows):
-            question, answer = self._library.call("entry", index)
+            question, answer = self._checker.call("entry", index)
             if question not in seen:
                 seen.add(question)
                 held = fraction(f"{cfg.name}:{index}") < cfg.held_out
@@ -107,15 +110,19 @@ class ReasoningGym:
             return Verdict(0.0, "There is no <answer>...</answer>.")
         if answer != problem.answer and REACHES.search(answer):
             return Verdict(0.0, "The answer holds code, which is no answer here.")
-        try:
-            score = self._library.call("score", *self._made, problem.data["index"], problem.prompt, answer)
-        except SourceError as error:
-            return Verdict(0.0, error=f"the scorer failed on {answer[:80]!r}: {error}")
-        if not isinstance(score, float) or not math.isfinite(score):
-            return Verdict(0.0, error=f"the scorer returned {score!r}")
-        if score >= 1.0:
-            return Verdict(1.0)
-        return Verdict(max(score, 0.0) if self._partial_credit else 0.0, f"{answer[:200]!r} is not the right answer.")
+
+        def read(score: Any) -> Verdict:
+            if not isinstance(score, float) or not math.isfinite(score):
+                return Verdict(0.0, error=f"the scorer returned {score!r}")
+            if score >= 1.0:
+                return Verdict(1.0)
+            return Verdict(
+                max(score, 0.0) if self._partial_credit else 0.0, f"{answer[:200]!r} is not the right answer."
+            )
+
+        call = ("score", *self._made, problem.data["index"], problem.prompt)
+        what = f"the scorer failed on {answer[:80]!r}"
+        return self._checker.grade(problem, (*call, answer), (*call, problem.answer or ""), what, read)
 
     def reference_completion(self, problem: Problem) -> str | None:
         """The library's answer, if it has one: some tasks have only a scorer."""

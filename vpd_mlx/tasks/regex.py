@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from vpd_mlx.errors import DataError, config_error
+from vpd_mlx.errors import DataError, SourceError, config_error
 from vpd_mlx.tasks.answers import spoken
+from vpd_mlx.tasks.checker import Checker
 from vpd_mlx.tasks.data import DatasetSettings, read_split
 from vpd_mlx.types import Problem, Verdict
 
@@ -22,7 +22,32 @@ class RegexSettings(DatasetSettings):
     pattern: str | None = Field(None, description="Pattern of all rows; null takes each row's from the answer column.")
     match: Literal["whole", "anywhere"] = Field("whole", description="Where in the completion the pattern must match.")
     ignore_case: bool = Field(False, description="Match without regard to case.")
-    timeout: float = Field(1.0, gt=0, description="Seconds for one match; after that there is no verdict.")
+    timeout: float = Field(
+        1.0, gt=0, description="Seconds of processor time for one match; a completion that takes more does not match."
+    )
+
+
+# Not `re`: this library looks for signals in the midst of a match, also of one that backtracks for ever on a model's text.
+MATCHER = """
+import functools, json, regex
+
+@functools.lru_cache(4096)
+def compiled(pattern, ignore_case):
+    return regex.compile(pattern, regex.MULTILINE | (regex.IGNORECASE if ignore_case else 0))
+
+@limited
+def fault(pattern, ignore_case):
+    try:
+        compiled(pattern, ignore_case)
+    except regex.error as error:
+        return json.dumps(str(error))
+    return json.dumps("")
+
+@limited
+def matches(pattern, ignore_case, whole, text):
+    found = compiled(pattern, ignore_case)
+    return json.dumps(bool(found.fullmatch(text) if whole else found.search(text)))
+"""
 
 
 class Regex:
@@ -30,44 +55,40 @@ class Regex:
 
     def __init__(self, cfg: RegexSettings) -> None:
         self._cfg = cfg
-        # Not `re`: this library has a timeout for patterns that backtrack for ever on a model's text.
-        try:
-            self._regex = regex = importlib.import_module("regex")
-        except ImportError:
-            what = "'regex' needs the regex library, which is not installed"
-            raise config_error("task.kind", what, "pip install 'vpd-mlx[regex]'") from None
-        self._flags = regex.MULTILINE | (regex.IGNORECASE if cfg.ignore_case else 0)
-        self._one = None
-        if cfg.pattern is not None:
-            try:
-                self._one = regex.compile(cfg.pattern, self._flags)
-            except regex.error as error:
-                raise config_error("task.pattern", f"{cfg.pattern!r} is not a pattern ({error})", "fix it") from None
+        self._checker = Checker(MATCHER, "regex", "regex", cfg.kind, cfg.timeout)
+        if cfg.pattern is not None and (fault := self._fault(cfg.pattern)):
+            raise config_error("task.pattern", f"{cfg.pattern!r} is not a pattern ({fault})", "fix it")
         self.train, self.held_out = read_split(cfg)
         for problem in (*self.train, *self.held_out):
-            self._pattern(problem)
+            pattern = self._pattern(problem)
+            if cfg.pattern is None and (fault := self._fault(pattern)):
+                raise DataError(f"row {problem.id}: {pattern!r} is not a pattern ({fault}); fix it")
 
-    def _pattern(self, problem: Problem) -> Any:
-        if self._one is not None:
-            return self._one
+    def _fault(self, pattern: str) -> str:
+        try:
+            return str(self._checker.call("fault", pattern, self._cfg.ignore_case))
+        except SourceError as error:
+            return str(error)
+
+    def _pattern(self, problem: Problem) -> str:
+        if self._cfg.pattern is not None:
+            return self._cfg.pattern
         if problem.answer is None:
             what = f"no column {self._cfg.answer!r} with a pattern"
             raise DataError(f"row {problem.id}: {what}; name it in task.answer, or set task.pattern")
-        try:
-            return self._regex.compile(problem.answer, self._flags)  # the library caches compiled patterns
-        except self._regex.error as error:
-            raise DataError(f"row {problem.id}: {problem.answer!r} is not a pattern ({error}); fix it") from None
+        return problem.answer
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
         """1 for a match, else 0 with a text that does not give the pattern away."""
-        pattern, text = self._pattern(problem), spoken(completion).strip()
-        whole = self._cfg.match == "whole"
-        try:
-            found = (pattern.fullmatch if whole else pattern.search)(text, timeout=self._cfg.timeout)
-        except TimeoutError:
-            return Verdict(0.0, error=f"the pattern {pattern.pattern!r} took longer than {self._cfg.timeout:g} s")
-        where = "is not" if whole else "has nothing"
-        return Verdict(1.0) if found else Verdict(0.0, f"The answer {where} of the form that is asked for.")
+        pattern, whole = self._pattern(problem), self._cfg.match == "whole"
+        call = ("matches", pattern, self._cfg.ignore_case, whole)
+
+        def read(found: bool) -> Verdict:
+            where = "is not" if whole else "has nothing"
+            return Verdict(1.0) if found else Verdict(0.0, f"The answer {where} of the form that is asked for.")
+
+        known, what = spoken(problem.reference or "").strip(), f"the pattern {pattern!r} cannot be used"
+        return self._checker.grade(problem, (*call, spoken(completion).strip()), (*call, known), what, read)
 
     def reference_completion(self, problem: Problem) -> str | None:
         """The row's reference, if it has one."""
