@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,9 @@ from vpd_mlx.commands.app import app
 from vpd_mlx.common.files import read_rows
 from vpd_mlx.errors import ConfigError, DataError
 from vpd_mlx.recipe import load_recipe
+from vpd_mlx.tasks import build_task
+from vpd_mlx.tasks.python_file import Function, FunctionSettings
+from vpd_mlx.types import MOST_TEXT, Verdict
 
 RUNNER = CliRunner()
 
@@ -166,15 +170,19 @@ def test_a_verifier_may_import_what_lies_beside_it_and_print(mine: Path):
 HANGS = """
 import time
 def verify(problem, completion):
-    if completion.strip() != problem.answer:
+    if completion.strip() != problem.answer and problem.id in open("rows").read().split():
         open("hangs", "w").close()
         time.sleep(600)
     return 1.0
 """
 
 
-def test_a_second_signal_leaves_at_once_though_the_verifier_hangs(mine: Path):
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_signal_ends_a_run_though_the_verifier_hangs(mine: Path, signals: int):
     (mine.parent / "verifier.py").write_text(HANGS)
+    Path("rows").write_text(
+        " ".join(p.id for p in build_task(load_recipe(mine)).train)
+    )  # an evaluation is never cut short
     command = [sys.executable, "-m", "vpd_mlx", "train", str(mine), "--out", "run", "-q"]
     with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(Path(vpd_mlx.__file__).parents[1])}) as process:
         until = time.monotonic() + 60
@@ -182,13 +190,69 @@ def test_a_second_signal_leaves_at_once_though_the_verifier_hangs(mine: Path):
             assert time.monotonic() < until
             assert process.poll() is None
             time.sleep(0.1)
-        for _ in range(2):
+        for _ in range(signals):
             process.send_signal(signal.SIGINT)
-            time.sleep(1)
+            time.sleep(0.05)
         try:
             assert process.wait(30) == 128 + signal.SIGINT
         finally:
             process.kill()
+
+
+SLOW = """
+import ctypes, os, time
+answers = []
+def verify(problem, completion):
+    answers.append(completion)
+    match completion:
+        case "sleeps": time.sleep(60)
+        case "holds": ctypes.PyDLL(None).sleep(60)  # a C function that keeps all of Python waiting
+        case "dies": os._exit(7)
+        case "beside": time.sleep(1)
+        case "long": return 0.5, "\\ud800" + "x" * 5_000_000
+        case "count": return 1.0, str(len(answers))
+    return 1.0
+"""
+
+
+def test_a_verifier_has_a_time_limit_that_holds_against_c_code(mine: Path):
+    (mine.parent / "verifier.py").write_text(SLOW)
+    task = build_task(load_recipe(mine, [("task.timeout", 1.5)]))
+    problem = task.train[0]
+    (mine.parent / "verifier.py").write_text("raise OSError")  # read once
+    assert task.verify(problem, "count") == Verdict(1.0, "1")
+    with ThreadPoolExecutor(2) as pool:
+        for name in ("sleeps", "holds"):
+            start = time.monotonic()
+            hangs = pool.submit(task.verify, problem, name)
+            time.sleep(0.8)
+            beside = pool.submit(task.verify, problem, "beside")
+            assert hangs.result().error == "took longer than 1.5 s; mend it, or raise task.timeout"
+            assert beside.result() == Verdict(1.0)  # asked again of the next process
+            assert time.monotonic() - start < 15
+    assert task.verify(problem, "dies").error == "its process ended with status 7"
+    verdict = task.verify(problem, "long")
+    assert (verdict.score, len(verdict.text), verdict.text[:2]) == (0.5, MOST_TEXT, "?x")
+    assert [task.verify(problem, "count").text for _ in range(2)] == ["2", "3"]  # one process keeps its state
+
+
+def test_a_function_has_a_time_limit(mine: Path):
+    cfg = FunctionSettings(
+        kind="function", function="f", fingerprint="", data=str(mine.parent / "rows.jsonl"), timeout=0.3
+    )
+    task = Function(cfg, lambda problem, completion: time.sleep(float(completion)) or 1.0)
+    assert task.verify(task.train[0], "0") == Verdict(1.0)
+    assert task.verify(task.train[0], "5").error == "took longer than 0.3 s; mend it, or raise task.timeout"
+
+
+def test_a_hanging_verifier_is_an_error_with_row_and_seconds(mine: Path):
+    (mine.parent / "verifier.py").write_text("import time\ndef verify(problem, completion): time.sleep(60)\n")
+    found = RUNNER.invoke(app, ["train", str(mine), "--set", "task.timeout=0.5"])
+    assert re.fullmatch(
+        r"row rows.jsonl:\d+: the verifier failed on the reference answer '\d+': took longer than 0.5 s; mend it, or raise "
+        "task.timeout; fix the row or the verifier",
+        str(found.exception),
+    )
 
 
 def test_nothing_to_learn_from_is_told_before_training(mine: Path):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from vpd_mlx.errors import VpdError
 from vpd_mlx.recipe import load_recipe
 from vpd_mlx.tasks import build_task
-from vpd_mlx.tasks.python_file import as_verdict
+from vpd_mlx.tasks.own_process import as_verdict
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12)
 cells = st.recursive(scalars, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=6), x, max_size=3))

@@ -1,29 +1,36 @@
 """A verifier of the user's own: a Python file with `verify(problem, completion)`, or a function given to `vpd.train`.
 
-It is the user's and runs in our process. It gets completions as text; they are never executed here.
+A file runs in a process of its own, a function in ours, in a thread of its own. It gets completions as text; they are never
+executed here.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import math
-import numbers
-import sys
+import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from vpd_mlx.common.functions import failure, not_handed_over
-from vpd_mlx.errors import ConfigError, config_error
 from vpd_mlx.tasks.data import DatasetSettings, read_split
+from vpd_mlx.tasks.own_process import OwnProcess, as_verdict
 from vpd_mlx.types import Problem, Verdict
 
-__all__ = ["Function", "FunctionSettings", "PythonFile", "PythonSettings", "as_verdict"]
+__all__ = ["Function", "FunctionSettings", "PythonFile", "PythonSettings"]
 
 
-class PythonSettings(DatasetSettings):
+class OwnSettings(DatasetSettings):
+    """What the two below share."""
+
+    timeout: float = Field(
+        60.0, gt=0, description="Seconds for one verdict; a verifier that takes longer has failed, and gives no score."
+    )
+
+
+class PythonSettings(OwnSettings):
     """A verifier of your own: a Python file with `verify(problem, completion)`."""
 
     paths: ClassVar[tuple[str, ...]] = ("verifier",)
@@ -38,24 +45,20 @@ class PythonFile:
     """Calls the user's function with the problem and the completion's text."""
 
     def __init__(self, cfg: PythonSettings) -> None:
-        self._verify = _load(Path(cfg.verifier))
-        self.fingerprint = Path(cfg.verifier).read_bytes()
+        self._process = OwnProcess(Path(cfg.verifier), cfg.timeout)
+        self.fingerprint = self._process.source
         self.train, self.held_out = read_split(cfg)
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
-        """The user's verdict. An exception of the function becomes `Verdict.error`: the rollout leaves the batch."""
-        try:
-            result = self._verify(problem, completion)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - foreign code: any exception is its own failure
-            return Verdict(0.0, error=failure(error))
-        return as_verdict(result)
+        """The user's verdict. A failure of the function becomes `Verdict.error`: the rollout leaves the batch."""
+        return self._process.verify(problem, completion)
 
     def reference_completion(self, problem: Problem) -> str | None:
         """The reference solution where the data has one, else the answer."""
         return problem.reference or problem.answer
 
 
-class FunctionSettings(DatasetSettings):
+class FunctionSettings(OwnSettings):
     """A verifier of a Python program, written by `vpd.train` (docs/python.md). Only that program can train with it."""
 
     kind: Literal["function"]
@@ -63,10 +66,11 @@ class FunctionSettings(DatasetSettings):
     fingerprint: str = Field(description="Hash of its source. A run is resumed with the same verifier only.")
 
 
-class Function(PythonFile):
-    """Calls the function `verify`. Rows that are not on the disk yet come in `files`, name -> lines.
+class Function:
+    """Calls the function `verify` in a thread, which is abandoned when it takes too long.
 
-    Where a hash leaves no row for training or for evaluation, all rows serve for both.
+    Rows that are not on the disk yet come in `files`, name -> lines. Where a hash leaves no row for training or for
+    evaluation, all rows serve for both.
     """
 
     def __init__(
@@ -77,7 +81,7 @@ class Function(PythonFile):
     ) -> None:
         if verify is None:
             raise not_handed_over("task.kind", f"the verifier {cfg.function!r}")
-        self._verify = verify
+        self._verify, self._seconds = verify, cfg.timeout
         self.fingerprint = cfg.fingerprint.encode()
         paths = [path for path in (cfg.data, cfg.eval_data) if path is not None]
         given = {path: files[Path(path).name] for path in paths if files and Path(path).name in files}
@@ -86,33 +90,22 @@ class Function(PythonFile):
             few = "evaluation is on the training problems: there are too few to hold some out; give held_out=[…] for others"
             self.notices = (few,)
 
+    def verify(self, problem: Problem, completion: str) -> Verdict:
+        """The function's verdict. Its failure becomes `Verdict.error`: the rollout leaves the batch."""
+        found: Future[Verdict] = Future()
 
-def as_verdict(result: Any) -> Verdict:
-    """A verdict from what a verifier returned: score, bool or (score, text). Anything else is the verifier's failure."""
-    score, text = result if isinstance(result, tuple) and len(result) == 2 else (result, "")
-    if not isinstance(score, numbers.Real) or not isinstance(text, str):
-        return Verdict(0.0, error=f"returned {result!r}; needs a score in 0..1, a bool, or (score, text)")
-    value = float(score)
-    if not math.isfinite(value) or not 0.0 <= value <= 1.0:
-        return Verdict(0.0, error=f"returned the score {value!r}; needs 0..1")
-    return Verdict(value, text)
+        def call() -> None:
+            try:
+                found.set_result(as_verdict(self._verify(problem, completion)))
+            except BaseException as error:  # noqa: BLE001 - foreign code: any exception is its own failure
+                found.set_result(Verdict(0.0, error=failure(error)))
 
+        threading.Thread(target=call, daemon=True, name="verifier").start()
+        try:
+            return found.result(self._seconds)
+        except TimeoutError:
+            return Verdict(0.0, error=f"took longer than {self._seconds:g} s; mend it, or raise task.timeout")
 
-def _load(path: Path) -> Callable[[Problem, str], Any]:
-    def fault(problem: str, remedy: str) -> ConfigError:
-        return config_error("task.verifier", problem, remedy, str(path))
-
-    spec = importlib.util.spec_from_file_location("vpd_mlx_user_verifier", path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        raise fault("no such Python file", "give the path of a .py file, relative to the recipe")
-    module = importlib.util.module_from_spec(spec)
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))  # as for a script: it may import modules beside it, now or later
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise fault(f"cannot be imported ({type(error).__name__}: {error})", "fix the file") from error
-    verify = getattr(module, "verify", None)
-    if not callable(verify):
-        raise fault("has no function `verify`", "define `def verify(problem, completion): ...` in it")
-    return verify  # type: ignore[no-any-return]
+    def reference_completion(self, problem: Problem) -> str | None:
+        """The reference solution where the data has one, else the answer."""
+        return problem.reference or problem.answer
