@@ -21,7 +21,7 @@ long-test: $(VENV)/.installed-dev
 
 # What takes minutes, or a browser: not part of `make test`, part of a release.
 crash-test: $(VENV)/.installed-dev
-	$(BIN)/python tests/crash/kill.py --kills 50
+	$(BIN)/python tests/crash/kill.py --kills 100
 
 browser-test: $(VENV)/.installed-dev
 	$(BIN)/python tests/browser/check.py

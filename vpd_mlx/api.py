@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import re
 import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from vpd_mlx.common.streams import lasting
 from vpd_mlx.errors import RunError, config_error
 from vpd_mlx.recipe import Recipe, resolve_recipe_path
 from vpd_mlx.recipe import load_recipe as load_recipe_file
@@ -116,7 +115,11 @@ def train(
     from vpd_mlx.run.progress import Stop
 
     stop = Stop()
-    with _interrupts(stop), make_view(f"{recipe.name} ({recipe.algorithm})", quiet=quiet) as view:
+    with (
+        _asked(stop),
+        lasting(f"the run goes on in {folder}"),
+        make_view(f"{recipe.name} ({recipe.algorithm})", quiet=quiet) as view,
+    ):
         run(recipe, folder, resume=resume, overwrite=overwrite, progress=view, stop=stop, handed=handed)
     return load_run(folder)
 
@@ -259,19 +262,13 @@ def _folder(out: str | Path | None, name: str, resume: bool, overwrite: bool) ->
 
 
 @contextlib.contextmanager
-def _interrupts(stop: Stop) -> Iterator[None]:
-    """Ctrl-C, or a notebook's stop button, ends the run at the next safe moment; a second one ends it at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def _asked(stop: Stop) -> Iterator[None]:
+    """Ctrl-C, or a notebook's stop button, stops the run alone; after any other signal the program ends as without a run."""
+    from vpd_mlx.run.stopping import stoppable
 
-    def handler(number: int, _frame: FrameType | None) -> None:
-        if stop.signal is not None:
-            raise KeyboardInterrupt
-        stop.signal = number
-
-    before = signal.signal(signal.SIGINT, handler)
     try:
-        yield
+        with stoppable(stop):
+            yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        if stop.signal not in (None, signal.SIGINT):
+            signal.raise_signal(stop.signal)

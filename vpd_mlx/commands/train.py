@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
 import signal
-import sys
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -18,6 +19,7 @@ from rich.table import Column, Table
 
 from vpd_mlx.commands.evaluate import NAMES
 from vpd_mlx.commands.options import SetOption, json_alone, overridden
+from vpd_mlx.common.streams import lasting
 from vpd_mlx.common.text import duration, mlx_lm_command, percent
 from vpd_mlx.errors import wrong_option
 from vpd_mlx.recipe import Recipe, load_recipe, resolve_recipe_path
@@ -25,7 +27,9 @@ from vpd_mlx.report.answers import print_answers
 from vpd_mlx.report.live import make_view
 from vpd_mlx.run.folder import load_run
 from vpd_mlx.run.log import RECIPE_FILE, check_resume, free_run_folder
+from vpd_mlx.run.progress import Stop
 from vpd_mlx.run.records import Summary
+from vpd_mlx.run.stopping import stoppable
 
 __all__ = ["MOMENT", "train"]
 
@@ -54,6 +58,7 @@ def train(
     Ctrl-C stops the run at the next safe moment, with a checkpoint and adapters; a second Ctrl-C stops it at once.
     """
     overrides = overridden(sets, steps=steps, seed=seed)
+    stop = Stop()
 
     def asked() -> tuple[Recipe, Path]:
         if resume is not None:
@@ -62,6 +67,16 @@ def train(
         base = Path("runs") / cfg.name
         return cfg, out or (base if overwrite else free_run_folder(base))
 
+    try:
+        with stoppable(stop, partial(_leave, stop)):
+            _train(asked, stop, resume=resume is not None, overwrite=overwrite, quiet=quiet, as_json=as_json)
+    except KeyboardInterrupt:
+        raise typer.Exit(128 + (stop.signal or signal.SIGINT)) from None
+
+
+def _train(
+    asked: Callable[[], tuple[Recipe, Path]], stop: Stop, *, resume: bool, overwrite: bool, quiet: bool, as_json: bool
+) -> None:
     from vpd_mlx.engine.ranks import Ranks  # late: it loads mlx, which `--help` does without
 
     ranks = Ranks.of_environment()
@@ -69,24 +84,21 @@ def train(
     cfg, folder = ranks.from_first(asked)
     # Late, so that a wrong recipe is reported at once: mlx-lm and the tokenizers take two seconds to load.
     from vpd_mlx.run.loop import train as run
-    from vpd_mlx.run.progress import Stop
 
+    stop.begun = ranks.size > 1  # ranks stop together
     quiet = quiet or not ranks.first
     as_json = as_json and ranks.first
-    stop = Stop()
-    _handle_signals(stop)
-    with json_alone(as_json), make_view(f"{cfg.name} ({cfg.algorithm})", quiet=quiet or as_json) as view:
-        summary = run(
-            cfg, folder, resume=resume is not None, overwrite=overwrite, progress=view, stop=stop, ranks=ranks
-        )
-    if "interrupted" in summary:
-        if not quiet and not as_json:
-            typer.echo(f"resume with: vpd-mlx train --resume {folder}")
-        raise typer.Exit(128 + int(summary["interrupted"]))
-    if as_json:
-        typer.echo(json.dumps(summary, indent=2))
-    elif not quiet:
-        _report(cfg, folder, summary)
+    with lasting(f"the run goes on in {folder}"):
+        with json_alone(as_json), make_view(f"{cfg.name} ({cfg.algorithm})", quiet=quiet or as_json) as view:
+            summary = run(cfg, folder, resume=resume, overwrite=overwrite, progress=view, stop=stop, ranks=ranks)
+        if "interrupted" in summary:
+            if not quiet and not as_json:
+                typer.echo(f"resume with: vpd-mlx train --resume {folder}")
+            raise typer.Exit(128 + int(summary["interrupted"]))
+        if as_json:
+            typer.echo(json.dumps(summary, indent=2))
+        elif not quiet:
+            _report(cfg, folder, summary)
 
 
 def _resumed(
@@ -106,19 +118,16 @@ def _resumed(
 MOMENT = 2.0  # seconds
 
 
-def _handle_signals(stop: Any) -> None:
-    def handler(number: int, _frame: FrameType | None) -> None:
-        if stop.signal is not None:  # the second signal: exit at once, the last checkpoint is whole
-            sys.stderr.write("\n")
-            # A hanging thread, such as a verifier's, may block an orderly exit: after a moment, exit without it.
-            end = threading.Timer(MOMENT, os._exit, (128 + number,))
-            end.daemon = True
-            end.start()
-            raise SystemExit(128 + number)
-        stop.signal = number
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
+def _leave(stop: Stop, number: int) -> None:
+    """Say that the command ends here, and see that it does."""
+    left = "its last checkpoint stands, --resume goes on from there" if stop.begun else "nothing was written"
+    line = f"\nvpd-mlx: stopped at once by {signal.Signals(number).name}; {left}\n"
+    with contextlib.suppress(OSError):
+        os.write(2, line.encode())  # in a signal handler, which may interrupt a write to sys.stderr
+    # A hanging thread, such as a verifier's, may block an orderly exit: after a moment, exit without it.
+    end = threading.Timer(MOMENT, os._exit, (128 + number,))
+    end.daemon = True
+    end.start()
 
 
 def _report(cfg: Recipe, folder: Path, summary: Summary) -> None:

@@ -115,8 +115,14 @@ def evaluate(parts: Parts, problems: Sequence[Problem], step: int) -> tuple[Resu
 
 def answered(parts: Parts, problems: Sequence[Problem], name: str, samples: int, greedy: bool) -> Batch:
     """The student's graded completions of these problems, this rank's; every call of a run draws alike under the same name."""
-    recipe = parts.recipe
-    seed = parts.policy.ranks.seed(phase_seed(recipe.seed, 0, "evaluation"))
+    recipe, ranks = parts.recipe, parts.policy.ranks
+    seed = ranks.seed(phase_seed(recipe.seed, 0, "evaluation"))
+
+    def on_progress(done: int, total: int) -> None:
+        if ranks.size == 1:  # several ranks stop together, between steps
+            parts.stop.check()
+        parts.progress.phase(f"evaluation, {name}", done, total)
+
     return collect(
         parts.policy,
         partial(examine, parts.task),
@@ -126,7 +132,7 @@ def answered(parts: Parts, problems: Sequence[Problem], name: str, samples: int,
         _sampling(recipe, greedy),
         threshold=recipe.rollout.success_threshold,
         seed=phase_seed(seed, 0, name),
-        on_progress=lambda done, total: parts.progress.phase(f"evaluation, {name}", done, total),
+        on_progress=on_progress,
     )
 
 

@@ -58,6 +58,7 @@ def train(
         progress.note(note)
     trainer.sources.ready()
     log = RunLog()
+    trainer.stop.begun = True
     if ranks.first:
         log = RunLog.reopen(out) if resume else RunLog.create(out, dump(recipe), overwrite=overwrite)
     try:

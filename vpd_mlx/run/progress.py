@@ -14,9 +14,13 @@ __all__ = ["Interrupted", "Progress", "Silent", "Stop"]
 
 @dataclass
 class Stop:
-    """Set from outside, e.g. by a signal handler, to end the run at the next safe moment."""
+    """Set from outside, e.g. by a signal handler, to end the run at the next safe moment.
+
+    `begun` says that the run has: until then nothing is written, and there is nothing to wait for.
+    """
 
     signal: int | None = None
+    begun: bool = False
 
     def check(self) -> None:
         """Raise `Interrupted` if the run is to end."""
