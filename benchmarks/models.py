@@ -8,12 +8,14 @@ from pathlib import Path
 
 import mlx.core as mx
 from mlx_lm.models import qwen3
+from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.utils import quantize_model
 
+from vpd_mlx.engine.lora import Lora
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.settings import LoraSettings, MemorySettings
 
-__all__ = ["load", "make"]
+__all__ = ["half", "load", "make"]
 
 TOKENIZER = Path(__file__).parent.parent / "recipes" / "quickstart" / "model"
 COMMON = {
@@ -48,5 +50,20 @@ def load(folder: Path, micro_batch_tokens: int = 8192) -> Policy:
     policy = Policy.load(str(folder), LoraSettings(rank=8), MemorySettings(micro_batch_tokens=micro_batch_tokens))
     policy.tokenizer._eos_token_ids = {policy.vocabulary - 1}
     policy.set_adapter({k: v + 0.01 for k, v in policy.adapter.items()})
+    mx.eval(policy.model.parameters())
+    return policy
+
+
+def half(folder: Path, layers: str) -> Policy:
+    """The model in bfloat16, as a Mac would have it; `layers` are `lean` LoRA, `mlx-lm`'s, or `plain`, without an adapter."""
+    policy = Policy.load(str(folder), None)
+    policy.tokenizer._eos_token_ids = {policy.vocabulary - 1}
+    policy.model.set_dtype(mx.bfloat16)
+    if layers != "plain":
+        policy.adapt(LoraSettings(rank=8), 0)
+    if layers == "mlx-lm":
+        for layer in policy.model.modules():
+            if type(layer) is Lora:
+                layer.__class__ = LoRALinear
     mx.eval(policy.model.parameters())
     return policy

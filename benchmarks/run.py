@@ -2,8 +2,9 @@
 
     python -m benchmarks.run [--only PART ...] [--repeats N] [--peers PYTHON] [--out FILE]
 
-PART is rollouts, vocabulary, prompts, grpo, steps, phases or growth. `--peers` is a Python with mlx-lm-lora and mlx-tune; without
-it their rows are left out, and the results say so. `make bench` makes that environment and writes benchmarks/RESULTS.md.
+PART is rollouts, vocabulary, prompts, grpo, steps, phases, growth or launches. `--peers` is a Python with mlx-lm-lora and
+mlx-tune; without it their rows are left out, and the results say so. `make bench` makes that environment and writes
+benchmarks/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from benchmarks import models, work
+from benchmarks import launches, models, work
 from benchmarks.measure import Timing, peak, side_by_side
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.recipe import builtin_recipes, load_recipe
@@ -291,7 +292,35 @@ def growth(report: Report, folders: dict[int, Path], repeats: int) -> None:
     report.table("| | median (least to most) | peak above the model |", rows)
 
 
-PARTS = ("rollouts", "vocabulary", "prompts", "grpo", "steps", "phases", "growth")
+def counts(report: Report, folder: Path) -> None:
+    """Launches and kept bytes, with the adapter's layers and with mlx-lm's."""
+    report.say(
+        "## Launches and kept bytes\n\nThe model in bfloat16. Launches are counted in the graph, bytes by what stays allocated "
+        "for a gradient (benchmarks/launches.py): the same on every machine, near enough.\n"
+    )
+    found: dict[str, tuple[float, int, float]] = {}
+    for name in ("plain", "mlx-lm", "lean"):
+        policy = models.half(folder, name)
+        decoded = launches.per_decoded_token(policy)
+        trained = (0, 0.0) if name == "plain" else (launches.of_an_update(policy), launches.kept_per_token(policy))
+        found[name] = (decoded, *trained)
+    names = {"plain": "without an adapter", "mlx-lm": "mlx-lm's LoRA", "lean": "vpd-mlx"}
+    report.table(
+        "| | launches a decoded token | launches of an update's gradient | bytes kept for a gradient, a token |",
+        [f"| {names[n]} | {d:g} | {u or ''} | {f'{k:,.0f}' if k else ''} |" for n, (d, u, k) in found.items()],
+    )
+    (plain, _, _), theirs, ours = found.values()
+    report.need("the adapter's launches, a decoded token", (ours[0] - plain) / (theirs[0] - plain), 0.45, least=False)
+    report.need("all launches, a decoded token", ours[0] / theirs[0], 0.65, least=False)
+    report.need("launches of an update's gradient", ours[1] / theirs[1], 1.0, least=False)
+    report.need("bytes kept, a token", ours[2] / theirs[2], 0.8, least=False)
+    # Both sides run the same rollouts and losses: what these launch is bounded in numbers.
+    report.need("launches, a decoded token", ours[0], 100, least=False, unit="")
+    report.need("launches of an update's gradient", ours[1], 320, least=False, unit="")
+    report.say()
+
+
+PARTS = ("rollouts", "vocabulary", "prompts", "grpo", "steps", "phases", "growth", "launches")
 
 
 def measure(parts: list[str], repeats: int, python: str | None) -> Report:
@@ -323,6 +352,7 @@ def measure(parts: list[str], repeats: int, python: str | None) -> Report:
                 "steps": lambda: steps(report, small, repeats),
                 "phases": lambda: phases(report, Path(name)),
                 "growth": lambda: growth(report, folders, repeats),
+                "launches": lambda: counts(report, folders[SMALL]),
             }
             for part in parts:
                 jobs[part]()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import models, work
+from benchmarks import launches, models, work
 from benchmarks.measure import peak, side_by_side
-from benchmarks.run import Report
+from benchmarks.run import Report, counts
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +58,21 @@ def test_a_requirement_that_is_missed_is_counted(capsys: pytest.CaptureFixture[s
     report.need("memory", 1.2, 1.0, least=False)
     assert report.missed == 1
     assert "MISSED" in capsys.readouterr().out
+
+
+def test_launches_are_operations_that_are_no_views():
+    a, b = mx.ones((4, 8)), mx.ones((8, 6))
+    mx.eval(a, b)
+    out = mx.concatenate([(a @ b).T.reshape(2, 12), mx.ones((1, 12))]) + 1
+    assert launches.kernels(out) == {"Matmul": 1, "Concatenate": 2, "Add": 1, "Full": 1}
+    mx.eval(out)
+    assert launches.kernels(out).total() == 0
+    with launches.counting() as found:
+        mx.eval({"x": [a @ b]}, None)
+    assert found == {"Matmul": 1}
+
+
+def test_the_adapter_launches_and_keeps_less_than_mlx_lms(policy, capsys: pytest.CaptureFixture[str]):
+    report = Report()
+    counts(report, Path(policy.path))
+    assert report.missed == 0, capsys.readouterr().out

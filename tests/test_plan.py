@@ -172,6 +172,33 @@ def test_limits_are_set(small):
         mx.set_memory_limit(1 << 34)
 
 
+def test_the_buffer_cache_is_bounded(small, monkeypatch):
+    from vpd_mlx.run.setup import load_policy
+
+    def kept() -> int:
+        """Bytes in MLX's cache after 32 MB were freed."""
+        freed = [mx.zeros(1 << 20) for _ in range(8)]
+        mx.eval(freed)
+        del freed
+        return mx.get_cache_memory()
+
+    before = mx.set_cache_limit(1 << 34)
+    try:
+        load_policy(small())  # no GPU here, no bound
+        assert kept() >= 8 << 22
+        load_policy(small(memory__cache_limit_gb=2**-6))
+        assert kept() <= 1 << 24
+        monkeypatch.setattr(mx, "set_wired_limit", lambda _: None)
+        for key in ("max_recommended_working_set_size", "total_memory"):  # Metal's and CUDA's
+            monkeypatch.setattr(mx, "device_info", lambda key=key: {key: 1 << 26})
+            load_policy(small())
+            assert 0 < kept() <= 1 << 24
+        load_policy(small(memory__cache_limit_gb=1.0))
+        assert kept() >= 8 << 22
+    finally:
+        mx.set_cache_limit(before)
+
+
 def test_the_wired_limit_is_set_where_there_is_one(small, monkeypatch):
     from vpd_mlx.run.setup import load_policy
 

@@ -87,7 +87,12 @@ class MemorySettings(Section):
         description="Threads among which the prompts are divided for decoding; null takes 2 on a CPU and 1 on a GPU. "
         "Another number draws other completions.",
     )
-    cache_limit_gb: float | None = Field(None, gt=0, description="Limit of MLX's buffer cache; null leaves it.")
+    cache_limit_gb: float | None = Field(
+        None,
+        gt=0,
+        description="Most memory that MLX keeps in freed buffers, for reuse; null takes a quarter of a GPU's working set, and "
+        "leaves it on a CPU.",
+    )
     limit_gb: float | None = Field(None, gt=0, description="Limit of MLX's memory; null leaves it.")
     wired_limit_gb: float | None = Field(
         None,

@@ -31,6 +31,8 @@ from vpd_mlx.types import Problem
 
 __all__ = ["Parts", "build_prompter", "check_ranks", "load_policy", "refuse_what_cannot_fit"]
 
+CACHE_SHARE = 4  # a quarter of what the GPU may take, about 2.7 GB on a Mac of 16 GB; MLX's own bound is all of it
+
 
 @dataclass
 class Parts:
@@ -135,13 +137,22 @@ def _wire(limit_gb: float | None) -> None:
     mx.set_wired_limit(int(most) if limit_gb is None else int(limit_gb * 2**30))
 
 
+def _bound_cache(limit_gb: float | None) -> None:
+    """Bound the buffers that MLX keeps for reuse; where the recipe does not, by a share of the GPU's memory."""
+    info = mx.device_info()
+    most = info.get("max_recommended_working_set_size", info.get("total_memory"))
+    if limit_gb is not None:
+        mx.set_cache_limit(int(limit_gb * 2**30))
+    elif most is not None:
+        mx.set_cache_limit(int(most) // CACHE_SHARE)
+
+
 def load_policy(recipe: Recipe) -> Policy:
     """The recipe's model with a fresh adapter."""
     memory = recipe.memory
     if memory.limit_gb is not None:
         mx.set_memory_limit(int(memory.limit_gb * 2**30))
-    if memory.cache_limit_gb is not None:
-        mx.set_cache_limit(int(memory.cache_limit_gb * 2**30))
+    _bound_cache(memory.cache_limit_gb)
     _wire(memory.wired_limit_gb)
     policy = Policy.load(recipe.model, recipe.lora, memory, seed=recipe.seed, revision=recipe.model_revision)
     policy.temper(recipe.rollout.temperature)
