@@ -20,8 +20,8 @@ from mlx_lm.utils import load_adapters
 from vpd_mlx.engine.heads import target_logps
 from vpd_mlx.engine.learner import accumulate, unit_weights
 from vpd_mlx.engine.lora import Lora, lean, share
-from vpd_mlx.engine.models import checkpoint_blocks
 from vpd_mlx.engine.policy import Policy
+from vpd_mlx.engine.recompute import recompute_blocks
 from vpd_mlx.engine.sampling import Sampling, generate
 from vpd_mlx.engine.settings import LoraSettings
 from vpd_mlx.types import TokenRow
@@ -143,8 +143,7 @@ def test_half_precision_is_as_near_to_float32_as_mlx_lms_layer():
 def test_checkpointed_blocks_have_the_same_gradient():
     _, plain = policies()
     _, checkpointed = policies()
-    checkpointed.shares_prompts = plain.shares_prompts = False
-    checkpoint_blocks(checkpointed.model)
+    recompute_blocks(checkpointed.model)
     assert apart(gradient(plain), gradient(checkpointed)) < 1e-6
 
 
