@@ -4,7 +4,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test long-test install crash-test browser-test peft-test docs-test bench clean
+.PHONY: train test long-test install crash-test hostile-test fuzz browser-test peft-test docs-test bench clean
 
 train: $(VENV)/.installed
 	$(BIN)/vpd-mlx train quickstart
@@ -22,6 +22,14 @@ long-test: $(VENV)/.installed-dev
 # What takes minutes, or a browser: not part of `make test`, part of a release.
 crash-test: $(VENV)/.installed-dev
 	$(BIN)/python tests/crash/kill.py --kills 100
+
+# Every hostile program alone, with all layers of the sandbox and without each. Writes the table in docs/sandbox.md.
+hostile-test: $(VENV)/.installed-dev
+	PYTHONPATH=tests $(BIN)/python tests/hostile/check.py
+
+# A million frames of the sandbox's result pipe.
+fuzz: $(VENV)/.installed-dev
+	PYTHONPATH=tests $(BIN)/python tests/fuzz/frames.py
 
 browser-test: $(VENV)/.installed-dev
 	$(BIN)/python tests/browser/check.py

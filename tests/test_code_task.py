@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from vpd_mlx.errors import DataError
+from vpd_mlx.errors import DataError, SourceError
 from vpd_mlx.recipe import load_recipe
 from vpd_mlx.tasks import build_task, examine, prove
 from vpd_mlx.tasks.code import Code
@@ -332,3 +332,11 @@ def test_strict_and_limits_reach_the_sandbox(tmp_path: Path) -> None:
     limits = built._sandbox.limits
     assert (limits.wall_s, limits.cpu_s, limits.memory_mb, limits.output_kb) == (3.5, 2, 200, 7)
     assert built.notices == tuple(filter(None, [built._sandbox.abilities.notice()]))
+
+
+def test_unisolated_programs_run_only_where_the_recipe_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vpd_mlx.sandbox.sandbox.possible_layers", list)  # as on a Mac without sandbox-exec
+    with pytest.raises(SourceError, match="unisolated"):
+        task(tmp_path, "stdin")
+    built = task(tmp_path, "stdin", unisolated=True)
+    assert "could read and change files" in built.notices[0]

@@ -78,6 +78,8 @@ def gsm8k(folder: Path) -> dict[str, Any]:
 
 def sciknoweval(folder: Path) -> dict[str, Any]:
     rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
+    # The tiny model reads letter by letter; tests/test_tasks.py reads the rows as they are.
+    rows = [{**row, "system": row["system"][:60], "prompt": row["prompt"][-90:]} for row in rows]
     folder.mkdir()
     train, test = folder / "train.json", folder / "test.json"
     train.write_text(json.dumps(rows[:9]), encoding="utf-8")

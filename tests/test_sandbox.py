@@ -1,17 +1,19 @@
-"""Hostile programs: none does harm, scores or hangs.
+"""Programs that nobody trusts: none does harm, scores, hangs or crashes us, and honest ones run.
 
-A program prints HARM if it got something that it must not get; otherwise it may end in any way. All of them run with every
-layer that this machine offers, and again without some layers, as on machines that offer fewer.
+The hostile ones are in `attacks`, what they attack in `arena`. Here they meet three sets of layers, the short ones all sets;
+`make hostile-test` has every program alone under every set.
 """
 
 from __future__ import annotations
 
+import fcntl
 import glob
+import json
 import math
 import os
 import re
+import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,268 +24,112 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from arena import LIMITS, SECRET, Arena, arena, attack, attack_at_once, forge, kept, patient
+from attacks import ALONE, FORGED, FRAMED, QUICK
 
 from vpd_mlx.errors import SourceError
-from vpd_mlx.sandbox import Failure, Limits, Result, Sandbox, Value
-from vpd_mlx.sandbox.layers import seatbelt_profile
+from vpd_mlx.sandbox import Failure, Limits, Sandbox, Value, isolation, layers
+from vpd_mlx.sandbox.folders import Folder, sweep
+from vpd_mlx.sandbox.layers import MAC_DEVICES, seatbelt_profile
 
-LIMITS = Limits(wall_s=1.5, cpu_s=1, memory_mb=256, output_kb=64, file_mb=4, threads=8)
-SECRET = 918273645546372819
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="a layer of Linux")
 WITHOUT = {
     "all layers": (),
     "no namespaces": ("namespaces",),
     "namespaces alone": ("landlock", "seccomp"),
 }
-
-# What a program tries -> the program. `{canary}`, `{port}` and `{socket}` are filled in.
-HOSTILE = {
-    # --- taking too much
-    "fork bomb": "import os\nwhile True:\n  os.fork()",
-    "thread bomb": "import threading,time\nwhile True: threading.Thread(target=time.sleep,args=(99,)).start()",
-    "memory bomb": "x=bytearray(10**11)",
-    "slow memory bomb": "a=[]\nwhile True: a.append('x'*10**6+str(len(a)))",
-    "memory bomb in a handler": "a=[]\nwhile True:\n  try:\n    while True: a.append(bytearray(10**6))\n"
-    "  except MemoryError: pass",
-    "uncounted memory": "import os\nfor i in range(200):\n  f=os.memfd_create('x')\n  os.write(f,b'x'*10**6)\nprint('HARM')",
-    "shared memory": "import ctypes\nc=ctypes.CDLL(None)\nfor i in range(64):\n  s=c.shmget(0,1<<26,0o1600)\n"
-    "  if s>=0: c.shmat.restype=ctypes.c_void_p; p=c.shmat(s,None,0); p not in(None,2**64-1) and ctypes.memset(p,1,1<<26)"
-    " and c.shmdt(ctypes.c_void_p(p))",
-    "disk filler": "f=open('x','wb')\nwhile True: f.write(b'x'*10**6)",
-    "many files": "i=0\nwhile True:\n  i+=1\n  open(f'f{i}','wb').write(b'x'*65536)",
-    "deep folders": "import os\nwhile True:\n  os.mkdir('d'); os.chdir('d')",
-    "infinite output": "while True: print('x'*1000)",
-    "infinite errors": "import os\nwhile True: os.write(2,b'x'*1000)",
-    "one endless line": "import sys\nsys.stdout.write('x'*10**8)",
-    "endless loop": "while True: pass",
-    "endless C": "10**10**8 % 7",
-    "sleep": "import time\ntime.sleep(1000)",
-    "waits for input": "import sys,time\nsys.stdin.read(); time.sleep(1000)",
-    "ignores signals": "import signal\nfor s in signal.valid_signals():\n  try: signal.signal(s,signal.SIG_IGN)\n"
-    "  except (OSError,ValueError): pass\nwhile True: pass",
-    "endless finaliser": "class A:\n  def __del__(self):\n    while True: pass\na=A()",
-    "endless exit handler": "import atexit,time\natexit.register(time.sleep,1000)",
-    "threads that stay": "import threading,time\nthreading.Thread(target=time.sleep,args=(1000,)).start()",
-    "crash": "import ctypes\nctypes.string_at(0)",
-    "recursion": "import sys\nsys.setrecursionlimit(10**9)\ndef f(): return [f()]\nrepr(f())",
-    "closes everything": "import os,time\nos.closerange(0,256); time.sleep(1000)",
-    # --- other processes
-    "kills the parent": "import os,signal\nos.kill(os.getppid(),signal.SIGKILL)",
-    "kills everyone": "import os,signal\nos.kill(-1,signal.SIGKILL)",
-    "kills the group": "import os,signal\nos.killpg(os.getpgid(os.getppid()),signal.SIGKILL)\nprint('HARM')",
-    "kills number 1": "import os,signal\nos.kill(1,signal.SIGKILL)\nos.kill(1,signal.SIGTERM)",
-    "kills the test": "import os,signal\nos.kill({pid},signal.SIGKILL)\nprint('HARM')",
-    "daemon": "import os,time\nif os.fork()==0:\n  os.setsid()\n  if os.fork()==0:\n    for fd in (0,1,2): os.close(fd)\n"
-    "    time.sleep(4)\n    open('{canary}','a').write('HARM')\n    os._exit(0)\n  os._exit(0)",
-    "shell": "import subprocess\nprint('HARM' if subprocess.run(['/bin/sh','-c','id'],capture_output=True).stdout else '')",
-    "os.system": "import os\nos.system('echo HARM')",
-    "exec": "import os\nos.execv('/bin/echo',['echo','HARM'])",
-    "ptrace": "import ctypes\nc=ctypes.CDLL(None)\nif c.ptrace(16,{pid},0,0)==0: print('HARM')",
-    "reads the parent's memory": "import os\nfor p in ({pid},os.getppid()):\n  try: open(f'/proc/{p}/mem','rb').close();"
-    " p!=0 and print('HARM')\n  except OSError: pass",
-    "process_vm_readv": "import ctypes\nc=ctypes.CDLL(None,use_errno=True)\nb=ctypes.create_string_buffer(8)\n"
-    "v=(ctypes.c_void_p*2)(ctypes.addressof(b),8)\nr=(ctypes.c_void_p*2)(id(c),8)\n"
-    "if c.process_vm_readv({pid},v,1,r,1,0)>0: print('HARM')",
-    "prlimit": "import resource\nresource.prlimit({pid},resource.RLIMIT_CPU,(1,1))\nprint('HARM')",
-    "raises its limits": "import resource\nresource.setrlimit(resource.RLIMIT_AS,(-1,-1))\nprint('HARM')",
-    "renices": "import os\nos.setpriority(os.PRIO_PROCESS,{pid},19)\nprint('HARM')",
-    # --- reading and writing
-    "environment": "import os\nif os.environ.get('VPD_CANARY') or 'PATH' in os.environ: print('HARM')",
-    "home": "import os,sys\nfor p in ('/root','/home','/Users','{home}'):\n"
-    "  try:\n    if set(os.listdir(p))-set(sys.base_prefix.split('/')): print('HARM')\n  except OSError: pass",
-    "canary": "print('HARM' if open('{canary}').read() is not None else '')",
-    "this test": f"print('HARM' if open({__file__!r}).read() else '')",
-    "symlink": "import os\nos.symlink('{canary}','x')\nprint('HARM' if open('x').read() is not None else '')",
-    "hard link": "import os\nos.link('{canary}','x')\nprint('HARM')",
-    "climbs": "import os\nos.chdir('../'*20)\nprint('HARM' if open('.'+'{canary}').read() is not None else '')",
-    "chroot": "import os\nos.chroot('.')\nprint('HARM')",
-    "/proc walk": "import glob\nfor p in glob.glob('/proc/[0-9]*'):\n  for n in ('environ','cmdline','maps'):\n"
-    "    try:\n      if open(f'{p}/{n}','rb').read(): print('HARM')\n    except OSError: pass",
-    "overwrites": "open('{canary}','w').write('x')\nprint('HARM')",
-    "deletes": "import os\nos.unlink('{canary}')\nprint('HARM')",
-    "writes everywhere": "import os\nfor p in ('/','/usr','/usr/lib','/etc','/dev','/dev/shm','/var/tmp','/proc/sys/kernel',"
-    "os.path.dirname(os.__file__),os.path.dirname('{canary}')):\n  try: open(p+'/vpd_hostile','w'); print('HARM')\n"
-    "  except OSError: pass",
-    "devices": "import os\nfor p in ('/dev/mem','/dev/kmsg','/dev/vda','/dev/sda','/dev/tty'):\n"
-    "  try: os.open(p,os.O_RDONLY); print('HARM')\n  except OSError: pass",
-    "makes a device": "import os,stat\nos.mknod('d',stat.S_IFBLK|0o600,os.makedev(254,0)); open('d','rb'); print('HARM')",
-    "mounts": "import ctypes\nc=ctypes.CDLL(None)\nif c.mount(b'none',b'/tmp',b'tmpfs',0,None)==0: print('HARM')",
-    "remounts": "import ctypes\nc=ctypes.CDLL(None)\nif c.mount(b'none',b'/',None,32|4096,None)==0: print('HARM')",
-    "becomes root": "import os\nos.setuid(0) if os.getuid() else os.setgroups([0])\nos.chown('/',0,0)\nprint('HARM')",
-    "new user namespace": "import ctypes\nif ctypes.CDLL(None).unshare(0x10020000)==0:\n"
-    "  if ctypes.CDLL(None).mount(b'none',b'/tmp',b'tmpfs',0,None)==0 and open('{canary}'): print('HARM')",
-    "types into the terminal": "import fcntl,termios\nfcntl.ioctl(0,termios.TIOCSTI,b'x')\nprint('HARM')",
-    # --- network
-    "connects": "import socket\nsocket.create_connection(('127.0.0.1',{port}),1)\nprint('HARM')",
-    "sends": "import socket\ns=socket.socket(socket.AF_INET,socket.SOCK_DGRAM)\ns.connect(('127.0.0.1',{port}))\n"
-    "s.send(b'x')\nprint('HARM')",
-    "unix socket": "import socket\ns=socket.socket(socket.AF_UNIX)\ns.connect('{socket}')\nprint('HARM')",
-    "abstract socket": "import socket\ns=socket.socket(socket.AF_UNIX)\ns.connect('\\0vpd-canary-{port}')\nprint('HARM')",
-    "bare system call": "import ctypes,os\nf=ctypes.CDLL(None).syscall(41 if os.uname().machine=='x86_64' else 198,2,1,0)\n"
-    "import socket\nif f>=0: socket.socket(fileno=f).connect(('127.0.0.1',{port})); print('HARM')",
-    "looks up a name": "import socket\nsocket.getaddrinfo('localhost.localdomain.invalid',80)\nprint('HARM')",
-}
-
-# What a program tries -> the program: `answer(3)` or standard input 3 asks for a number it cannot know.
-FORGED = {
-    "prints PASS": "print('PASS'); print('OK'); print('ALL_TESTS_PASSED'); print({} == {})\ndef answer(x): return 'PASS'",
-    "exits": "import sys\nsys.exit(0)",
-    "exits when called": "import sys\ndef answer(x): sys.exit(0)",
-    "exits at once": "import os\nos._exit(0)",
-    "exits at once when called": "import os\ndef answer(x): os._exit(0)",
-    "exit handler": "import atexit\natexit.register(print,'PASS')\ndef answer(x): return True",
-    "equal to all": "class E(int):\n  def __eq__(s,o): return True\n  __hash__=int.__hash__\ndef answer(x): return E()",
-    "equal text": "class E(str):\n  def __eq__(s,o): return True\n  __hash__=str.__hash__\ndef answer(x): return E()",
-    "equal anything": "class E:\n  def __eq__(s,o): return True\n  def __bool__(s): return True\ndef answer(x): return E()",
-    "patched builtins": "import builtins\nfor n in ('all','any','bool'): setattr(builtins,n,lambda *a:True)\n"
-    "builtins.isinstance=lambda *a:True\ndef answer(x): return 1",
-    "patched json": "import json\njson.dumps=lambda *a,**k:'true'\njson.loads=lambda *a,**k:['answer',[3],{}]\n"
-    "def answer(x): return 1",
-    "patched harness": "import sys\nf=sys._getframe()\nwhile f:\n"
-    "  for n in ('encode','describe'):\n    if n in f.f_globals: f.f_globals[n]=lambda *a:True\n  f=f.f_back\n"
-    "def answer(x): return 1",
-    "stack frames": "import sys,re\ndef answer(x):\n  f=sys._getframe()\n  while f:\n"
-    "    m=re.search({pattern},repr(f.f_locals)+repr(f.f_globals))\n    if m: return int(m[0])\n    f=f.f_back",
-    "garbage collector": "import gc,re\ndef answer(x):\n  for o in gc.get_objects():\n"
-    "    m=re.search({pattern},repr(o)[:10**5])\n    if m: return int(m[0])",
-    "modules": "import sys,re\ndef answer(x):\n  for m in list(sys.modules.values()):\n"
-    "    m=re.search({pattern},repr(vars(m)))\n    if m: return int(m[0])",
-    "own memory": "import ctypes,re\ndef answer(x):\n  for l in open('/proc/self/maps'):\n"
-    "    a,b=[int(v,16) for v in l.split()[0].split('-')]\n    if ' rw' in l:\n"
-    "      m=re.search({pattern}.encode(),ctypes.string_at(a,b-a))\n      if m: return int(m[0])",
-    "around its objects": "import ctypes,re\ndef answer(x):\n  a=id(answer)//4096*4096\n"
-    "  m=re.search({pattern}.encode(),ctypes.string_at(a-2**17,2**18))\n  return int(m[0]) if m else 0",
-    "inherited handles": "import os,re\ndef answer(x):\n  for fd in range(3,300):\n    try:\n"
-    "      os.set_blocking(fd,False); m=re.search({pattern},os.read(fd,10**6).decode('latin1'))\n"
-    "      if m: return int(m[0])\n    except OSError: pass",
-    "false frames": "import os\nfor fd in range(3,300):\n  for b in (b'Vtrue',b'R',b'T'+b'{\"ok\": true}',b'Vnull'):\n"
-    "    try: os.write(fd,len(b).to_bytes(4,'big')+b)\n    except OSError: pass\ndef answer(x): return True",
-    "false numbers": "import os\nfor fd in range(3,300):\n  for b in ('[\"a\",\"b\"]','[{\"i\":5},0]','[1'+'0'*400+',0]'):\n"
-    "    b=('V{\"c\":'+b+'}').encode()\n    try: os.write(fd,len(b).to_bytes(4,'big')+b)\n    except OSError: pass\n"
-    "def answer(x): return True",
-    "huge frame": "import os\nfor fd in range(3,300):\n  try: os.write(fd,b'\\xff\\xff\\xff\\xffV')\n  except OSError: pass\n"
-    "def answer(x): return True",
-    "pickle": "import os\nclass P:\n  def __reduce__(self): return (os.system,('touch {canary}.pwned',))\n"
-    "def answer(x): return P()",
-    "pickled text": "import pickle,os\nclass P:\n  def __reduce__(self): return (eval,('1',))\n"
-    "def answer(x): return pickle.dumps(P())",
-    "tracing": "import sys,re\nfound=[]\ndef t(f,e,a):\n  m=re.search({pattern},repr(f.f_locals)+repr(a))\n"
-    "  found.extend([int(m[0])] if m else [])\n  return t\nsys.settrace(t); sys.setprofile(t)\n"
-    "def answer(x): return (found or [1])[0]",
-    "threads": "import threading,os\ndef w():\n  b=b'Vtrue'\n  for fd in range(3,300):\n"
-    "    try: os.write(fd,len(b).to_bytes(4,'big')+b)\n    except OSError: pass\n"
-    "def answer(x):\n  threading.Thread(target=w).start(); return True",
-    "not a number": "def answer(x): return float('nan')",
-    "nested without end": "def answer(x):\n  a=[]\n  for i in range(10**5): a=[a]\n  return a",
-    "holds itself": "def answer(x):\n  a=[]; a.append(a); return a",
-    "raises": "class E(Exception):\n  def __str__(s): raise E\ndef answer(x): raise E",
-    "raises AssertionError": "def answer(x): raise AssertionError('PASS')",
-    "raises CallFailed": "class CallFailed(BaseException): pass\ndef answer(x): raise CallFailed",
-    "patched assertion": "import builtins\nclass A(Exception): pass\nbuiltins.AssertionError=A\n__debug__ and None\n"
-    "def answer(x): return 0",
-    "returns a function": "def answer(x): return lambda *a: True",
-    "colliding hashes": "def answer(x): return {i*(2**61-1) for i in range(1,3000)}",
-    "long wait": "import time\ndef answer(x): time.sleep(1000)",
-    "no such function": "x = 1",
-    "broken": "def answer(x:\n",
-    "null byte": "def answer(x): return 1\n\0",
+HANG = ("endless loop", "sleep", "waits for input", "endless exit handler", "closes everything", "stops itself")
+# Which limit these exceed, where they are given the time.
+EXCEED = {
+    "memory bomb": "memory",
+    "slow memory bomb": "memory",
+    "infinite output": "output",
+    "infinite errors": "output",
+    "one endless line": "output",
+    "frame of 4 GB": "output",
+    "endless frames": "output",
 }
 
 
 @pytest.fixture(scope="module", params=WITHOUT)
 def sandbox(request: pytest.FixtureRequest) -> Sandbox:
-    box = Sandbox(LIMITS, without=WITHOUT[request.param])
-    if box.abilities.missing:
-        # On such a machine a hostile program could do what it attempts.
-        pytest.skip(f"{request.param}: {box.abilities.notice()}")
-    return box
+    return Sandbox(LIMITS, without=WITHOUT[request.param])
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[dict[str, object]]:
-    """Something to attack: a file, a listening port, listening sockets of the machine."""
-    # Beside the tests' own temporary folder, where nothing but rights keeps a program off it.
-    with tempfile.TemporaryDirectory(prefix="vpd-canary-") as folder:
-        canary = Path(folder) / "canary"
-        canary.write_text(str(SECRET))
-        canary.chmod(0o666)
-        Path(folder).chmod(0o777)
-        listeners = [socket.create_server(("127.0.0.1", 0))]
-        port = listeners[0].getsockname()[1]
-        names = [f"{folder}/socket"] + ([f"\0vpd-canary-{port}"] if sys.platform == "linux" else [])
-        for name in names:
-            listeners.append(socket.socket(socket.AF_UNIX))
-            listeners[-1].bind(name)
-            listeners[-1].listen()
-        os.environ["VPD_CANARY"] = "x"
-        yield {"canary": str(canary), "port": port, "socket": names[0], "pid": os.getpid(), "home": Path.home()}
-        del os.environ["VPD_CANARY"]
-        for listener in listeners:
-            listener.close()
+def world() -> Iterator[Arena]:
+    with arena() as place:
+        yield place
 
 
-def fill(program: str, words: dict[str, object]) -> str:
-    return re.sub(r"\{(canary|port|socket|pid|home|pattern)\}", lambda m: str(words[m[1]]), program)
-
-
-def test_nothing_is_harmed(sandbox: Sandbox, world: dict[str, object]) -> None:
-    bystander = subprocess.Popen(["sleep", "60"])
-    before = set(glob.glob(f"{tempfile.gettempdir()}/vpd-sandbox-*"))
+def test_nothing_is_harmed(sandbox: Sandbox, world: Arena) -> None:
+    before, folders = world.state(), set(glob.glob(f"{tempfile.gettempdir()}/vpd-sandbox-*"))
     others = _children(os.getpid()) if sys.platform == "linux" else set()
     started = time.monotonic()
-
-    def attack(item: tuple[str, str]) -> tuple[str, Result, float]:
-        start = time.monotonic()
-        return item[0], sandbox.run(fill(item[1], world), "3\n"), time.monotonic() - start
-
-    with ThreadPoolExecutor(6) as pool:
-        results = list(pool.map(attack, HOSTILE.items()))
-    harms = {name: r for name, r, _ in results if "HARM" in r.stdout}
-    assert not harms
-    assert max(seconds for *_, seconds in results) < 15
-    assert all(len(r.stdout) + len(r.stderr) <= 64 * 1024 + 2 * 65536 for _, r, _ in results)
-    ended = {name: r.ended for name, r, _ in results}
-    for name in ("endless loop", "sleep", "waits for input", "endless exit handler", "closes everything"):
-        assert ended[name] == "timeout", name
-    assert ended["memory bomb"] == "memory"
-    assert ended["slow memory bomb"] in ("memory", "timeout")  # on a busy machine time is up first
-    assert ended["infinite output"] == ended["infinite errors"] == ended["one endless line"] == "output"
+    # Limits depend on no layer, so that two sets of them are enough.
+    groups = kept(sandbox) + ["limits"] * ("seccomp" in sandbox.abilities.layers)
+    programs = {name: text for promise in groups for name, text in ALONE.get(promise, {}).items()}
+    quick = {name: programs.pop(name) for name in EXCEED if name in programs}
+    attacks = attack(sandbox, programs, world.words) + attack(patient(sandbox), quick, world.words)
+    assert not [a for a in attacks if a.harmed]
+    assert max(a.seconds for a in attacks) < 15
+    assert all(len(a.result.stdout) + len(a.result.stderr) <= 64 * 1024 + 2 * 65536 for a in attacks)
+    ended = {a.name: a.result.ended for a in attacks}
+    assert {name: ended[name] for name in HANG if name in ended} == dict.fromkeys(
+        HANG if "limits" in groups else (), "timeout"
+    )
+    assert {name: ended[name] for name in quick} == {name: EXCEED[name] for name in quick}
     time.sleep(max(0, started + 4.5 - time.monotonic()))  # when a daemon would have struck
-    assert Path(str(world["canary"])).read_text() == str(SECRET)
-    assert set(glob.glob(f"{tempfile.gettempdir()}/vpd-sandbox-*")) <= before
-    assert bystander.poll() is None
-    bystander.kill()
-    bystander.wait()
+    assert world.state() == before
+    assert set(glob.glob(f"{tempfile.gettempdir()}/vpd-sandbox-*")) <= folders
     if sys.platform == "linux":
         assert not _children(os.getpid()) - others
 
 
-def test_nothing_forged_scores(sandbox: Sandbox, world: dict[str, object]) -> None:
+@LINUX
+@pytest.mark.parametrize(
+    "without",
+    [(), ("namespaces",), ("userid",), ("landlock",), ("seccomp",), ("namespaces", "userid"), ("landlock", "seccomp")],
+    ids=lambda names: "no " + " ".join(names),
+)
+def test_no_short_attack_gets_through(without: tuple[str, ...], world: Arena) -> None:
+    box = Sandbox(LIMITS, without=without, packages=[str(world.files[2].parent)])
+    before = world.state()
+    assert attack_at_once(box, kept(box), world.words) == []
+    assert world.state() == before
+
+
+def test_nothing_forged_scores(sandbox: Sandbox, world: Arena) -> None:
     if "seccomp" not in sandbox.abilities.layers:
         pytest.skip("what is out of a program's reach depends on no layer; two sets of them are enough")
-    # Put together in the program, so that it does not find itself.
-    hint = str(SECRET)[:9]
-    words = {"pattern": f"('{hint[:4]}'+'{hint[4:]}'+r'\\d{{9}}')", **world}
+    assert not {name: scores for name, scores in forge(sandbox, world.words, FORGED).items() if any(scores)}
+    assert not Path(str(world.words["canary"]) + ".pwned").exists()
 
-    def forge(item: tuple[str, str]) -> tuple[str, list[bool]]:
-        program = fill(item[1], words)
-        scores = []
-        with sandbox.open(program) as session:
-            got = session.call("answer", [3])
-            scores.append(isinstance(got, Value) and got.equals(SECRET))
-        with sandbox.open(program) as session:
-            outcomes = sandbox.judge(session, [f"assert answer(3) == {SECRET}"], {"answer": "answer"})
-            scores += [o.passed for o in outcomes]
-        result = sandbox.run(program + "\nprint(answer(int(input())))", "3\n")
-        scores.append(result.stdout.strip() == str(SECRET))
-        return item[0], scores
 
-    with ThreadPoolExecutor(4) as pool:
-        results = dict(pool.map(forge, FORGED.items()))
-    assert not {name: scores for name, scores in results.items() if any(scores)}
-    assert not Path(str(world["canary"]) + ".pwned").exists()
+def test_no_frame_scores(box: Sandbox, world: Arena) -> None:
+    # Every one of them is parsed in test_frames; these go all the way.
+    some = ("complex of text", "huge number", "nested lists", "not UTF-8", "no letter", "the judge's report")
+    scores = forge(box, world.words, {name: FRAMED[f"frame: {name}"] for name in some})
+    assert not any(map(any, scores.values()))
+
+
+@LINUX
+def test_the_page_says_which_layers_keep_which_promise() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "sandbox.md").read_text()
+    table = page.split("<!-- table by make hostile-test -->\n")[1].split("<!-- end of table -->")[0]
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert head[1:-2] == list(layers.PROMISES)
+    assert rows
+    for names, *cells in rows:
+        missing = layers.Abilities(tuple(names.split(", ")), ()).missing
+        assert [cell.startswith("yes: 0 of ") for cell in cells[:-2]] == [p not in missing for p in layers.PROMISES]
+        for promise, cell in zip(layers.PROMISES, cells[:-2], strict=True):
+            if promise not in missing:
+                assert int(cell.split()[-1]) == len(ALONE.get(promise, {})) + len(QUICK.get(promise, {})), promise
 
 
 def test_an_honest_program_passes_all_three_ways(sandbox: Sandbox) -> None:
+    sandbox = patient(sandbox)
     program = f"def answer(x):\n    return x + {SECRET - 3}\n"
     with sandbox.open(program) as session:
         assert isinstance(got := session.call("answer", [3]), Value)
@@ -303,14 +149,14 @@ def test_what_programs_may_do(sandbox: Sandbox) -> None:
         "asyncio.run(asyncio.sleep(0)); print(len(os.urandom(4)), tempfile.TemporaryFile() is not None)\n"
         "print(sys.stdin.read(), 'é', sys.argv, __name__, 10**20000 > 0)\n"
     )
-    result = sandbox.run(program, "línea")
+    result = patient(sandbox).run(program, "línea")
     assert result.failure is None, result.stderr
     assert result.stdout == "kept\nthread\n4 True\nlínea é ['completion.py'] __main__ True\n"
 
 
 @pytest.fixture(scope="module")
 def box() -> Sandbox:
-    return Sandbox(LIMITS)
+    return patient(Sandbox(LIMITS))
 
 
 @pytest.mark.parametrize(
@@ -417,7 +263,8 @@ def test_a_broken_test_is_not_the_programs_fault(box: Sandbox) -> None:
     assert outcome.failure.kind == "TypeError"
 
 
-def test_a_session_ends_with_its_program(box: Sandbox) -> None:
+def test_a_session_ends_with_its_program() -> None:
+    box = Sandbox(Limits(wall_s=60, cpu_s=1))
     with box.open("import os\ndef f(x):\n  if x == 2: os._exit(7)\n  return x") as session:
         assert isinstance(session.call("f", [1]), Value)
         assert session.call("f", [2]) == session.call("f", [1]) == Failure("SystemExit", "ended with status 7")
@@ -437,22 +284,148 @@ def test_runs_from_many_threads(box: Sandbox) -> None:
     assert threading.active_count() == 1
 
 
-def test_what_is_missing_is_said_and_strict_refuses() -> None:
+def test_what_is_missing_is_said_and_refused() -> None:
     every = ("namespaces", "userid", "landlock", "seccomp", "seatbelt", "lookups")
-    box = Sandbox(LIMITS, without=every)
+    with pytest.raises(SourceError, match=r"could use the network.*unisolated"):
+        Sandbox(LIMITS, without=every)
+    box = Sandbox(LIMITS, without=every, unisolated=True)
     assert box.abilities.layers == ()
     assert box.run("print(1)").stdout == "1\n"
     assert "could use the network" in box.abilities.notice()
     assert "\n" not in box.abilities.notice()
     with pytest.raises(SourceError, match=r"could use the network.*strict"):
-        Sandbox(LIMITS, strict=True, without=every)
+        Sandbox(LIMITS, strict=True, without=every, unisolated=True)
     with pytest.raises(SourceError, match="not even an empty program runs"):
         Sandbox(Limits(memory_mb=1))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_programs_do_not_outlive_us() -> None:
-    code = "from vpd_mlx.sandbox import *; s = Sandbox(); print('up', flush=True); s.run('import time; time.sleep(7)')"
+@LINUX
+@pytest.mark.parametrize(
+    ("without", "missing"),
+    [
+        (("namespaces",), set()),
+        (("landlock",), set()),
+        (("seccomp",), {"network", "memory", "kernel"}),
+        (("namespaces", "landlock"), {"files", "processes"}),
+        (("namespaces", "seccomp"), {"files", "network", "processes", "descendants", "memory", "kernel"}),
+    ],
+)
+def test_a_layer_alone_is_not_taken_for_more_than_it_is(without: tuple[str, ...], missing: set[str]) -> None:
+    box = Sandbox(LIMITS, without=without)
+    assert set(box.abilities.missing) == missing
+    assert all(layers.PROMISES[promise] in box.abilities.notice() for promise in missing)
+    if missing:
+        with pytest.raises(SourceError, match="strict"):
+            Sandbox(LIMITS, strict=True, without=without)
+
+
+@LINUX
+def test_no_layer_vanishes_without_a_word(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "isolation.py"
+    source = Path(isolation.__file__).read_text()
+    broken.write_text(source.replace('kernel("namespaces", "unshare", NAMESPACES', 'kernel("namespaces", "unshare", 1'))
+    monkeypatch.setattr(layers, "CODE", (str(broken), layers.CODE[1]))
+    box = Sandbox(LIMITS)
+    assert "namespaces" not in box.abilities.layers
+    assert box.abilities.missing == ()
+    assert "(namespaces: unshare: Invalid argument" in box.abilities.notice()
+    assert "\n" not in box.abilities.notice()
+
+
+@LINUX
+@pytest.mark.parametrize("version", [1, 3, 5])
+def test_older_kernels(version: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, world: Arena) -> None:
+    older = tmp_path / "isolation.py"
+    call = 'version = kernel("landlock", "syscall", 444, None, 0, 1)'
+    source = Path(isolation.__file__).read_text()
+    assert call in source
+    older.write_text(source.replace(call, f"version = {version}"))
+    monkeypatch.setattr(layers, "CODE", (str(older), layers.CODE[1]))
+    box = Sandbox(LIMITS, without=("namespaces", "userid"), packages=[str(world.files[2].parent)])
+    before = world.state()
+    assert box.abilities.layers == ("landlock", "seccomp")
+    assert attack_at_once(box, kept(box), world.words) == []
+    assert world.state() == before
+
+
+@LINUX
+@pytest.mark.parametrize("without", [(), ("namespaces", "userid")], ids=["all layers", "no namespaces"])
+def test_libraries_may_lie_anywhere(without: tuple[str, ...]) -> None:
+    places = [tempfile.mkdtemp(dir=folder, prefix="vpd-library-") for folder in ("/tmp", "/dev/shm")]
+    try:
+        for number, place in enumerate(places):
+            Path(place).chmod(0o755)
+            Path(place, f"lib{number}.py").write_text(f"x = {number}")
+        box = Sandbox(LIMITS, packages=places, without=without)
+        assert box.abilities.notice() == ""
+        assert ("namespaces" in box.abilities.layers) == (not without)
+        result = box.run("import lib0, lib1, tempfile\ntempfile.TemporaryFile()\nprint(lib0.x, lib1.x)")
+        assert result.stdout == "0 1\n", result.stderr
+    finally:
+        for place in places:
+            shutil.rmtree(place)
+
+
+def test_folders_of_the_dead_are_swept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    mine = Folder()
+    dead, foreign = tmp_path / "vpd-sandbox-dead", tmp_path / "vpd-sandbox-link"
+    (dead / "a").mkdir(parents=True)
+    (tmp_path / "kept").mkdir()
+    foreign.symlink_to(tmp_path / "kept")
+    file = tmp_path / "vpd-sandbox-file"
+    file.write_text("x")
+    sweep()
+    assert not dead.exists()
+    assert Path(mine.path).is_dir()
+    assert foreign.is_symlink()
+    assert (tmp_path / "kept").is_dir()
+    assert file.exists()
+    dead.mkdir()
+    busy = os.open(dead, os.O_RDONLY)
+    fcntl.flock(busy, fcntl.LOCK_EX)  # as its owner does
+    sweep()
+    assert dead.is_dir()
+    os.close(busy)
+    Sandbox(LIMITS)
+    assert not dead.exists()
+    mine.remove()
+    assert not Path(mine.path).exists()
+
+
+@LINUX
+def test_a_killed_run_leaves_no_folder(tmp_path: Path) -> None:
+    code = (
+        "from vpd_mlx.sandbox import *; s = Sandbox(without=('namespaces', 'userid')); print('up', flush=True)\n"
+        "s.run('import time; time.sleep(60)', prelude='')"
+    )
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=env) as parent:
+        assert parent.stdout is not None
+        parent.stdout.readline()
+        deadline = time.monotonic() + 20
+        while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        parent.kill()
+    assert list(tmp_path.iterdir())
+    subprocess.run([sys.executable, "-c", "from vpd_mlx.sandbox.folders import sweep; sweep()"], env=env, check=True)
+    assert not list(tmp_path.iterdir())
+
+
+@LINUX
+def test_a_child_gets_no_file_of_ours(box: Sandbox) -> None:
+    leaked = os.open(os.devnull, os.O_RDONLY)
+    os.set_inheritable(leaked, True)
+    program = "import os\nn=0\nfor fd in range(256):\n  try: os.fstat(fd); n+=1\n  except OSError: pass\nprint(n)"
+    assert box.run(program).stdout == "5\n"
+    os.close(leaked)
+
+
+@LINUX
+@pytest.mark.parametrize("without", [(), ("namespaces", "userid")], ids=["all layers", "no namespaces"])
+def test_programs_do_not_outlive_us(without: tuple[str, ...]) -> None:
+    program = "import ctypes, time; ctypes.CDLL(None).prctl(1, 0, 0, 0, 0); time.sleep(30)"
+    code = f"from vpd_mlx.sandbox import *; s = Sandbox(without={without}); print('up', flush=True); s.run({program!r})"
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]
     ) as parent:
@@ -486,19 +459,64 @@ def _children(pid: int) -> set[int]:
     return found
 
 
+INTERPRETERS = {  # on macOS: where its prefix is, and a library that it needs
+    "python.org": ("/Library/Frameworks/Python.framework/Versions/3.12", "/Library/Frameworks/Tcl.framework/Tcl"),
+    "Homebrew": ("/opt/homebrew/Cellar/python@3.12/3.12.1/Frameworks", "/opt/homebrew/opt/openssl@3/lib/libssl.dylib"),
+    "MacPorts": (
+        "/opt/local/Library/Frameworks/Python.framework/Versions/3.12",
+        "/opt/local/libexec/openssl3/lib/libssl.dylib",
+    ),
+    "Nix": ("/nix/store/abc-python3-3.12", "/nix/store/def-openssl/lib/libssl.dylib"),
+    "uv": (
+        "/Users/x/.local/share/uv/python/cpython-3.12",
+        "/Users/x/.local/share/uv/python/cpython-3.12/lib/libpython.dylib",
+    ),
+    "pyenv": ("/Users/x/.pyenv/versions/3.12.1", "/private/preboot/Cryptexes/OS/usr/lib/libSystem.B.dylib"),
+}
+
+
+def _readable(profile: str) -> tuple[list[str], list[str]]:
+    """Folders and single files that a profile lets programs read."""
+    rule = profile[profile.index("(allow file-read-data") : profile.index("(deny file-write*)")]
+    return re.findall(r'\(subpath "([^"]+)"\)', rule), re.findall(r'\(literal "([^"]+)"\)', rule)
+
+
+@pytest.mark.parametrize("name", INTERPRETERS)
+def test_seatbelt_knows_the_interpreters(name: str) -> None:
+    prefix, library = INTERPRETERS[name]
+    profile = seatbelt_profile(f"{prefix}/bin/python3", [prefix], "/private/tmp/x", [], ["/pkg/child.py"], True)
+    folders, files = _readable(profile)
+    for path in (f"{prefix}/lib/os.py", library, "/System/Library/x", "/private/tmp/x/a.txt"):
+        assert any(path.startswith(f"{folder}/") for folder in folders), path
+    assert "/pkg/child.py" in files
+    for path in (
+        "/Users/x/.ssh/id_ed25519",
+        "/dev/tty",
+        "/dev/disk0",
+        "/etc/passwd",
+        "/opt/local/etc/x",
+        "/private/tmp/y",
+    ):
+        assert not any(path.startswith(f"{folder}/") for folder in folders), path
+        assert path not in files
+    assert [f for f in files if f.startswith("/dev")] == list(MAC_DEVICES)
+    assert profile[profile.index("(allow process-exec*") :].startswith(f'(allow process-exec* (subpath "{prefix}")')
+
+
 def test_seatbelt_profile_is_balanced_and_shut() -> None:
-    profile = seatbelt_profile("/opt/py/bin/python3", "/private/tmp/x", [], True)
+    odd = '/Users/x/a "quoted" \\ folder é'
+    profile = seatbelt_profile("/opt/py/bin/python3", [odd], "/private/tmp/x", [], [], True)
+    assert json.dumps(odd, ensure_ascii=False) in profile
     assert profile.count("(") == profile.count(")")
     for rule in (
         "(deny network*)",
         "(deny process-fork)",
         "(deny file-read-data)",
-        "(deny file-write*)",
+        '(deny file-write*)(allow file-write* (subpath "/private/tmp/x") (literal "/dev/null"))',
         "(deny mach-lookup)",
-        "/sandbox/isolation.py",
-        "/sandbox/child.py",
     ):
         assert rule in profile
+    assert "mach-lookup" not in seatbelt_profile("/opt/py/bin/python3", [odd], "/private/tmp/x", [], [], False)
 
 
 def test_a_session_may_stay_and_import(tmp_path: Path) -> None:

@@ -418,11 +418,12 @@ class Scripted:
         monkeypatch.setattr(best, "score", lambda *args: {**score(*args), "student": values[args[-1]]})
 
 
+CHOOSE = {"evaluation__keep_best": True, "evaluation__selection_every": 1, "evaluation__selection": 4}
+
+
 def test_patience_stops_early_and_the_best_adapter_is_kept(small, tmp_path: Path, monkeypatch):
     Scripted(monkeypatch, [0.1, 0.5, 0.4, 0.3, 0.9, 0.0])
-    recipe = small(
-        steps=5, evaluation__every=1, evaluation__patience=2, evaluation__keep_best=True, evaluation__selection_every=1
-    )
+    recipe = small(steps=5, evaluation__every=1, evaluation__patience=2, **CHOOSE)
     summary = train(recipe, tmp_path / "run")
     assert summary["steps"] == 3
     assert summary["adapter_of_step"] == 1
@@ -437,8 +438,7 @@ def test_patience_stops_early_and_the_best_adapter_is_kept(small, tmp_path: Path
 
 def test_the_best_survives_a_resume(small, tmp_path: Path, monkeypatch):
     Scripted(monkeypatch, [0.1, 0.5, 0.4, 0.3, 0.2])
-    chosen = {"evaluation__keep_best": True, "evaluation__selection_every": 1}
-    recipe = small(steps=4, evaluation__every=1, checkpoint__every=1, **chosen)
+    recipe = small(steps=4, evaluation__every=1, checkpoint__every=1, **CHOOSE)
     whole = train(recipe, tmp_path / "whole")
     stop = Stop()
     train(recipe, tmp_path / "run", progress=StopAfter(stop, 3), stop=stop)

@@ -76,11 +76,11 @@ def decode(obj: Any, depth: int = 0) -> Any:
             return float(body)
         if tag == "b":
             return bytes.fromhex(body)
+        if tag == "d":
+            return {decode(k, depth + 1): decode(v, depth + 1) for k, v in body}
         items = [decode(v, depth + 1) for v in body]
         if tag == "c":
             return complex(*items)
-        if tag == "d":
-            return dict(items)
         return {"t": tuple, "s": set, "z": frozenset}[tag](items)
     except (KeyError, TypeError) as error:
         raise ValueError("not an encoded value") from error
@@ -225,9 +225,10 @@ def judge(spec: Spec, prelude: str, source: str) -> int:
             calls += 1
             answer = receive(spec.ctl)
             if answer[:1] != b"V":
-                # A test may expect this exception.
-                kind = getattr(builtins, answer[1:].decode(), None)
-                raise kind() if isinstance(kind, type) and issubclass(kind, Exception) else CallFailed()
+                # A test may expect this exception. One that ends a loop would let all(map(f, ...)) pass.
+                kind = getattr(builtins, answer[1:].decode(), CallFailed)
+                fine = isinstance(kind, type) and issubclass(kind, Exception)
+                raise kind() if fine and not issubclass(kind, StopIteration | StopAsyncIteration) else CallFailed()
             value = json.loads(answer[1:])
             return Opaque(*value["o"]) if isinstance(value, dict) and "o" in value else decode(value)
 

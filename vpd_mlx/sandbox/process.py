@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import selectors
-import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 
 from vpd_mlx.errors import SourceError
+from vpd_mlx.sandbox.folders import Folder
 from vpd_mlx.sandbox.layers import PLATFORM, child_command
 from vpd_mlx.sandbox.results import Ended, Failure, Limits, Result
+from vpd_mlx.sandbox.spawn import Child
 
 __all__ = ["Process"]
 
@@ -50,11 +48,11 @@ class Process:
         self._text = {"out": bytearray(), "err": bytearray()}
         self._exit: int | None = None
         self._deadline = time.monotonic() + SETUP_SECONDS
-        self._folder = None if "namespaces" in layers else tempfile.mkdtemp(prefix="vpd-sandbox-")
+        self._folder = None if "namespaces" in layers else Folder()
         self._selector = selectors.DefaultSelector()
         self._open: dict[str, int] = {}
         self._pending = {"in": bytearray(stdin.encode("utf-8", "replace")), "ctl": bytearray()}
-        self._popen = self._spawn(layers, packages, mode)
+        self._child = self._spawn(layers, packages, mode)
         self.write_ctl(prelude.encode("utf-8", "replace"))
         self.write_ctl(program.encode("utf-8", "replace"))
         if stdin:
@@ -62,7 +60,7 @@ class Process:
         else:
             self._close("in")
 
-    def _spawn(self, layers: Sequence[str], packages: Sequence[str], mode: str) -> subprocess.Popen[bytes]:
+    def _spawn(self, layers: Sequence[str], packages: Sequence[str], mode: str) -> Child:
         theirs: dict[str, int] = {}
         try:
             for name in ("in", "ctl", *READ):
@@ -71,11 +69,8 @@ class Process:
                 os.set_blocking(self._open[name], False)
                 if name in READ:
                     self._selector.register(read, selectors.EVENT_READ, name)
-            stdin, out, err, *given = (theirs[name] for name in ("in", "out", "err", "ctl", "res"))
-            command = child_command(self.limits, layers, packages, mode, given, self._folder or "/tmp")
-            return subprocess.Popen(
-                command, stdin=stdin, stdout=out, stderr=err, pass_fds=given, env={}, cwd="/", start_new_session=True
-            )
+            command = child_command(self.limits, layers, packages, mode, self._folder.path if self._folder else "/tmp")
+            return Child(command, [theirs[name] for name in ("in", "out", "err", "ctl", "res")])
         except OSError as error:
             self._release()
             raise SourceError(f"sandbox: cannot start a process ({error}); free memory or file handles") from error
@@ -124,7 +119,7 @@ class Process:
                 next_look = time.monotonic() + TICK
                 self._check_limits()
                 # Processes that the child left behind may hold the pipes open: stop when it ends itself.
-                if self._popen.poll() is not None:
+                if self._child.wait() is not None:
                     self._drain()
                     self._wait(0)
         if not self._ready:
@@ -202,7 +197,9 @@ class Process:
         buffer = self._frame_buffer
         while len(buffer) >= 5:
             size = int.from_bytes(buffer[:4], "big")
-            if len(buffer) < 4 + size or size < 1:
+            if size > self.limits.output_kb * 1024:
+                self._force("output")
+            if len(buffer) < 4 + size:
                 return
             letter, body = bytes(buffer[4:5]), bytes(buffer[5 : 4 + size])
             del buffer[: 4 + size]
@@ -225,9 +222,9 @@ class Process:
                 self._move(name)
 
     def _check_limits(self) -> None:
-        if self._folder is not None and _folder_bytes(self._folder) > self.limits.file_mb << 20:
+        if self._folder is not None and self._folder.size() > self.limits.file_mb << 20:
             self._force("disk")
-        elif PLATFORM == "darwin" and _footprint(self._popen.pid) > self.limits.memory_mb << 20:
+        elif PLATFORM == "darwin" and _footprint(self._child.pid) > self.limits.memory_mb << 20:
             self._force("memory")
 
     def _force(self, why: Ended) -> None:
@@ -235,16 +232,12 @@ class Process:
         self.kill()
 
     def _wait(self, seconds: float) -> None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._exit = self._popen.wait(max(seconds, 0))
+        self._exit = self._child.wait(max(seconds, 0))
 
     def kill(self) -> None:
         """End it and everything it started."""
         if self._exit is None:
-            # The group, while its leader is not yet reaped: no other process can have its number.
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._popen.pid, signal.SIGKILL)
-            self._popen.kill()
+            self._child.kill()
             self._wait(SETUP_SECONDS)
 
     def close(self) -> None:
@@ -263,26 +256,8 @@ class Process:
             self._close(name)
         self._selector.close()
         if self._folder is not None:
-            _remove(self._folder)
+            self._folder.remove()
             self._folder = None
-
-
-def _folder_bytes(folder: str) -> int:
-    """Bytes on disk below a folder. More than 4096 entries, or 30 levels, count as too much."""
-    total, entries = 0, 0
-    todo = [(folder, 0)]
-    while todo:
-        where, depth = todo.pop()
-        with contextlib.suppress(OSError), os.scandir(where) as listing:
-            for entry in listing:
-                entries += 1
-                if entries > 4096 or depth > 30:
-                    return sys.maxsize
-                with contextlib.suppress(OSError):
-                    total += entry.stat(follow_symlinks=False).st_blocks * 512
-                    if entry.is_dir(follow_symlinks=False):
-                        todo.append((entry.path, depth + 1))
-    return total
 
 
 def _footprint(pid: int) -> int:
@@ -291,12 +266,3 @@ def _footprint(pid: int) -> int:
     if ctypes.CDLL("/usr/lib/libproc.dylib").proc_pid_rusage(pid, 0, ctypes.byref(buffer)) != 0:
         return 0
     return int.from_bytes(buffer.raw[72:80], sys.byteorder)
-
-
-def _remove(folder: str) -> None:
-    try:
-        shutil.rmtree(folder)
-    except (OSError, RecursionError):
-        # Folders without permissions, or nested more deeply than Python follows.
-        for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):
-            subprocess.run([*command, folder], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)

@@ -15,9 +15,11 @@ from typing import Any
 from vpd_mlx.common.workers import Workers
 from vpd_mlx.errors import ConfigError, Fault, SourceError
 from vpd_mlx.sandbox.child import encode
+from vpd_mlx.sandbox.folders import sweep
+from vpd_mlx.sandbox.frames import Report, read_call, read_report, read_value
 from vpd_mlx.sandbox.layers import GIVE_UP_ORDER, Abilities, possible_layers, python
 from vpd_mlx.sandbox.process import Process
-from vpd_mlx.sandbox.results import Ended, Failure, Limits, Outcome, Result, Value, check, show_arguments
+from vpd_mlx.sandbox.results import Ended, Failure, Limits, Outcome, Result, Value, show_arguments
 
 __all__ = ["Library", "LibraryError", "LoadedProgram", "Sandbox"]
 
@@ -35,7 +37,8 @@ class Sandbox:
     `packages` are folders of libraries that programs may import besides the standard library. `without` leaves layers out.
 
     Raises:
-        SourceError: no program runs at all, or `strict` is set and this machine cannot keep every promise.
+        SourceError: no program runs at all; or `strict` is set and this machine cannot keep every promise; or it isolates nothing
+            and `unisolated` is not set.
     """
 
     def __init__(
@@ -44,12 +47,18 @@ class Sandbox:
         strict: bool = False,
         packages: Sequence[str] = (),
         without: Sequence[str] = (),
+        unisolated: bool = False,
     ) -> None:
         self.limits = limits or Limits()
         self._packages = tuple(packages)
+        sweep()
         self._probe([layer for layer in possible_layers() if layer not in without])
         if strict and self.abilities.missing:
             raise SourceError(f"{self.abilities.notice()}; use a machine that prevents it, or set strict to false")
+        if not unisolated and not self.abilities.layers:
+            raise SourceError(
+                f"{self.abilities.notice()}; use another machine, or set unisolated to true to accept that"
+            )
 
     def run(self, program: str, stdin: str = "", prelude: str = "") -> Result:
         """Run a whole program from standard input to standard output. `prelude` runs before it, in the same namespace.
@@ -104,8 +113,15 @@ class Sandbox:
                         return [*outcomes, Outcome(False, True, stalled, call)]
                     raise SourceError(f"the tests cannot be run: {end.failure or end.ended}; fix the row's tests")
                 letter, body = frame
-                if letter == b"C":
-                    name, args, kwargs = json.loads(body)
+                report: Report | None = None
+                try:
+                    if letter == b"T":
+                        report = read_report(body)
+                    else:
+                        name, args, kwargs = read_call(body if letter == b"C" else b"")
+                except ValueError:
+                    raise SourceError("the tests write to the sandbox's pipe; fix the row's tests") from None
+                if report is None:
                     answer = loaded.send(name, args, kwargs)
                     call = (name, show_arguments(args, kwargs), str(answer))
                     if isinstance(answer, Failure):
@@ -113,8 +129,8 @@ class Sandbox:
                         process.write_ctl(b"X" + answer.kind.encode("utf-8", "replace"))
                     else:
                         process.write_ctl(b"V" + json.dumps(answer.encoded).encode())
-                elif letter == b"T":
-                    outcomes.append(_outcome(json.loads(body), tests[len(outcomes)], setup, failed, call))
+                else:
+                    outcomes.append(_outcome(report, tests[len(outcomes)], setup, failed, call))
                     failed = call = None
                     if loaded.ended:
                         break
@@ -128,16 +144,20 @@ class Sandbox:
     def _probe(self, layers: list[str]) -> None:
         """Find the largest set of layers under which a program runs."""
         reasons: list[str] = []
+        # A busy machine is no reason to give a layer up.
+        patient = replace(self.limits, wall_s=max(self.limits.wall_s, 60), cpu_s=max(self.limits.cpu_s, 10))
         while True:
             self.abilities = Abilities(tuple(layers), tuple(reasons))
             try:
-                result = self.run(SELF_TEST, stdin="olleh")
+                with closing(self._start("run", SELF_TEST, stdin="olleh", limits=patient)) as process:
+                    process.pump()
+                    result = process.result()
                 if result.ended == "ok" and result.stdout == "hello\n":
                     return
                 why, culprit = f"{result.ended}: {result.failure}", None
             except SourceError as error:
-                why = str(error)
-                culprit = next((layer for layer in layers if layer in why), None)
+                why = str(error).removeprefix("sandbox: a process could not isolate itself: ")
+                culprit = next((layer for layer in layers if why.startswith(f"{layer}: ")), None)
             if not layers:
                 raise SourceError(
                     f"sandbox: not even an empty program runs ({why}); raise the limits or fix the Python at {python()}"
@@ -206,12 +226,8 @@ class LoadedProgram(AbstractContextManager["LoadedProgram"]):
         if letter == b"X":
             return Failure.parse(body)
         try:
-            if letter != b"V":
-                raise ValueError("not a value")
-            value = json.loads(body)
-            check(value)
-            return Value(value)
-        except (ValueError, RecursionError):
+            return read_value(body if letter == b"V" else b"")
+        except ValueError:
             # Only a program that writes to the pipe by itself can cause this.
             self._process.kill()
             self._end = Result("error", "", "", Failure("ValueError", "the program returned no readable value"))
@@ -244,7 +260,8 @@ class Library:
             raise ConfigError([Fault("task.kind", problem, f"pip install 'vpd-mlx[{extra}]'")])
         folders = [p for p in sys.path if Path(p).name in ("site-packages", "dist-packages") and Path(p).is_dir()]
         self._program = LIBRARY_SETUP + program
-        self._sandbox = Sandbox(Limits(wall_s=timeout, **LIBRARY_LIMITS), packages=folders)
+        # The code is the library's own: where nothing isolates it, `notice` says so.
+        self._sandbox = Sandbox(Limits(wall_s=timeout, **LIBRARY_LIMITS), packages=folders, unisolated=True)
         # A thread of its own: the process ends with the thread that starts it, and callers' threads come and go.
         self._thread = Workers(1, needs)
         self._loaded: LoadedProgram | None = None
@@ -266,7 +283,7 @@ class Library:
             raise LibraryError(answer)
         try:
             return json.loads(answer.encoded)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RecursionError):
             raise SourceError(f"{name} returned {str(answer)[:80]}") from None
 
     def close(self) -> None:
@@ -286,16 +303,15 @@ class Library:
 
 
 def _outcome(
-    report: Mapping[str, Any], test: str, setup: str, failed: Failure | None, call: tuple[str, str, str] | None
+    report: Report, test: str, setup: str, failed: Failure | None, call: tuple[str, str, str] | None
 ) -> Outcome:
-    if report["ok"]:
+    if report.why is None:
         return Outcome(True)
-    failure = Failure.parse(report["why"].encode())
-    file, line = report["at"]
+    failure, (file, line) = report.why, report.at
     source = _statement(setup if file == "<setup>" else test, line)
     if failed is not None and failure.kind in (failed.kind, "CallFailed"):
         return Outcome(False, True, failed, call, source)
-    if not report["called"]:
+    if not report.called:
         raise SourceError(f"the test {source!r} failed before it called the program ({failure}); fix the row's tests")
     return Outcome(False, False, replace(failure, line=0), call, source)
 

@@ -44,6 +44,7 @@ class CodeSettings(DatasetSettings):
     )
     setup: str = Field("setup", description="Column of code that assertions need; it never runs beside the completion.")
     strict: bool = Field(False, description="Refuse to run where the machine cannot isolate programs in full.")
+    unisolated: bool = Field(False, description="Run programs even where the machine cannot isolate them at all.")
     wall: float = Field(8.0, gt=0, description="Seconds for one program: one input, or all calls of a test set.")
     cpu: Positive = Field(4, description="The same in seconds of CPU time.")
     memory_mb: int = Field(512, ge=64, description="Memory of one program.")
@@ -68,12 +69,17 @@ class _FailedTest:
 
 
 class Code:
-    """The task. Raises SourceError if `strict` is set and this machine cannot isolate programs in full."""
+    """The task.
+
+    Raises:
+        SourceError: `strict` is set and this machine cannot isolate programs in full; or it isolates nothing, and `unisolated` is
+            not set.
+    """
 
     def __init__(self, cfg: CodeSettings) -> None:
         self._cfg = cfg
         limits = Limits(wall_s=cfg.wall, cpu_s=cfg.cpu, memory_mb=cfg.memory_mb, output_kb=cfg.output_kb)
-        self._sandbox = Sandbox(limits, strict=cfg.strict)
+        self._sandbox = Sandbox(limits, strict=cfg.strict, unisolated=cfg.unisolated)
         self.notices = tuple(filter(None, [self._sandbox.abilities.notice()]))
         self.train, self.held_out = read_split(cfg)
         for problem in (*self.train, *self.held_out):  # find a broken row now, not in the middle of a run

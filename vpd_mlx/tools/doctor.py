@@ -55,9 +55,9 @@ def facts() -> Iterator[Fact]:
     yield from _memory()
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     yield Fact("disk free here", f"{free:.1f} GB", "" if free > 1 else "free some space: checkpoints and logs need it")
-    sandbox = Sandbox(Limits())
-    missing = [str(a) for a in getattr(sandbox.abilities, "missing", ())]
-    yield Fact("sandbox for code", "complete" if not missing else f"lacks {', '.join(missing)}")
+    abilities = Sandbox(Limits(), unisolated=True).abilities
+    layers = ", ".join(abilities.layers) or "no layer"
+    yield Fact("sandbox for code", f"complete ({layers})" if not abilities.notice() else layers, abilities.notice())
     yield _hub()
 
 
