@@ -10,19 +10,18 @@ import pytest
 
 from vpd_mlx.errors import ConfigError, RunError
 from vpd_mlx.recipe import builtin_recipes
+from vpd_mlx.tools.findings import claim_results, curves, mean_interval, sweep_table, table
 from vpd_mlx.tools.lab import (
     Cell,
     Result,
+    _beyond,
     best_rates,
     check_recipe,
-    claim_results,
-    curves,
     load_grid,
-    mean_interval,
+    on_edge,
     results,
     run_grid,
-    sweep_table,
-    table,
+    sweep,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -32,12 +31,11 @@ recipe: {recipe}
 seeds: [0, 1]
 threshold: 0.5
 overrides: {{steps: 2, rollout.prompts: 2, rollout.group_size: 2, evaluation.problems: 4, evaluation.every: 1, lora.rank: 4}}
-tune: {{rates: [1e-4, 1e-3], seeds: [9]}}
+tune: {{rates: [1e-4, 1e-3], seeds: [7, 8, 9], widen: 1}}
 settings: {{plain: {{}}}}
 methods:
   sdpo: {{algorithm: sdpo, evaluation.samples: 1}}
   fast: {{algorithm: sdpo, evaluation.samples: 1, teacher.ema_rate: 0.5}}
-same_rate: {{fast: sdpo}}
 parts: [{{setting: plain, methods: [sdpo, fast]}}]
 findings: [{{id: x, claim: "fast > slow", setting: plain, better: fast, worse: sdpo}}]
 """
@@ -71,6 +69,52 @@ def test_verdicts(tmp_path: Path, fast, verdict):
     grid = load_grid(grid_file(tmp_path))
     found = [result("sdpo", s, 0.5) for s in (0, 1)] + [result("fast", s, fast[s]) for s in (0, 1)]
     assert claim_results(grid, found)[0].verdict == verdict
+    open_ = claim_results(grid, found, {("plain", "fast")})[0].verdict
+    assert open_ == "open: the best rate of fast is at the edge of the sweep"
+
+
+def test_a_verdict_is_corrected_for_all_claims_of_the_grid(tmp_path: Path):
+    more = "".join(f', {{{{id: x{i}, claim: "c", setting: plain, better: sdpo, worse: sdpo}}}}' for i in range(9))
+    grid = load_grid(grid_file(tmp_path, GRID.replace("worse: sdpo}}]", "worse: sdpo}}" + more + "]")))
+    found = [result("sdpo", s, 0.5) for s in (0, 1)] + [result("fast", s, 0.8 + 0.01 * s) for s in (0, 1)]
+    first, *others = claim_results(grid, found)
+    assert first.difference - first.half > 0  # alone its interval excludes 0
+    assert (len(others), first.verdict) == (9, "within noise")
+    assert first.p == pytest.approx(10 * claim_results(load_grid(grid_file(tmp_path)), found)[0].p)
+
+
+def finished(out: Path, rate: float, final: float, method: str = "sdpo") -> None:
+    """The tuning runs of one rate, as `vpd-mlx train` leaves them."""
+    for seed in (7, 8, 9):
+        folder = out / Cell("plain", method, seed, rate, True).folder
+        folder.mkdir(parents=True)
+        after = {"student": final, "student_greedy": final, "teacher": None}
+        summary = {"before": after, "after": after, "seconds": {"wall": 1}}
+        (folder / "summary.json").write_text(json.dumps(summary))
+        (folder / "evals.jsonl").write_text('{"step": 0, "student": 0.0}\n')
+
+
+@pytest.mark.parametrize(
+    ("scores", "more"),
+    [
+        ({1e-4: 0.5, 1e-3: 0.2}, 5e-5),
+        ({1e-4: 0.2, 1e-3: 0.5}, 2e-3),
+        ({1e-4: 0.0, 1e-3: 0.0}, 5e-5),  # a tie goes to the lower
+        ({1e-4: 0.2, 1e-3: 0.5, 2e-3: 0.4}, None),
+        ({1e-4: 0.2, 1e-3: 0.5, 2e-3: 0.6}, None),  # `widen` allows one: the claim stays open
+    ],
+)
+def test_a_sweep_goes_on_until_its_best_rate_lies_inside(tmp_path: Path, scores, more):
+    grid, out = load_grid(grid_file(tmp_path)), tmp_path / "out"
+    for rate, final in scores.items():
+        finished(out, rate, final)
+    assert sweep(grid, out, ("plain", "sdpo")) == pytest.approx(scores)
+    assert _beyond(grid, out, ("plain", "sdpo")) == (None if more is None else pytest.approx(more))
+    finished(out, 1e-4, 0.5, "fast")
+    best = max(sorted(scores), key=lambda r: scores[r])
+    assert (("plain", "sdpo") in on_edge(grid, out)) == (best in (min(scores), max(scores)))
+    assert best_rates(grid, out)["plain", "sdpo"] == best
+    assert "| plain | fast |" in sweep_table(grid, out)
 
 
 def test_measures_by_hand():
@@ -89,8 +133,9 @@ def test_a_grid_with_one_rate_has_no_sweep(tmp_path: Path):
 
 
 @pytest.mark.long
-def test_a_grid_runs_goes_on_and_repeats(tmp_path: Path):
-    path = grid_file(tmp_path)
+def test_a_grid_runs_goes_on_and_repeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("vpd_mlx.tools.lab.TUNING_SEEDS", 1)
+    path = grid_file(tmp_path, GRID.replace("seeds: [7, 8, 9], widen: 1", "seeds: [9], widen: 0"))
     grid, recipe, out = load_grid(path), builtin_recipes()["quickstart"], tmp_path / "out"
     check_recipe(grid, recipe)
     said: list[str] = []
@@ -98,7 +143,7 @@ def test_a_grid_runs_goes_on_and_repeats(tmp_path: Path):
     found = results(grid, out)
     assert {(r.cell.method, r.cell.seed) for r in found} == {("sdpo", 0), ("sdpo", 1), ("fast", 0), ("fast", 1)}
     rates = best_rates(grid, out)
-    assert rates["plain", "fast"] == rates["plain", "sdpo"]
+    assert rates.keys() == {("plain", "sdpo"), ("plain", "fast")}
     text = table(grid, found, rates)
     assert "| sdpo |" in text
     assert "fast > slow" in text
@@ -124,7 +169,7 @@ def test_a_failing_run_is_named(tmp_path: Path):
         .replace("better: fast, worse: sdpo", "better: broken, worse: broken"),
     )
     grid = load_grid(path)
-    with pytest.raises(RunError, match=r"2 of 2 runs failed, first tune-0.0001/plain/broken/seed9: vpd-mlx: .*nowhere"):
+    with pytest.raises(RunError, match=r"6 of 6 runs failed, first tune-0.0001/plain/broken/seed7: vpd-mlx: .*nowhere"):
         run_grid(grid, builtin_recipes()["quickstart"], tmp_path / "out", jobs=2, say=lambda _: None)
 
 
@@ -134,6 +179,8 @@ def test_a_failing_run_is_named(tmp_path: Path):
         (("methods: [sdpo, fast]", "methods: [sdpo, slow]"), "parts.0.methods: 'slow' is not defined"),
         (("worse: sdpo", "worse: grpo"), "findings.x: 'grpo' does not run in 'plain'"),
         (("seeds: [0, 1]", "seeds: []"), "seeds"),
+        (("seeds: [7, 8, 9]", "seeds: [7, 8]"), "tune.seeds: [7, 8] is too few to choose rates for claims by"),
+        (("seeds: [7, 8, 9]", "seeds: [1, 8, 9]"), "tune.seeds: [1] are among the seeds that claims are judged by"),
         (("setting: plain, methods", "setting: odd, methods"), "'odd' is not defined"),
     ],
 )

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from itertools import combinations
 
 import numpy as np
 import pytest
 
-from vpd_mlx.common.stats import bootstrap_interval, majority, paired, pass_at_k, powers
+from vpd_mlx.common.stats import bootstrap_interval, holm, majority, paired, paired_t, pass_at_k, powers
+
+
+@pytest.mark.parametrize(
+    ("t", "freedom", "p"),  # quantiles of tables
+    [(12.706, 1, 0.05), (4.303, 2, 0.05), (3.182, 3, 0.05), (2.776, 4, 0.05), (4.604, 4, 0.01), (2.042, 30, 0.05)],
+)
+def test_the_paired_t_test_has_students_tails(t, freedom, p):
+    n = freedom + 1
+    noise = np.arange(n) - (n - 1) / 2  # mean 0
+    shift = t * noise.std(ddof=1) / math.sqrt(n)
+    assert paired_t(noise + shift) == paired_t(-(noise + shift)) == pytest.approx(p, rel=2e-3)
+
+
+def test_a_t_test_that_can_tell_nothing():
+    assert [paired_t([]), paired_t([1.0]), paired_t([1.0, math.nan]), paired_t([0.0, 0.0])] == [1.0] * 4
+    assert paired_t([1.0, 1.0]) == 0.0
+
+
+def test_holms_correction_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []
 
 
 def test_pass_at_k_by_hand():

@@ -16,7 +16,7 @@ import numpy as np
 
 import vpd_mlx as vpd
 from vpd_mlx.run.watch import collapse
-from vpd_mlx.tools.lab import mean_interval
+from vpd_mlx.tools.findings import mean_interval
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

@@ -17,13 +17,14 @@ def lab(
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each in a process of its own.")] = 2,
 ) -> None:
-    """Run a grid {setting x method x seed}, each method at its best rate from the same small sweep.
+    """Run a grid {setting x method x seed}, each method at its best rate from the same sweep, widened until the best is inside.
 
     You can interrupt it at any time: give the command again, and finished runs are kept and interrupted ones go on from their
     checkpoint. Writes results.md, rates.json and curves.png into the grid's folder.
     """
     from vpd_mlx.common.files import write_atomic
-    from vpd_mlx.tools.lab import best_rates, check_recipe, curves, load_grid, results, run_grid, sweep_table, table
+    from vpd_mlx.tools.findings import curves, sweep_table, table
+    from vpd_mlx.tools.lab import best_rates, check_recipe, load_grid, on_edge, results, run_grid
 
     spec = load_grid(grid)
     recipe = (grid.parent / spec.recipe).resolve()
@@ -32,7 +33,7 @@ def lab(
     folder.mkdir(parents=True, exist_ok=True)
     run_grid(spec, recipe, folder, jobs=jobs, say=typer.echo)
     found = results(spec, folder)
-    text = table(spec, found, best_rates(spec, folder))
+    text = table(spec, found, best_rates(spec, folder), on_edge(spec, folder))
     if spec.tuned:
         text += f"\n### The sweep\n\n{sweep_table(spec, folder)}"
     write_atomic(folder / "results.md", text)

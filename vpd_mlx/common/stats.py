@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,10 +19,12 @@ __all__ = [
     "auc",
     "bootstrap_interval",
     "correlation",
+    "holm",
     "majority",
     "mean",
     "overlap",
     "paired",
+    "paired_t",
     "pass_at_k",
     "powers",
 ]
@@ -152,6 +155,41 @@ def paired(base: Mapping[str, float], other: Mapping[str, float]) -> Paired | No
         return None
     d = np.asarray(differences)
     return Paired(float(d.mean()), *between, len(d), int((d > 0).sum()), int((d < 0).sum()))
+
+
+def paired_t(differences: Sequence[float]) -> float:
+    """Two-sided p of a t test that the mean of paired differences is 0; 1 for fewer than two, and where one is no number."""
+    d, n = np.asarray(differences, np.float64), len(differences)
+    if n < 2 or not np.isfinite(d).all():
+        return 1.0
+    spread = d.std(ddof=1) / math.sqrt(n)
+    if spread == 0:
+        return 0.0 if d.mean() else 1.0
+    return _t_tails(float(d.mean() / spread), n - 1)
+
+
+def _t_tails(t: float, freedom: int) -> float:
+    """P(|T| > |t|) of Student's t (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    angle = math.atan(abs(t) / math.sqrt(freedom))
+    sine, cosine, odd = math.sin(angle), math.cos(angle), freedom % 2
+    term, total = (cosine if odd else 1.0), 0.0
+    for k in range(2 + odd, freedom + 1, 2):
+        total += term
+        term *= cosine**2 * (k - 1) / k
+    inside = 2 / math.pi * (angle + sine * total) if odd else sine * total
+    return max(0.0, 1.0 - inside)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """p-values adjusted for being so many: below 0.05 of these, the chance of any false finding is at most 5 %.
+
+    S. Holm, Scandinavian Journal of Statistics 6 (1979), 65-70. Raises nothing; no p gives none.
+    """
+    adjusted, least = [0.0] * len(ps), 0.0
+    for rank, i in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):
+        least = max(least, min(1.0, (len(ps) - rank) * ps[i]))
+        adjusted[i] = least
+    return adjusted
 
 
 def overlap(text: str, source: str, n: int = 4) -> float:

@@ -1,8 +1,12 @@
 """The lab: a grid of settings, methods and seeds, all tuned alike, and which claims its runs support.
 
-A grid is one YAML file. Every method first gets the same sweep of learning rates, on a seed kept for that; then it runs on all
-seeds at its best rate. A grid with one rate has no sweep. Each run is a run folder, made by `vpd-mlx train` in a process of its
-own: finished runs are not repeated, and interrupted ones go on from their checkpoint.
+A grid is one YAML file. Every method first gets the same sweep of learning rates, on seeds kept for that; where its best rate
+is the sweep's lowest or highest, the sweep goes on beyond it. Then it runs on all seeds at its best rate. A grid with one rate
+has no sweep. Each run is a run folder, made by `vpd-mlx train` in a process of its own: finished runs are not repeated, and
+interrupted ones go on from their checkpoint.
+
+A claim compares arms that were tuned alike: no method can have a rate without a sweep. Its p is that of a paired t test over
+seeds, adjusted for all claims of the grid by Holm's method (Scand. J. Statist. 6, 1979).
 """
 
 from __future__ import annotations
@@ -17,8 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 from pydantic import Field, ValidationError
 
@@ -28,24 +30,27 @@ from vpd_mlx.errors import ConfigError, Fault, RunError
 from vpd_mlx.recipe import load_recipe
 from vpd_mlx.run.records import upgraded
 
-__all__ = ["best_rates", "check_recipe", "curves", "load_grid", "results", "run_grid", "sweep_table", "table"]
+__all__ = [
+    "best_rates",
+    "check_recipe",
+    "load_grid",
+    "on_edge",
+    "results",
+    "run_grid",
+    "sweep",
+]
 
-mpl.use("Agg")
-
-# Two-sided 95 % quantiles of Student's t by degrees of freedom (1 to 30); beyond, the normal's.
-T95 = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
-    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
+TUNING_SEEDS = 3
 
 Measure = Literal["final", "best", "drop", "margin_change"]
 
 
 class Tune(Section):
-    """The sweep that every method gets."""
+    """The sweep that every method gets, and by how many rates, each half or double the last, it may go on at either end."""
 
     rates: list[float] = Field(min_length=1)
     seeds: list[int] = Field(min_length=1)
+    widen: int = Field(3, ge=0)
 
 
 class Part(Section):
@@ -77,7 +82,6 @@ class Grid(Section):
     tune: Tune
     settings: dict[str, dict[str, Any]]
     methods: dict[str, dict[str, Any]]
-    same_rate: dict[str, str] = Field({})
     parts: list[Part]
     findings: list[Claim] = Field([])
 
@@ -88,10 +92,8 @@ class Grid(Section):
 
     @property
     def tuned(self) -> list[tuple[str, str]]:
-        """The pairs that have a sweep; the others take the rate of the method that `same_rate` names, or the only one."""
-        if len(self.tune.rates) == 1:
-            return []
-        return [(setting, method) for setting, method in self.pairs if method not in self.same_rate]
+        """The pairs that have a sweep: all, or none where there is a single rate."""
+        return self.pairs if len(self.tune.rates) > 1 else []
 
     def sweep(self, setting: str, method: str, rate: float) -> list[Cell]:
         """The runs of a sweep at one rate."""
@@ -180,6 +182,11 @@ def _undefined(grid: Grid) -> Iterator[Fault]:
         for method in part.methods:
             if method not in grid.methods:
                 yield Fault(f"parts.{i}.methods", f"{method!r} is not defined", "add it to methods")
+    if both := sorted({*grid.seeds} & {*grid.tune.seeds}) if grid.tuned and grid.findings else []:
+        yield Fault("tune.seeds", f"{both} are among the seeds that claims are judged by", "tune on others")
+    if grid.tuned and grid.findings and len(grid.tune.seeds) < TUNING_SEEDS:
+        problem = f"{grid.tune.seeds} is too few to choose rates for claims by"
+        yield Fault("tune.seeds", problem, f"give at least {TUNING_SEEDS}")
     for claim in grid.findings:
         for method in (claim.better, claim.worse):
             if (claim.setting, method) not in grid.pairs:
@@ -216,7 +223,10 @@ def run_grid(grid: Grid, recipe: Path, out: Path, *, jobs: int, say: Callable[[s
         if failed:
             raise RunError(f"{len(failed)} of {len(waiting)} runs failed, first {failed[0]}")
 
-    finish([cell for pair in grid.tuned for rate in grid.tune.rates for cell in grid.sweep(*pair, rate)], "sweep")
+    more = [(pair, rate) for pair in grid.tuned for rate in grid.tune.rates]
+    while more:
+        finish([cell for pair, rate in more for cell in grid.sweep(*pair, rate)], "sweep")
+        more = [(pair, rate) for pair in grid.tuned if (rate := _beyond(grid, out, pair)) is not None]
     rates = best_rates(grid, out)
     write_atomic(out / "rates.json", json.dumps({f"{s}/{m}": r for (s, m), r in rates.items()}, indent=1))
     finish([Cell(*pair, seed, rates[pair], False) for seed in grid.seeds for pair in grid.pairs], "seeds")
@@ -241,21 +251,44 @@ def _run_one(grid: Grid, recipe: Path, out: Path, cell: Cell) -> str | None:
 
 def best_rates(grid: Grid, out: Path) -> dict[tuple[str, str], float]:
     """Each pair's best rate, by the mean final accuracy of its sweep; ties go to the lower rate."""
-    rates: dict[tuple[str, str], float] = {}
-    if len(grid.tune.rates) == 1:
+    if not grid.tuned:
         return dict.fromkeys(grid.pairs, grid.tune.rates[0])
-    for pair in grid.tuned:
-        scores = {rate: _swept(grid, out, *pair, rate) for rate in grid.tune.rates}
-        rates[pair] = max(sorted(scores), key=lambda r: scores[r])
-    for setting, method in grid.pairs:
-        if method in grid.same_rate:
-            rates[setting, method] = rates[setting, grid.same_rate[method]]
-    return rates
+    return {pair: _best(sweep(grid, out, pair)) for pair in grid.pairs}
 
 
-def _swept(grid: Grid, out: Path, setting: str, method: str, rate: float) -> float:
-    """Mean final accuracy of a sweep's runs at one rate."""
-    return float(np.mean([_result(out, cell, grid).final for cell in grid.sweep(setting, method, rate)]))
+def _best(scores: Mapping[float, float]) -> float:
+    return max(sorted(scores), key=lambda rate: scores[rate])
+
+
+def _wider(grid: Grid) -> list[float]:
+    """The sweep's rates and those that it may go on to, rising."""
+    low, high = min(grid.tune.rates), max(grid.tune.rates)
+    factors = [2.0**n for n in range(1, grid.tune.widen + 1)]
+    return sorted({*grid.tune.rates, *(low / f for f in factors), *(high * f for f in factors)})
+
+
+def sweep(grid: Grid, out: Path, pair: tuple[str, str]) -> dict[float, float]:
+    """Mean final accuracy, 0..1, at each rate whose runs are finished, rising rates."""
+    found = {}
+    for rate in _wider(grid):
+        cells = grid.sweep(*pair, rate)
+        if all((out / cell.folder / "summary.json").exists() for cell in cells):
+            found[rate] = float(np.mean([_result(out, cell, grid).final for cell in cells]))
+    return found
+
+
+def _beyond(grid: Grid, out: Path, pair: tuple[str, str]) -> float | None:
+    """The next rate of a sweep whose best one is its lowest or highest; None once it lies inside, or where the grid ends."""
+    scores, wider = sweep(grid, out, pair), _wider(grid)
+    best = _best(scores)
+    at = wider.index(best) + {min(scores): -1, max(scores): 1}.get(best, len(wider))
+    return wider[at] if 0 <= at < len(wider) else None
+
+
+def on_edge(grid: Grid, out: Path) -> set[tuple[str, str]]:
+    """The pairs whose best rate is the lowest or the highest of their sweep: a better one may lie beyond."""
+    found = {pair: sweep(grid, out, pair) for pair in grid.tuned}
+    return {pair for pair, scores in found.items() if _best(scores) in (min(scores), max(scores))}
 
 
 def results(grid: Grid, out: Path) -> list[Result]:
@@ -284,117 +317,3 @@ def _result(out: Path, cell: Cell, grid: Grid) -> Result:
         tokens_to=None if reached is None else int(tokens[reached - 1]) if reached else 0,
         seconds=summary["seconds"]["wall"],
     )
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half width of its 95 % interval by Student's t; the half width for one value is infinite."""
-    data = np.asarray(values, np.float64)
-    if len(data) < 2:
-        return float(data.mean()), math.inf
-    quantile = T95[len(data) - 2] if len(data) - 1 <= len(T95) else 1.96
-    return float(data.mean()), float(quantile * data.std(ddof=1) / math.sqrt(len(data)))
-
-
-@dataclass(frozen=True)
-class ClaimResult:
-    """A claim with the mean difference that the runs show, paired by seed, and the half width of its 95 % interval."""
-
-    claim: Claim
-    difference: float
-    half: float
-
-    @property
-    def verdict(self) -> str:
-        """`reproduced`, `not reproduced`, or `within noise` if the interval holds 0."""
-        if self.difference - self.half > 0:
-            return "reproduced"
-        return "not reproduced" if self.difference + self.half < 0 else "within noise"
-
-
-def claim_results(grid: Grid, found: Sequence[Result]) -> list[ClaimResult]:
-    """What the runs say about each claim."""
-    by = {(r.cell.setting, r.cell.method, r.cell.seed): r for r in found}
-
-    def difference(c: Claim, seed: int) -> float:
-        better, worse = (by[c.setting, method, seed].measure(c.measure) for method in (c.better, c.worse))
-        return better - worse
-
-    return [ClaimResult(c, *mean_interval([difference(c, seed) for seed in grid.seeds])) for c in grid.findings]
-
-
-def _markdown(head: str, rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table's lines, an empty one after it."""
-    return [head, "|" + "---|" * (head.count("|") - 1), *(f"| {' | '.join(row)} |" for row in rows), ""]
-
-
-def _per_cent(values: Sequence[float]) -> str:
-    mean, half = mean_interval(values)
-    return f"{100 * mean:.1f} ± {100 * half:.1f}"
-
-
-def _method_row(method: str, rate: float, runs: Sequence[Result]) -> list[str]:
-    reached = [r for r in runs if r.steps_to is not None]
-    steps = f"{np.median([r.steps_to for r in reached]):.0f}" if reached else "-"
-    of = f" ({len(reached)} of {len(runs)})" if len(reached) < len(runs) else ""
-    return [
-        method,
-        f"{rate:g}",
-        f"{100 * np.mean([r.before for r in runs]):.1f}",
-        _per_cent([r.final for r in runs]),
-        f"{100 * np.mean([r.greedy_before for r in runs]):.1f}",
-        f"{_per_cent([r.greedy for r in runs])} ({' '.join(f'{100 * r.greedy:.0f}' for r in runs)})",
-        *(_per_cent([r.best for r in runs]), _per_cent([r.measure("drop") for r in runs])),
-        steps + of,
-        f"{np.median([r.tokens_to for r in reached]):,.0f}" if reached else "-",
-    ]
-
-
-def table(grid: Grid, found: Sequence[Result], rates: Mapping[tuple[str, str], float]) -> str:
-    """The methods by setting and the claims, in Markdown."""
-    lines = [f"{len(grid.seeds)} seeds; mean ± 95 % interval (Student's t over seeds); accuracies in %.", ""]
-    to = f"steps to {grid.threshold:.0%} | tokens to it"
-    for part in grid.parts:
-        of = {m: [r for r in found if (r.cell.setting, r.cell.method) == (part.setting, m)] for m in part.methods}
-        rows = [_method_row(m, rates[part.setting, m], runs) for m, runs in of.items()]
-        head = f"| method | rate | before | after | greedy before | greedy after (by seed) | best | drop from best | {to} |"
-        lines += [f"### {part.setting}", "", *_markdown(head, rows)]
-    if grid.findings:
-        claims = []
-        for tested in claim_results(grid, found):
-            unit = 1 if tested.claim.measure == "margin_change" else 100
-            difference = f"{unit * tested.difference:+.2f} ± {unit * tested.half:.2f}"
-            claims.append([tested.claim.id, tested.claim.claim, difference, f"**{tested.verdict}**"])
-        lines += ["### Claims", "", *_markdown("| | claim | difference, paired by seed | verdict |", claims)]
-    minutes = sum(r.seconds for r in found) / 60
-    lines.append(f"{len(found)} runs, {minutes:.0f} minutes of one process each, one after another.")
-    return "\n".join(lines) + "\n"
-
-
-def sweep_table(grid: Grid, out: Path) -> str:
-    """The sweep in Markdown: final accuracy at each rate."""
-    rows = [
-        [*pair, *(f"{100 * _swept(grid, out, *pair, rate):.1f}" for rate in grid.tune.rates)] for pair in grid.tuned
-    ]
-    return "\n".join(_markdown(f"| setting | method | {' | '.join(f'{r:g}' for r in grid.tune.rates)} |", rows))
-
-
-def curves(grid: Grid, found: Sequence[Result], path: Path) -> None:
-    """Plot the student's accuracy over steps, mean and 95 % band over seeds, one panel per setting, as a PNG or SVG file."""
-    figure, axes = plt.subplots(1, len(grid.parts), figsize=(4.6 * len(grid.parts), 3.6), sharey=True, squeeze=False)
-    for axis, part in zip(axes[0], grid.parts, strict=True):
-        for method in part.methods:
-            index = list(grid.methods).index(method)  # a method's colour is the same in every panel
-            runs = [r.curve for r in found if (r.cell.setting, r.cell.method) == (part.setting, method)]
-            steps = [s for s, _ in runs[0]]
-            means, half = np.array([mean_interval([dict(curve)[s] for curve in runs]) for s in steps]).T
-            half = np.where(np.isfinite(half), half, 0.0)
-            color = f"C{index % 10}"
-            axis.plot(steps, 100 * means, color=color, label=method, lw=1.6, ls="-" if index < 10 else "--")
-            axis.fill_between(steps, 100 * (means - half), 100 * (means + half), color=color, alpha=0.13, lw=0)
-        axis.set(title=part.setting, xlabel="step", ylim=(0, 100))
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
-    axes[0][0].set_ylabel("student on held-out problems, %")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
