@@ -4,7 +4,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test long-test install crash-test hostile-test fuzz browser-test peft-test docs-test bench clean
+.PHONY: train test long-test gpu-test install crash-test hostile-test fuzz browser-test peft-test docs-test bench clean
 
 train: $(VENV)/.installed
 	$(BIN)/vpd-mlx train quickstart
@@ -18,6 +18,11 @@ test: $(VENV)/.installed-dev
 
 long-test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto --dist worksteal -m long
+
+# The engine's tests once more, in the ways of a GPU: padded, in its chunks, compiled. Needs g++ for that.
+GPU_TESTS := device lora rollout updates losses architectures temperature
+gpu-test: $(VENV)/.installed-dev
+	VPD_MLX_GPU_PATHS=1 $(BIN)/python -m pytest -n auto $(GPU_TESTS:%=tests/test_%.py)
 
 # What takes minutes, or a browser: not part of `make test`, part of a release.
 crash-test: $(VENV)/.installed-dev

@@ -52,11 +52,14 @@ class Chat(ByteTokenizer):
         return self.encode(template.render(messages=messages, raise_exception=refuse))
 
 
-def tiny_policy(kind: str = "llama", lora: LoraSettings | None = None, **arguments: Any) -> Policy:
+def tiny_policy(
+    kind: str = "llama", lora: LoraSettings | None = None, dtype: mx.Dtype = mx.float32, **arguments: Any
+) -> Policy:
     """A policy of two random blocks of one of mlx-lm's architectures."""
     module = importlib.import_module(f"mlx_lm.models.{kind}")
     mx.random.seed(0)
     model = module.Model(module.ModelArgs.from_dict({"model_type": kind, **ARGUMENTS, **arguments}))
+    model.set_dtype(dtype)
     model.freeze()
     policy = Policy(model, ByteTokenizer(), "tiny")
     if lora is not None:

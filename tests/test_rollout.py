@@ -88,6 +88,7 @@ def test_an_error_in_a_thread_is_raised_and_no_thread_is_left(
 def test_the_recipe_says_how_many_threads(small: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch):
     from vpd_mlx.common.stats import Clock
 
+    monkeypatch.delenv("VPD_MLX_GPU_PATHS", raising=False)
     assert default_streams() == 2  # on the CPU that tests run on
     asked: list[int] = []
     real = rollout._side_by_side

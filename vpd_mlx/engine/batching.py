@@ -98,12 +98,12 @@ def by_row(values: Any, rows: Sequence[TokenRow]) -> list[Any]:
     return [values[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def micro_batches(rows: Sequence[TokenRow], budget: int, *, shared: bool = False) -> list[list[int]]:
+def micro_batches(rows: Sequence[TokenRow], budget: int, *, shared: bool = False, multiple: int = 1) -> list[list[int]]:
     """Indices of rows, grouped so that each group's positions stay within `budget`, long rows together.
 
     Without sharing a group costs rows x longest; with it, its distinct prompts x longest plus rows x longest completion, and
-    rows of one prompt stay together where they fit. The order is a function of the rows alone, so the split is deterministic.
-    A row longer than the budget gets a group of its own.
+    rows of one prompt stay together where they fit. Lengths count as they are once padded to `multiple`. The order is a function
+    of the rows alone, so the split is deterministic. A row longer than the budget gets a group of its own.
     """
 
     def plain_key(i: int) -> tuple[int, int]:
@@ -112,26 +112,32 @@ def micro_batches(rows: Sequence[TokenRow], budget: int, *, shared: bool = False
     def shared_key(i: int) -> tuple[int, tuple[int, ...], int, int]:
         return -len(rows[i].prompt), rows[i].prompt, -len(rows[i].completion), i
 
+    def padded(n: int) -> int:
+        # The last token is not read; unpadded it counts all the same, or runs would be split otherwise than they were.
+        return n if multiple == 1 else _up(n - 1, multiple)
+
     order = sorted(range(len(rows)), key=shared_key if shared else plain_key)
     batches: list[list[int]] = []
     prompts: set[tuple[int, ...]] = set()
     width = added = 0
     for i in order:
         p, c = len(rows[i].prompt), len(rows[i].completion)
+        whole = padded(p + c)
+        p, c = _up(p, multiple), padded(c)
         if batches:
             count = len(batches[-1]) + 1
             if shared:
                 cost = len(prompts | {rows[i].prompt}) * max(width, p) + count * max(added, c)
             else:
-                cost = count * max(width, p + c)
+                cost = count * max(width, whole)
             if cost <= budget:
                 batches[-1].append(i)
                 prompts.add(rows[i].prompt)
-                width, added = max(width, p if shared else p + c), max(added, c)
+                width, added = max(width, p if shared else whole), max(added, c)
                 continue
         batches.append([i])
         prompts = {rows[i].prompt}
-        width, added = (p if shared else p + c), c
+        width, added = (p if shared else whole), c
     return batches
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -22,8 +23,8 @@ from vpd_mlx.common.stats import mean
 from vpd_mlx.engine.batching import by_row
 from vpd_mlx.engine.heads import TokenLoss, weighted_token_loss
 from vpd_mlx.engine.policy import Policy
+from vpd_mlx.engine.precision import OVERFLOWED, REACH, SMALLER, finite, loss_scale
 from vpd_mlx.engine.settings import OptimizerSettings
-from vpd_mlx.losses import LossAndMetrics
 from vpd_mlx.types import TokenRow
 
 __all__ = [
@@ -119,9 +120,11 @@ def _accumulate(
     constants: Sequence[Mapping[str, mx.array]],
     token_loss: TokenLoss,
     seed: int,
-    gradients: Any,
+    start: Any,
+    reach: float = REACH,
 ) -> Pass:
-    total = 0.0
+    """`accumulate` of this rank's rows on top of the gradients `start`; done again at a smaller loss scale if they overflow."""
+    total, gradients, scaled = 0.0, start, False
     columns: list[dict[str, Floats]] = [{} for _ in rows]
     mx.random.seed(seed)  # for dropout's masks
     for indices in policy.split(rows):
@@ -130,25 +133,39 @@ def _accumulate(
 
         def batch_loss(
             part: list[TokenRow] = part, indices: list[int] = indices, fixed: Mapping[str, mx.array] = fixed
-        ) -> LossAndMetrics:
+        ) -> tuple[mx.array, dict[str, mx.array], float]:
             states, targets = policy.hidden(part)
             each = weights
             if callable(each):  # all rows are in this micro-batch
                 found = dict(zip(indices, policy.scores(part, states, targets), strict=True))
                 each = each([found[i] for i in range(len(rows))])
-            flat = mx.array(np.concatenate([each[i] for i in indices]))
-            return weighted_token_loss(
-                policy.head, token_loss, states, flat, {"targets": targets, **fixed}, policy.head_chunk
+            flat = np.concatenate([each[i] for i in indices])
+            scale = loss_scale(states.dtype, flat, reach)
+            value, figures = weighted_token_loss(
+                policy.head,
+                token_loss,
+                states,
+                mx.array(flat * scale),
+                {"targets": targets, **fixed},
+                policy.head_chunk,
             )
+            return value, figures, scale
 
         with policy.dropout_on():
-            (value, figures), gradient = nn.value_and_grad(policy.model, batch_loss)()
+            (value, figures, scale), gradient = nn.value_and_grad(policy.model, batch_loss)()
+        if scale != 1.0:
+            gradient = tree_map(partial(mx.multiply, 1.0 / scale), gradient)
         gradients = gradient if gradients is None else tree_map(mx.add, gradients, gradient)
         mx.eval(value, figures, gradients)
-        total += float(value)
+        total += float(value) / scale
+        scaled |= scale != 1.0
         values = {name: by_row(np.array(column), part) for name, column in figures.items()}
         for n, i in enumerate(indices):
             columns[i] = {name: pieces[n] for name, pieces in values.items()}
+    if scaled and reach >= 1 and not finite(gradients):
+        if OVERFLOWED not in policy.notes:
+            policy.notes.append(OVERFLOWED)
+        return _accumulate(policy, rows, weights, constants, token_loss, seed, start, reach * SMALLER)
     return Pass(gradients, total, columns)
 
 

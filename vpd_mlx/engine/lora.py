@@ -28,6 +28,8 @@ import mlx.nn as nn
 from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
+from vpd_mlx.engine.device import gpu_ways
+
 __all__ = ["Lora", "adapt", "lean", "share"]
 
 
@@ -108,7 +110,7 @@ def adapt(model: nn.Module, config: dict[str, Any]) -> None:
     """Put mlx-lm's LoRA on a frozen model, as `adapter_config.json` has it, lean unless this is a CPU in float32."""
     linear_to_lora_layers(model, config["num_layers"], dict(config["lora_parameters"]))
     model.eval()
-    lean(model, float32=mx.default_device() != mx.Device(mx.cpu))
+    lean(model, float32=gpu_ways())
 
 
 def lean(model: nn.Module, *, float32: bool = True) -> None:

@@ -24,6 +24,7 @@ from vpd_mlx.engine import lora as adapters
 from vpd_mlx.engine import models
 from vpd_mlx.engine.attention import LONG, bounded
 from vpd_mlx.engine.batching import by_row, micro_batches, pad, shared_prompts
+from vpd_mlx.engine.device import compiles, gpu_ways
 from vpd_mlx.engine.heads import Head, chunk_size, map_tokens, target_logps, tempered
 from vpd_mlx.engine.memory import out_of_memory
 from vpd_mlx.engine.models import Adapter
@@ -70,10 +71,9 @@ class Policy:
         self._lora_config: dict[str, Any] = {}
         self._micro_batch_tokens = memory.micro_batch_tokens
         self._head_chunk = memory.head_chunk
-        on_cpu = mx.default_device() == mx.Device(mx.cpu)
-        self._multiple = 1 if on_cpu else GPU_MULTIPLE
-        if on_cpu:
-            mx.disable_compile()  # there a compiled kernel costs a run of the C++ compiler, and saves nothing
+        self._multiple = GPU_MULTIPLE if gpu_ways() else 1
+        if not compiles():
+            mx.disable_compile()
         self._probe()
 
     @classmethod
@@ -155,7 +155,8 @@ class Policy:
 
     def split(self, rows: Sequence[TokenRow], parts: int = 1) -> list[list[int]]:
         """Indices of rows per micro-batch, or per one of so many equal parts of a micro-batch."""
-        return micro_batches(rows, self._micro_batch_tokens // parts, shared=self.shares_prompts)
+        budget = self._micro_batch_tokens // parts
+        return micro_batches(rows, budget, shared=self.shares_prompts, multiple=self._multiple)
 
     def within_memory(self, run: Callable[[], T]) -> T:
         """What `run` returns. When memory runs out, micro-batches are halved for good, down to a floor, and `run` starts over."""

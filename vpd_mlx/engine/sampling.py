@@ -20,6 +20,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
 from vpd_mlx import losses
+from vpd_mlx.engine.device import gpu_ways
 from vpd_mlx.engine.memory import free, out_of_memory
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.types import FinishReason, Rollout
@@ -43,9 +44,26 @@ class Sampling:
     streams: int | None = 1
 
 
+class _Float32:
+    """A model whose logits are float32: mlx-lm's generators take log-probabilities in the dtype of the logits.
+
+    In half precision a log-probability of -8 would be off by up to 0.03, and draws would follow the rounded ones.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __call__(self, *inputs: Any, **named: Any) -> mx.array:
+        logits: mx.array = self._model(*inputs, **named)
+        return logits.astype(mx.float32)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
 def default_streams() -> int:
     """How many threads decode when the recipe does not say: a GPU is one device, a CPU has spare cores."""
-    return CPU_STREAMS if mx.default_device() == mx.Device(mx.cpu) else 1
+    return 1 if gpu_ways() else CPU_STREAMS
 
 
 Finished = tuple[int, int, Rollout]
@@ -69,7 +87,7 @@ def stream(policy: Policy, prompt: tuple[int, ...], how: Sampling, seed: int) ->
     mx.random.seed(seed)
     text, ids = "", list[int]()
     for part in stream_generate(
-        policy.model, policy.tokenizer, list(prompt), max_tokens=how.max_tokens, sampler=_sampler(how)
+        _Float32(policy.model), policy.tokenizer, list(prompt), max_tokens=how.max_tokens, sampler=_sampler(how)
     ):
         text += part.text
         ids.append(part.token)
@@ -243,7 +261,7 @@ def _all_at_once(
     start: Callable[..., None] = mx.async_eval if how.streams == 1 else mx.eval
 
     def step(tokens: mx.array) -> tuple[mx.array, mx.array]:
-        logits = held.live(policy.model(held.spread(tokens)[:, None], cache=cache)[:, -1, :])
+        logits = held.live(policy.model(held.spread(tokens)[:, None], cache=cache)[:, -1, :]).astype(mx.float32)
         logps = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         sampled = sampler(logps)
         # Only the sampled token's is kept: a row of log-probabilities would pin the whole (rows, V) buffer.
@@ -284,7 +302,7 @@ def _continuous(
 ) -> Generator[list[Finished], None, None]:
     """At most `width` rows at a time: the next one takes the place of one that has finished."""
     generator = BatchGenerator(
-        policy.model,
+        _Float32(policy.model),
         stop_tokens=[[int(t)] for t in sorted(policy.tokenizer.eos_token_ids)],
         sampler=_sampler(how),
         completion_batch_size=width,
