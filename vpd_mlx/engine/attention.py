@@ -22,6 +22,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import base
 
+from vpd_mlx.engine.device import gpu_ways
+
 __all__ = ["LONG", "Band", "Use", "blocked", "bounded", "in_use", "left_to_mlx"]
 
 LONG = (
@@ -76,7 +78,7 @@ def _block(queries: mx.array, keys: mx.array, mask: Mask) -> int:
     """Queries per block, such that its scores take about `BLOCK_BYTES`, on a GPU 64 times that."""
     rows, heads = queries.shape[:2]
     seen = min(keys.shape[2], 2 * mask.window) if isinstance(mask, Band) else keys.shape[2]
-    budget = BLOCK_BYTES * (1 if mx.default_device() == mx.Device(mx.cpu) else GPU_FACTOR)
+    budget = BLOCK_BYTES * (GPU_FACTOR if gpu_ways() else 1)
     fit = budget // (rows * heads * seen * queries.dtype.size)
     return max(LEAST_QUERIES, fit // LEAST_QUERIES * LEAST_QUERIES)
 
