@@ -18,6 +18,7 @@ from vpd_mlx.engine.settings import LoraSettings, MemorySettings
 __all__ = ["half", "load", "make"]
 
 TOKENIZER = Path(__file__).parent.parent / "recipes" / "quickstart" / "model"
+MEMORY = MemorySettings()
 COMMON = {
     "model_type": "qwen3",
     "hidden_size": 64,
@@ -33,10 +34,10 @@ COMMON = {
 }
 
 
-def make(folder: Path, vocabulary: int) -> Path:
-    """A Qwen3 of hidden size 64 and 2 blocks, 4 bits, with the given vocabulary; the last token ends a text."""
+def make(folder: Path, vocabulary: int, **settings: int) -> Path:
+    """A Qwen3 of hidden size 64 and 2 blocks, 4 bits, with the given vocabulary and settings; the last token ends a text."""
     mx.random.seed(0)
-    config = {**COMMON, "vocab_size": vocabulary}
+    config = {**COMMON, "vocab_size": vocabulary, **settings}
     model = qwen3.Model(qwen3.ModelArgs.from_dict(config))
     model, config = quantize_model(model, config, 32, 4)
     shutil.copytree(TOKENIZER, folder)
@@ -45,9 +46,9 @@ def make(folder: Path, vocabulary: int) -> Path:
     return folder
 
 
-def load(folder: Path, micro_batch_tokens: int = 8192) -> Policy:
+def load(folder: Path, memory: MemorySettings = MEMORY) -> Policy:
     """The model with a LoRA of rank 8 whose B is not zero, so that student and teacher differ."""
-    policy = Policy.load(str(folder), LoraSettings(rank=8), MemorySettings(micro_batch_tokens=micro_batch_tokens))
+    policy = Policy.load(str(folder), LoraSettings(rank=8), memory)
     policy.tokenizer._eos_token_ids = {policy.vocabulary - 1}
     policy.set_adapter({k: v + 0.01 for k, v in policy.adapter.items()})
     mx.eval(policy.model.parameters())

@@ -2,9 +2,9 @@
 
     python -m benchmarks.run [--only PART ...] [--repeats N] [--peers PYTHON] [--out FILE]
 
-PART is rollouts, vocabulary, prompts, grpo, steps, phases, growth or launches. `--peers` is a Python with mlx-lm-lora and
-mlx-tune; without it their rows are left out, and the results say so. `make bench` makes that environment and writes
-benchmarks/RESULTS.md.
+PART is rollouts, vocabulary, prompts, attention, grpo, steps, phases, growth or launches. `--peers` is a Python with
+mlx-lm-lora and mlx-tune; without it their rows are left out, and the results say so. `make bench` makes that environment
+and writes benchmarks/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from benchmarks import launches, models, work
+from benchmarks import attention, launches, models, work
 from benchmarks.measure import Timing, peak, side_by_side
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.recipe import builtin_recipes, load_recipe
@@ -189,6 +189,27 @@ def prompts(report: Report, policy: Policy, repeats: int) -> None:
     report.say()
 
 
+def attention_and_recomputing(report: Report, folder: Path, repeats: int) -> None:
+    """A long row's attention in blocks; and blocks recomputed although a prompt is shared."""
+    report.say(
+        "## Attention and recomputed blocks\n\nForward and backward of log-probabilities, in the process's CPU time.\n"
+    )
+    for title, make, most_peak, most_time in attention.PARTS:
+        runs = make(folder / make.__name__)
+        seconds, peaks, gradients = attention.weigh(runs, repeats)
+        report.say(f"{title}:\n")
+        report.table(
+            "| | median | peak above the model |",
+            [f"| {n} | {seconds[n]:.3f} s | {peaks[n] / MB:,.1f} MB |" for n in runs],
+        )
+        ours, theirs = runs
+        report.need(f"peak, {ours} against {theirs}", peaks[ours] / peaks[theirs], most_peak, least=False)
+        report.need(f"time, {ours} against {theirs}", seconds[ours] / seconds[theirs], most_time, least=False)
+        apart = work.difference(gradients[ours], gradients[theirs])
+        report.need("gradient's greatest difference", apart, 1e-5, least=False, unit="")
+    report.say()
+
+
 def grpo(report: Report, policies: dict[int, Policy], peers: Peers, repeats: int) -> None:
     """A GRPO step, one forward and one backward on either side."""
     report.say("## GRPO step\n\n8 sequences of 40 + 32 tokens; one forward and one backward pass on either side.\n")
@@ -320,7 +341,7 @@ def counts(report: Report, folder: Path) -> None:
     report.say()
 
 
-PARTS = ("rollouts", "vocabulary", "prompts", "grpo", "steps", "phases", "growth", "launches")
+PARTS = ("rollouts", "vocabulary", "prompts", "attention", "grpo", "steps", "phases", "growth", "launches")
 
 
 def measure(parts: list[str], repeats: int, python: str | None) -> Report:
@@ -348,6 +369,7 @@ def measure(parts: list[str], repeats: int, python: str | None) -> Report:
                 "rollouts": lambda: rollouts(report, small, peers, repeats),
                 "vocabulary": lambda: vocabulary(report, policies, repeats),
                 "prompts": lambda: prompts(report, small, repeats),
+                "attention": lambda: attention_and_recomputing(report, Path(name), repeats),
                 "grpo": lambda: grpo(report, policies, peers, repeats),
                 "steps": lambda: steps(report, small, repeats),
                 "phases": lambda: phases(report, Path(name)),

@@ -109,8 +109,10 @@ def test_half_precision_sums_gradients_of_keys_in_float32():
     ],
 )
 def test_what_mlx_bounds_itself_is_left_to_it(kind, dtype, size, mask, sinks, left):
-    q, k, v, _ = (x.astype(dtype) for x in arrays(size=size))
+    q, k, v, _ = (x.astype(dtype) for x in arrays(128, 128, size=size))
     assert left_to_mlx(kind, q, k, v, mask, sinks=sinks) == left
+    if kind == "cuda" and left:
+        assert not left_to_mlx(kind, q[:, :, 1:], k, v, mask, sinks=sinks)  # 127 queries
     assert not left_to_mlx(kind, k, q[:, :, :3], q[:, :, :3], "causal", sinks=False)  # more queries than keys
 
 
@@ -134,6 +136,26 @@ def test_the_models_name_for_attention_is_ours_for_the_time_of_a_pass():
     with pytest.raises(KeyError), bounded(policy.model):
         raise KeyError
     assert llama.scaled_dot_product_attention is plain
+
+
+def test_metals_backward_meets_no_sinks_without_an_array_mask(monkeypatch):
+    """It raises there, for rows of any length."""
+    *inputs, _ = arrays(3, 3, size=64)
+    sinks, masks, real = mx.zeros(4), [], mx.fast.scaled_dot_product_attention
+
+    def watched(*args: mx.array, mask: object, **kwargs: object) -> mx.array:
+        masks.append(mask)
+        return real(*args, mask=mask, **kwargs)
+
+    monkeypatch.setattr(attention, "device_kind", lambda: "metal")
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", watched)
+    use = attention.Use(512, None)
+    for mask in ("causal", None):
+        wanted = real(*inputs, scale=0.3, mask=mask, sinks=sinks)
+        assert mx.allclose(use(*inputs, None, 0.3, mask, sinks), wanted, atol=1e-6)
+    assert [isinstance(m, mx.array) for m in masks] == [True, True]
+    use(*inputs, None, 0.3, "causal")
+    assert masks[-1] == "causal"
 
 
 WINDOW = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 4}

@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import launches, models, work
+from benchmarks import attention, launches, models, work
 from benchmarks.measure import peak, side_by_side
 from benchmarks.run import Report, counts
 
@@ -36,6 +36,16 @@ def test_a_whole_step_trains(policy):
     seconds = work.whole_step(work.recipe_of("vpd", every=1), policy, batch, sample=True)()
     assert seconds > 0
     assert any((policy.adapter[k] != before[k]).any() for k in before)
+
+
+@pytest.mark.parametrize(("make", "size", "most"), [(attention.long_row, 1024, 0.3), (attention.recomputed, 96, 1.0)])
+def test_attention_and_recomputing_take_less_to_the_same_gradient(tmp_path: Path, make, size: int, most: float):
+    runs = make(tmp_path / "m", size)
+    seconds, peaks, gradients = attention.weigh(runs, 1)
+    ours, theirs = runs
+    assert work.difference(gradients[ours], gradients[theirs]) < 1e-5
+    assert peaks[ours] < most * peaks[theirs]
+    assert all(s > 0 for s in seconds.values())
 
 
 def test_runs_take_turns_and_a_number_is_believed():

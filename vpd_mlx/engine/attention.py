@@ -97,6 +97,10 @@ def blocked(
     `queries` (B, H, T, D), `keys` and `values` (B, h, K, D), h a divisor of H; returns (B, H, T, D). The gradients of keys and
     values are summed in float32. `sinks` (H,) and an array `mask` are constants.
     """
+    if (
+        sinks is not None
+    ):  # Metal's backward refuses them, and lets the plain operations do it behind an array mask alone
+        mask = Band(keys.shape[2]) if isinstance(mask, str) else mx.array([[True]]) if mask is None else mask
     before = keys.shape[2] - queries.shape[2]
     spans = _spans(queries.shape[2], keys.shape[2], mask, size or _block(queries, keys, mask))
 
@@ -159,13 +163,14 @@ def left_to_mlx(kind: str, queries: mx.array, keys: mx.array, values: mx.array, 
     """Whether mlx's own attention keeps no scores here, forward or backward, on this kind of device.
 
     Read from mlx 0.32.4: Metal's blocked backward takes half precision and float32, these head sizes, no array mask and no sinks;
-    cuDNN's takes half precision and heads of a multiple of 8 up to 128. Both align the last query with the last key.
+    cuDNN's takes half precision, heads of a multiple of 8 up to 128, and queries of a multiple of 128. Both align the last query
+    with the last key. Neither has been run here.
     """
     if kind == "cpu" or sinks or not (mask is None or mask == "causal") or queries.shape[2] > keys.shape[2]:
         return False
     dims = (queries.shape[-1], values.shape[-1])
     if kind == "cuda":
-        return queries.dtype in HALF and all(d % 8 == 0 and d <= 128 for d in dims)
+        return queries.dtype in HALF and queries.shape[2] % 128 == 0 and all(d % 8 == 0 and d <= 128 for d in dims)
     version = tuple(int(n) for n in metadata.version("mlx").split(".")[:3] if n.isdigit())
     off = os.environ.get("MLX_SDPA_VJP_FALLBACK", "0") != "0"
     return version >= METAL_SINCE and not off and dims in METAL_DIMS and queries.dtype in (*HALF, mx.float32)
@@ -191,8 +196,9 @@ class Use:
     ) -> mx.array:
         """In the place of `mlx_lm.models.base.scaled_dot_product_attention`."""
         self.calls += 1
-        short = keys.shape[2] < self.least and not isinstance(mask, Band)
-        if short or left_to_mlx(device_kind(), queries, keys, values, mask, sinks=sinks is not None):
+        kind = device_kind()
+        short = keys.shape[2] < self.least and not isinstance(mask, Band) and (sinks is None or kind == "cpu")
+        if short or left_to_mlx(kind, queries, keys, values, mask, sinks=sinks is not None):
             out: mx.array = PLAIN(queries, keys, values, cache, scale, mask, sinks)
             return out
         return blocked(queries, keys, values, scale, mask, sinks, self.size)

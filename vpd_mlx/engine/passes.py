@@ -19,15 +19,17 @@ Body = Callable[..., Any]
 NEVER = 1 << 30  # keys: more than any row has
 
 
-def states_of(body: Body, blocks: int, tokens: Padded | Shared, long: int | None) -> tuple[mx.array, mx.array]:
+def states_of(
+    body: Body, blocks: int, tokens: Padded | Shared, long: int | None, *, banded: bool
+) -> tuple[mx.array, mx.array]:
     """States that predict each completion token, and these tokens: (M, D) and (M,), rows in order.
 
-    Where attention has `long` keys or more, masks are such as `attention.bounded` keeps small: it must be in force.
+    Where attention has `long` keys or more, masks are such as `attention.bounded` keeps small: it must be in force. `banded` says
+    whether the network takes our caches, with which a sliding window needs no array of all positions.
     """
     long = long or NEVER
     if isinstance(tokens, Padded):
-        # These caches change a window's mask, which is an array of all positions otherwise, and no more.
-        caches = [Rows(banded=True) for _ in range(blocks)] if tokens.inputs.shape[1] >= long else None
+        caches = [Rows(banded=True) for _ in range(blocks)] if banded and tokens.inputs.shape[1] >= long else None
         flat = body(mx.array(tokens.inputs), cache=caches).flatten(0, 1)  # (B * L, D)
         return flat[mx.array(tokens.positions)], mx.array(tokens.targets)
     width, added = tokens.prompts.shape[1], tokens.completions.shape[1]

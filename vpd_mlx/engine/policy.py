@@ -121,7 +121,7 @@ class Policy:
 
     def _probe(self) -> None:
         """Find out, on a few tokens, what this architecture allows, and note what it does not."""
-        self.notes = []
+        self.notes, self.shares_prompts = [], False
         self.long: int | None = None
         self._body, head, self.vocabulary = models.split_head(self.model)
         self._plain_head: Head = head or (lambda logits: logits)
@@ -186,7 +186,7 @@ class Policy:
         together = None if apart else shared_prompts(rows, self._multiple, always=bool(shared))
         tokens = together or pad(rows, self._multiple)
         with contextlib.nullcontext() if long is None else bounded(self.model, long):
-            return states_of(self._body, len(self.model.layers), tokens, long)
+            return states_of(self._body, len(self.model.layers), tokens, long, banded=self.shares_prompts)
 
     def logps(self, rows: Sequence[TokenRow]) -> list[npt.NDArray[np.float32]]:
         """Log-probability of every completion token, float32, by a forward pass without gradient: per row (T_i,)."""
