@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from vpd_mlx.errors import DataError, SourceError
+from vpd_mlx.errors import ConfigError, DataError, SourceError
 from vpd_mlx.recipe import load_recipe
 from vpd_mlx.tasks import build_task, examine, prove
 from vpd_mlx.tasks.code import Code
@@ -125,6 +125,20 @@ def test_private_tests_decide_in_evaluation(tmp_path: Path) -> None:
     cheat = fenced("def smallest(xs, k): return [1, 2]")
     assert built.verify(built.train[1], cheat).score == 1.0
     assert examine(built, built.train[1], cheat).score == 0.0
+
+
+def test_the_same_problems_are_trained_by_public_and_evaluated_by_private_tests(tmp_path: Path) -> None:
+    built = task(tmp_path, "stdin", "call", same_problems=True, eval_data=None)
+    assert [p.id for p in built.train] == [p.id for p in built.held_out]
+    assert len(built.train) == 2
+    prove(built)
+    cheat = fenced("print({'1 2': 3}.get(input(), 6))")
+    assert built.verify(built.train[0], cheat).score == 1.0
+    assert examine(built, built.held_out[0], cheat).score == 0.0
+    with pytest.raises(DataError, match=r"no column 'private_tests', by which task.same_problems evaluates"):
+        task(tmp_path, "mbpp", same_problems=True, eval_data=None)
+    with pytest.raises(ConfigError, match=r"evaluates the rows of task.data, not task.eval_data"):
+        task(tmp_path, "stdin", same_problems=True)
 
 
 # --- feedback

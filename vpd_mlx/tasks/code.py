@@ -1,4 +1,5 @@
-"""Programs judged by tests: public ones give feedback in training, private ones decide in evaluation.
+"""Programs judged by tests: public ones give feedback in training, private ones decide in evaluation, on held-out problems or, as
+LiveCodeBench's own protocol has it, on the same ones.
 
 A completion's program is its last fenced block. It runs in the sandbox and never sees the expected values: output and returned
 values are compared here, as text and plain data, and assertions run in a process of their own. Only plain data passes between
@@ -11,7 +12,7 @@ The score is 1 when all tests pass, else 0: a program that is half right is wron
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -20,10 +21,10 @@ from typing import Any, Literal
 from pydantic import Field
 
 from vpd_mlx.common.settings import Positive
-from vpd_mlx.errors import SourceError
+from vpd_mlx.errors import DataError, Fault, SourceError
 from vpd_mlx.sandbox import Ended, Failure, Limits, Sandbox
 from vpd_mlx.tasks.answers import in_fence, spoken
-from vpd_mlx.tasks.data import DatasetSettings, read_split
+from vpd_mlx.tasks.data import DatasetSettings, read_all, read_split
 from vpd_mlx.tasks.suites import Suite, imports_for, read_suite
 from vpd_mlx.types import Problem, Verdict
 
@@ -37,6 +38,11 @@ class CodeSettings(DatasetSettings):
     tests: str = Field("tests", description="Column of the tests that grade training and give feedback.")
     private_tests: str = Field(
         "private_tests", description="Column of the tests that decide in evaluation; without it `tests` decide."
+    )
+    same_problems: bool = Field(
+        False,
+        description="Evaluate the training problems themselves, by their private tests: LiveCodeBench's protocol. No row "
+        "is held out.",
     )
     entry_point: str = Field(
         "entry_point",
@@ -52,6 +58,14 @@ class CodeSettings(DatasetSettings):
     feedback_chars: int = Field(
         400, ge=20, description="Longest input, expected or got value in feedback, in characters; more is cut."
     )
+
+    def faults(self, recipe: Any) -> Iterator[Fault]:
+        """Held-out rows, or the training problems."""
+        if self.same_problems and self.eval_data is not None:
+            yield Fault(
+                "task.same_problems", "evaluates the rows of task.data, not task.eval_data", "leave one of them out"
+            )
+        yield from super().faults(recipe)
 
 
 MOST_CASES = 2  # failing cases in one feedback text
@@ -81,10 +95,13 @@ class Code:
         limits = Limits(wall_s=cfg.wall, cpu_s=cfg.cpu, memory_mb=cfg.memory_mb, output_kb=cfg.output_kb)
         self._sandbox = Sandbox(limits, strict=cfg.strict, unisolated=cfg.unisolated)
         self.notices = tuple(filter(None, [self._sandbox.abilities.notice()]))
-        self.train, self.held_out = read_split(cfg)
+        self.train, self.held_out = (rows := read_all(cfg), rows) if cfg.same_problems else read_split(cfg)
         for problem in (*self.train, *self.held_out):  # find a broken row now, not in the middle of a run
             self._tests(problem, private=False)
         for problem in self.held_out:
+            if cfg.same_problems and not problem.data.get(cfg.private_tests):
+                what = f"no column {cfg.private_tests!r}, by which task.same_problems evaluates"
+                raise DataError(f"row {problem.id}: {what}; add tests that training does not see, or hold rows out")
             self._tests(problem, private=True)
 
     def verify(self, problem: Problem, completion: str) -> Verdict:

@@ -22,7 +22,7 @@ from vpd_mlx.common.settings import HUB, Section
 from vpd_mlx.errors import DataError, Fault
 from vpd_mlx.types import Message, Problem
 
-__all__ = ["DatasetSettings", "content", "fraction", "read_rows", "read_split"]
+__all__ = ["DatasetSettings", "content", "fraction", "read_all", "read_rows", "read_split"]
 
 
 class DatasetSettings(Section):
@@ -125,6 +125,15 @@ def read_split(
         if content(p) in seen:
             raise DataError(f"{p.id}: the same prompt as the training row {seen[content(p)]}; take one of them out")
     return tuple(train), tuple(held)
+
+
+def read_all(cfg: DatasetSettings) -> tuple[Problem, ...]:
+    """Every problem of `cfg.data`, unsplit.
+
+    Raises:
+        DataError: the file or a row is unusable.
+    """
+    return tuple(_problem(cfg, place, row) for place, row in read_rows(cfg.data, cfg.data_revision))
 
 
 def fraction(text: str) -> float:
