@@ -4,7 +4,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test long-test gpu-test install crash-test hostile-test fuzz browser-test peft-test docs-test bench clean
+.PHONY: train test long-test gpu-test install crash-test hostile-test fuzz suites-test browser-test peft-test docs-test
+.PHONY: bench clean
 
 train: $(VENV)/.installed
 	$(BIN)/vpd-mlx train quickstart
@@ -35,6 +36,11 @@ hostile-test: $(VENV)/.installed-dev
 # A million frames of the sandbox's result pipe.
 fuzz: $(VENV)/.installed-dev
 	PYTHONPATH=tests $(BIN)/python tests/fuzz/frames.py
+	$(BIN)/python tests/fuzz/verdicts.py
+
+# Every reference of HumanEval, MBPP+, GSM8K and MATH-500 through its verifier; DATA has their files (tests/suites/check.py).
+suites-test: $(VENV)/.installed-dev
+	$(BIN)/python tests/suites/check.py --data $(DATA)
 
 browser-test: $(VENV)/.installed-dev
 	$(BIN)/python tests/browser/check.py

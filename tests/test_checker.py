@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
+from fuzz.verdicts import fuzz
 
 from vpd_mlx.errors import SourceError
 from vpd_mlx.tasks.checker import Checker, Exhausted
@@ -76,3 +77,13 @@ def test_what_breaks_the_checker_is_no_verdict(checker: Checker) -> None:
         assert verdict.error is not None
         assert words in verdict.error
     assert checker.grade(PROBLEM, ("fine", 0.5), ("fails",), "", Verdict) == Verdict(0.5)
+
+
+def test_fuzzed_completions_and_verdict_texts_give_verdicts_in_time() -> None:
+    """A small share of `make fuzz`."""
+    kinds = ["addition", "exact", "mcq", "regex", "json-schema", "function"]
+    figures = fuzz(300, 0, kinds)
+    assert sum(found["cases"] for found in figures.values()) == 300
+    assert all(found["cases"] > 10 for found in figures.values())
+    assert figures["function"]["errors"] > 0
+    assert figures["regex"]["right"] > 0

@@ -132,14 +132,14 @@ def prove(task: Task, rows: int = 32) -> None:
 def faulty_rows(task: Task, problems: Iterable[Problem]) -> Iterator[str]:
     """Every row whose reference answer does not score 1.0, one after another, with the reason in words.
 
-    All are graded as in evaluation, too.
+    They are graded as in evaluation, too, where a task has another way for it.
     """
     for problem in problems:
         answer = task.reference_completion(problem)
         if answer is None:
             continue
         verdict = task.verify(problem, answer)
-        if verdict.error is None and verdict.score == 1.0:
+        if hasattr(task, "evaluate") and verdict.error is None and verdict.score == 1.0:
             verdict = examine(task, problem, answer)
         shown = repr(answer if len(answer) <= MOST_SHOWN else f"{answer[:MOST_SHOWN]}...")
         if verdict.error is not None:
