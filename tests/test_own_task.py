@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -177,6 +178,16 @@ def verify(problem, completion):
 """
 
 
+ENV = {**os.environ, "PYTHONPATH": str(Path(vpd_mlx.__file__).parents[1])}
+
+
+def wait_for(done: Callable[[], bool]) -> None:
+    until = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize("signals", [1, 2])
 def test_a_signal_ends_a_run_though_the_verifier_hangs(mine: Path, signals: int):
     (mine.parent / "verifier.py").write_text(HANGS)
@@ -184,12 +195,9 @@ def test_a_signal_ends_a_run_though_the_verifier_hangs(mine: Path, signals: int)
         " ".join(p.id for p in build_task(load_recipe(mine)).train)
     )  # an evaluation is never cut short
     command = [sys.executable, "-m", "vpd_mlx", "train", str(mine), "--out", "run", "-q"]
-    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(Path(vpd_mlx.__file__).parents[1])}) as process:
-        until = time.monotonic() + 60
-        while not Path("hangs").exists():
-            assert time.monotonic() < until
-            assert process.poll() is None
-            time.sleep(0.1)
+    with subprocess.Popen(command, env=ENV) as process:
+        wait_for(lambda: Path("hangs").exists() or process.poll() is not None)
+        assert process.poll() is None
         for _ in range(signals):
             process.send_signal(signal.SIGINT)
             time.sleep(0.05)
@@ -234,6 +242,19 @@ def test_a_verifier_has_a_time_limit_that_holds_against_c_code(mine: Path):
     verdict = task.verify(problem, "long")
     assert (verdict.score, len(verdict.text), verdict.text[:2]) == (0.5, MOST_TEXT, "?x")
     assert [task.verify(problem, "count").text for _ in range(2)] == ["2", "3"]  # one process keeps its state
+
+
+def test_a_verifiers_process_does_not_outlive_a_run_that_is_killed(mine: Path):
+    (mine.parent / "verifier.py").write_text(
+        "import os, sys, time\nsys.stdout.fileno(), sys.stderr.encoding\n"
+        "def verify(problem, completion):\n    open('pid', 'w').write(str(os.getpid()))\n    time.sleep(60)\n"
+    )
+    code = f"from vpd_mlx.tasks import *; from vpd_mlx.recipe import load_recipe; prove(build_task(load_recipe({str(mine)!r})))"
+    with subprocess.Popen([sys.executable, "-c", code], env=ENV) as process:
+        wait_for(lambda: Path("pid").exists() and Path("pid").read_text() != "")
+        process.kill()
+    pid = int(Path("pid").read_text())
+    wait_for(lambda: subprocess.run(["ps", "-p", str(pid)], stdout=subprocess.DEVNULL, check=False).returncode != 0)
 
 
 def test_a_function_has_a_time_limit(mine: Path):

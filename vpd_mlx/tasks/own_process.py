@@ -176,7 +176,12 @@ class _Child:
 
 
 class _Said(io.TextIOBase):
-    """A stream whose text is printed by the parent, before the verdict."""
+    """A stream whose text is printed by the parent, before the verdict. What writes past it goes to standard error."""
+
+    encoding = "utf-8"
+
+    def fileno(self) -> int:
+        return 2
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
