@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,18 +71,36 @@ def test_threads_give_every_row_the_same_draws_each_time(policy: Policy, prompts
     assert again[:8] != again[8:]  # the same prompt in another thread draws otherwise
 
 
-def test_an_error_in_a_thread_is_raised_and_no_thread_is_left(
+def idle() -> bool:
+    """Whether the decoding threads wait for something to do, within a second at most."""
+    until = time.monotonic() + 1
+    while any(d.working for d in rollout._decoders) and time.monotonic() < until:
+        time.sleep(0.001)
+    return not any(d.working for d in rollout._decoders)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_threads_are_used_again(policy: Policy, prompts: list[tuple[int, ...]]):
+    """mlx keeps one for each thread that ever computed: with new ones for every call, a long run is slower and slower."""
+    counts = []
+    for _ in range(4):
+        list(generate(policy, prompts, 1, Sampling(1.0, 1.0, 2, streams=2), 0))
+        counts.append(len(list(Path("/proc/self/task").iterdir())))
+    assert counts[-1] <= counts[0]
+
+
+def test_an_error_in_a_thread_is_raised_and_no_thread_works_on(
     policy: Policy, prompts: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ):
     how = Sampling(1.0, 1.0, 400, streams=2)
     for finished in generate(policy, prompts, 2, how, 0):
         assert finished[2].tokens
         break  # whoever asks loses interest: the threads end with their next token
-    assert not [t for t in threading.enumerate() if t.name.startswith("rollout-")]
+    assert idle()
     monkeypatch.setattr(rollout, "_read", lambda *_: (_ for _ in ()).throw(ValueError("cannot read")))
     with pytest.raises(ValueError, match="cannot read"):
         list(generate(policy, prompts, 2, how, 0))
-    assert not [t for t in threading.enumerate() if t.name.startswith("rollout-")]
+    assert idle()
 
 
 def test_the_recipe_says_how_many_threads(small: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch):

@@ -5,6 +5,7 @@ The only module that touches mlx-lm's `BatchGenerator`.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import queue
@@ -29,6 +30,7 @@ __all__ = ["Finished", "Reply", "Sampling", "default_streams", "generate", "prob
 
 PREFILL = 2048  # prompt tokens read at once
 DEAD_ROWS = 8  # one in so many may have finished before the cache is copied without them
+PATIENCE = 5.0  # seconds for the decoding threads to end with the process
 CPU_STREAMS = 2  # one mlx stream keeps one core busy; a constant, so that a run is the same on any number of cores
 
 
@@ -137,6 +139,40 @@ def _once(
         yield from finished
 
 
+class _Decoder(threading.Thread):
+    """A thread that decodes for as long as the process runs.
+
+    mlx keeps a thread of its own for each one that ever computed, and slows down with their number.
+    """
+
+    def __init__(self, part: int) -> None:
+        super().__init__(name=f"rollout-{part}", daemon=True)
+        self.tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self.working = False
+        self.start()
+
+    def run(self) -> None:
+        """Do one task after another; None ends it."""
+        while (task := self.tasks.get()) is not None:
+            self.working = True
+            try:
+                task()
+            finally:
+                self.working = False
+        mx.clear_streams()  # mlx's own must not outlive the thread, or the process may abort at its end
+
+
+_decoders: list[_Decoder] = []
+
+
+@atexit.register
+def _end_decoders() -> None:
+    for decoder in _decoders:
+        decoder.tasks.put(None)
+    for decoder in _decoders:
+        decoder.join(PATIENCE)
+
+
 def _side_by_side(
     policy: Policy, prompts: Sequence[tuple[int, ...]], samples: int, how: Sampling, seed: int, parts: int
 ) -> Iterator[Finished]:
@@ -145,7 +181,7 @@ def _side_by_side(
     mlx keeps streams and random states by thread, so that a part's draws depend on its seed alone.
     """
     results: queue.SimpleQueue[list[Finished] | BaseException | None] = queue.SimpleQueue()
-    stop = threading.Event()
+    stop, ended = threading.Event(), threading.Semaphore(0)
     rows = None if how.rows is None else how.rows // parts
 
     def work(part: int) -> None:
@@ -162,12 +198,12 @@ def _side_by_side(
         except BaseException as error:  # noqa: BLE001 - raised again where the results are asked for
             results.put(error)
         finally:
-            mx.clear_streams()  # mlx's own must not outlive the thread, or the process may abort at its end
+            ended.release()
 
     mx.eval(policy.model.parameters())  # what was put in lazily belongs to this thread's stream
-    threads = [threading.Thread(target=work, args=(p,), name=f"rollout-{p}", daemon=True) for p in range(parts)]
-    for thread in threads:
-        thread.start()
+    _decoders.extend(_Decoder(part) for part in range(len(_decoders), parts))
+    for part in range(parts):
+        _decoders[part].tasks.put(functools.partial(work, part))
     try:
         left = parts
         while left:
@@ -180,8 +216,8 @@ def _side_by_side(
                 yield from found
     finally:
         stop.set()
-        for thread in threads:
-            thread.join()
+        for _ in range(parts):
+            ended.acquire()
 
 
 def _steps(
