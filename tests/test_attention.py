@@ -110,20 +110,34 @@ def test_half_precision_sums_gradients_of_keys_in_float32():
 )
 def test_what_mlx_bounds_itself_is_left_to_it(kind, dtype, size, mask, sinks, left):
     q, k, v, _ = (x.astype(dtype) for x in arrays(128, 128, size=size))
-    assert left_to_mlx(kind, q, k, v, mask, sinks=sinks) == left
+    assert left_to_mlx(kind, q, k, v, mask, sinks=sinks, graded=True) == left
     if kind == "cuda" and left:
-        assert not left_to_mlx(kind, q[:, :, 1:], k, v, mask, sinks=sinks)  # 127 queries
-    assert not left_to_mlx(kind, k, q[:, :, :3], q[:, :, :3], "causal", sinks=False)  # more queries than keys
+        assert not left_to_mlx(kind, q[:, :, 1:], k, v, mask, sinks=sinks, graded=True)  # 127 queries
+    assert not left_to_mlx(
+        kind, k, q[:, :, :3], q[:, :, :3], "causal", sinks=False, graded=True
+    )  # more queries than keys
+
+
+def test_scoring_is_not_left_to_metal_where_it_computes_whole_scores_without_a_gradient():
+    for size, left in ((128, True), (256, False)):
+        inputs = arrays(size=size)[:3]
+        assert left_to_mlx("metal", *inputs, "causal", sinks=False, graded=True)
+        assert left_to_mlx("metal", *inputs, "causal", sinks=False, graded=False) == left
+    policy = tiny_policy()
+    for switch, graded in ((policy.model.train, True), (policy.model.eval, False)):
+        switch()
+        with bounded(policy.model) as use:
+            assert use.graded == graded
 
 
 def test_metals_own_way_needs_a_version_and_no_order_against_it(monkeypatch):
     inputs = arrays(size=64)[:3]
-    assert left_to_mlx("metal", *inputs, "causal", sinks=False)
+    assert left_to_mlx("metal", *inputs, "causal", sinks=False, graded=True)
     monkeypatch.setenv("MLX_SDPA_VJP_FALLBACK", "1")
-    assert not left_to_mlx("metal", *inputs, "causal", sinks=False)
+    assert not left_to_mlx("metal", *inputs, "causal", sinks=False, graded=True)
     monkeypatch.delenv("MLX_SDPA_VJP_FALLBACK")
     monkeypatch.setattr(attention.metadata, "version", lambda name: "0.32.2")
-    assert not left_to_mlx("metal", *inputs, "causal", sinks=False)
+    assert not left_to_mlx("metal", *inputs, "causal", sinks=False, graded=True)
 
 
 def test_the_models_name_for_attention_is_ours_for_the_time_of_a_pass():
@@ -149,7 +163,7 @@ def test_metals_backward_meets_no_sinks_without_an_array_mask(monkeypatch):
 
     monkeypatch.setattr(attention, "device_kind", lambda: "metal")
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", watched)
-    use = attention.Use(512, None)
+    use = attention.Use(512, None, graded=True)
     for mask in ("causal", None):
         wanted = real(*inputs, scale=0.3, mask=mask, sinks=sinks)
         assert mx.allclose(use(*inputs, None, 0.3, mask, sinks), wanted, atol=1e-6)

@@ -159,12 +159,14 @@ def device_kind() -> str:
     return "metal" if mx.metal.is_available() else "cuda"
 
 
-def left_to_mlx(kind: str, queries: mx.array, keys: mx.array, values: mx.array, mask: Mask, *, sinks: bool) -> bool:
-    """Whether mlx's own attention keeps no scores here, forward or backward, on this kind of device.
+def left_to_mlx(
+    kind: str, queries: mx.array, keys: mx.array, values: mx.array, mask: Mask, *, sinks: bool, graded: bool
+) -> bool:
+    """Whether mlx's own attention keeps no scores here, on this kind of device; `graded` says whether a gradient is being taken.
 
     Read from mlx 0.32.4: Metal's blocked backward takes half precision and float32, these head sizes, no array mask and no sinks;
-    cuDNN's takes half precision, heads of a multiple of 8 up to 128, and queries of a multiple of 128. Both align the last query
-    with the last key. Neither has been run here.
+    without a gradient, heads of 192 and 256 are computed plainly there. cuDNN's takes half precision, heads of a multiple of 8 up
+    to 128, and queries of a multiple of 128. Both align the last query with the last key. Neither has been run here.
     """
     if kind == "cpu" or sinks or not (mask is None or mask == "causal") or queries.shape[2] > keys.shape[2]:
         return False
@@ -173,7 +175,8 @@ def left_to_mlx(kind: str, queries: mx.array, keys: mx.array, values: mx.array, 
         return queries.dtype in HALF and queries.shape[2] % 128 == 0 and all(d % 8 == 0 and d <= 128 for d in dims)
     version = tuple(int(n) for n in metadata.version("mlx").split(".")[:3] if n.isdigit())
     off = os.environ.get("MLX_SDPA_VJP_FALLBACK", "0") != "0"
-    return version >= METAL_SINCE and not off and dims in METAL_DIMS and queries.dtype in (*HALF, mx.float32)
+    fused = dims in METAL_DIMS and (graded or dims[0] < 192)
+    return version >= METAL_SINCE and not off and fused and queries.dtype in (*HALF, mx.float32)
 
 
 @dataclass
@@ -182,6 +185,7 @@ class Use:
 
     least: int
     size: int | None
+    graded: bool
     calls: int = 0
 
     def __call__(
@@ -198,7 +202,8 @@ class Use:
         self.calls += 1
         kind = device_kind()
         short = keys.shape[2] < self.least and not isinstance(mask, Band) and (sinks is None or kind == "cpu")
-        if short or left_to_mlx(kind, queries, keys, values, mask, sinks=sinks is not None):
+        given = {"sinks": sinks is not None, "graded": self.graded}
+        if short or left_to_mlx(kind, queries, keys, values, mask, **given):
             out: mx.array = PLAIN(queries, keys, values, cache, scale, mask, sinks)
             return out
         return blocked(queries, keys, values, scale, mask, sinks, self.size)
@@ -215,7 +220,7 @@ def bounded(module: nn.Module, least: int = LONG, size: int | None = None) -> It
     What counts is where the module is called: a gradient may be taken later. `size` is the queries per block, None for what
     fits `BLOCK_BYTES`.
     """
-    use = Use(least, size)
+    use = Use(least, size, graded=module.training)  # so are passes told apart: scoring is done in evaluation mode
     homes = {id(m): m for m in (sys.modules[type(part).__module__] for part in module.modules())}.values()
     swapped = [home for home in homes if getattr(home, NAME, None) is PLAIN]
     try:
