@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from vpd_mlx.algos import ALGORITHMS
 from vpd_mlx.commands.options import overridden
 from vpd_mlx.common.settings import kind_of, parse_set
-from vpd_mlx.errors import ConfigError
+from vpd_mlx.errors import ConfigError, Fault
 from vpd_mlx.feedback import SOURCES
 from vpd_mlx.recipe import Recipe, builtin_recipes, dump, load_recipe, model_fields, resolve_recipe_path
 from vpd_mlx.tasks import TASKS
@@ -108,6 +109,30 @@ def test_an_override_is_not_blamed_on_the_file(tmp_path: Path):
         assert len(refused.value.faults) == 1
 
 
+LAUGHS = "a0: &a0 lol\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
+MERGES = "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}\n" for n in range(1, 12))
+
+
+def test_every_number_is_finite(tmp_path: Path):
+    found = dict(model_fields())
+    floats = [key for key, field in found.items() if "float" in str(field.annotation)]
+    assert len(floats) > 20
+    for value in (".inf", "-.inf", ".nan"):
+        overrides = parse_set([f"{key}={value}" for key in floats])
+        with pytest.raises(ConfigError) as refused:
+            load_recipe(builtin_recipes()["quickstart"], overrides)
+        assert {fault.path for fault in refused.value.faults} >= set(floats), value
+    inside = parse_set(["task={kind: reasoning_gym, name: x, settings: {a: [.inf]}}"])
+    with pytest.raises(ConfigError, match=r"task.settings: got .*needs finite numbers"):
+        load_recipe(builtin_recipes()["quickstart"], inside)
+
+
+def test_an_error_survives_pickling():
+    error = ConfigError([Fault("steps", "got 0", "use 1"), Fault("seed", "got -1", "use 0")], "mine.yaml")
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.faults, again.where) == (str(error), error.faults, error.where)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -120,6 +145,11 @@ def test_an_override_is_not_blamed_on_the_file(tmp_path: Path):
         ("name: a/b\nmodel: ./m\ntask: {kind: addition}\n", "name: got 'a/b'"),
         ("name: x\nmodel: ./m\ntask: {kind: chess}\n", "'chess' is not a kind of task"),
         ("name: x\nmodel: ./m\n", "task: is required and missing"),
+        ("name: " + "[" * 2000, "nested too deeply, or in itself"),
+        ("name: &a [*a]\n", "nested too deeply, or in itself"),
+        ("? [a, b]\n: c\n", "a key is no plain word"),
+        (LAUGHS, "more than 10,000 values, aliases counted"),
+        ("a0: &a0 {k: 1}\n" + MERGES, "more than 10,000 values, aliases counted"),
     ],
 )
 def test_unusable_files(tmp_path: Path, text: str, words: str):

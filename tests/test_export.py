@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -142,6 +143,39 @@ class FakeHub:
 
     def upload_folder(self, **kw):
         self.calls.append(("upload", kw["repo_id"], sorted(p.name for p in Path(kw["folder_path"]).iterdir())))
+
+
+def test_an_adapter_that_is_not_finite_or_not_whole_is_no_export(run: Path, tmp_path: Path):
+    spoilt = Path(shutil.copytree(run, tmp_path / "run"))
+    file = spoilt / "adapters" / "adapters.safetensors"
+    weights: dict[str, mx.array] = mx.load(str(file))  # type: ignore[assignment]
+    name = min(weights)
+    mx.save_safetensors(str(file), {**weights, name: weights[name] * float("nan")})
+    with pytest.raises(RunError, match=f"{name} has values that are not finite"):
+        export.open_run(spoilt)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=r"adapters.safetensors: cannot be read .*resume the run"):
+        export.open_run(spoilt)
+
+
+def test_logits_that_are_not_numbers_are_no_faithful_export(run: Path, tmp_path: Path):
+    source = export.open_run(run)
+    nothing = [logits * float("nan") for logits in source.trained]
+    for loaded in (nothing, [*source.trained[:-1], nothing[-1]]):
+        with pytest.raises(RunError, match="differ by nan"):
+            export._compared(source, loaded, tmp_path)
+
+
+def test_the_card_names_neither_server_nor_key(run: Path):
+    source = export.open_run(run)
+    server = {"url": "http://10.0.0.7:8080/v1", "api_key_env": "CRITIC_KEY", "cache_dir": "/home/me/answers"}
+    feedback = source.recipe.feedback.model_copy(
+        update={"server": source.recipe.feedback.server.model_copy(update=server)}
+    )
+    recipe = source.recipe.model_copy(update={"feedback": feedback})
+    card = export.model_card(dataclasses.replace(source, recipe=recipe), "adapter")
+    assert not [word for word in server.values() if word in card]
+    assert "learning_rate: 0.01" in card
 
 
 def test_upload(run: Path, tmp_path: Path):

@@ -7,7 +7,9 @@ import math
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from vpd_mlx.commands.app import app
 from vpd_mlx.errors import ConfigError, RunError
 from vpd_mlx.recipe import builtin_recipes
 from vpd_mlx.tools.findings import claim_results, curves, mean_interval, sweep_table, table
@@ -195,3 +197,10 @@ def test_every_grid_that_ships_is_sound():
     for path in files:
         grid = load_grid(path)
         check_recipe(grid, (path.parent / grid.recipe).resolve())
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path):
+    (tmp_path / "file").write_text("not a folder")
+    done = CliRunner().invoke(app, ["lab", str(grid_file(tmp_path)), "--out", str(tmp_path / "file" / "runs")])
+    assert isinstance(done.exception, RunError)
+    assert "Not a directory" in str(done.exception)

@@ -21,7 +21,7 @@ from mlx_lm.sample_utils import make_sampler
 from vpd_mlx.algos import ALGORITHMS
 from vpd_mlx.common.files import read_rows
 from vpd_mlx.common.stats import Clock
-from vpd_mlx.errors import DataError, RunError, SourceError
+from vpd_mlx.errors import DataError, ModelError, RunError, SourceError
 from vpd_mlx.recipe import load_recipe
 from vpd_mlx.run import best
 from vpd_mlx.run.folder import load_run
@@ -401,6 +401,31 @@ def test_one_gradient_that_is_not_finite_is_left_out_and_the_run_goes_on(small, 
     weights = mx.load(str(tmp_path / "run" / "adapters" / "adapters.safetensors"))
     assert all(bool(mx.isfinite(w).all()) for w in weights.values())
     assert [p.name for p in (tmp_path / "run" / "nonfinite").iterdir()] == ["step-000002.jsonl"]
+
+
+def test_a_short_run_without_one_finite_update_is_no_success(small, tmp_path: Path, monkeypatch):
+    from vpd_mlx.engine import learner
+
+    real = learner.accumulate
+
+    def poisoned(*args, **kwargs):
+        done = real(*args, **kwargs)
+        done.gradients = learner.tree_map(lambda g: g * float("nan"), done.gradients)
+        return done
+
+    monkeypatch.setattr("vpd_mlx.algos.m_step.accumulate", poisoned)
+    with pytest.raises(RunError, match=r"none of the run's 2 updates was finite; start a new run with a lower"):
+        train(small(steps=2, algorithm="sdpo"), tmp_path / "run")
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert (tmp_path / "run" / "checkpoints" / "step-000002").is_dir()
+
+
+def test_a_model_without_tokenizer_is_one_line(small, tmp_path: Path):
+    model = Path(shutil.copytree(small().model, tmp_path / "model"))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (model / name).unlink()
+    with pytest.raises(ModelError, match="has no tokenizer; put its files"):
+        Trainer.build(small(model=str(model)))
 
 
 class Scripted:

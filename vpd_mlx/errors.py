@@ -61,6 +61,9 @@ class ConfigError(VpdError):
         text = f" {faults[0]}" if len(faults) == 1 else f" {len(faults)} faults{lines}"
         Exception.__init__(self, f"{one_line(where)}:{text}")
 
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[list[Fault], str]]:
+        return type(self), (self.faults, self.where)
+
 
 def config_error(path: str, problem: str, remedy: str, where: str = "recipe") -> ConfigError:
     """The error of a single fault."""

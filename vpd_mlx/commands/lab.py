@@ -22,7 +22,7 @@ def lab(
     You can interrupt it at any time: give the command again, and finished runs are kept and interrupted ones go on from their
     checkpoint. Writes results.md, rates.json and curves.png into the grid's folder.
     """
-    from vpd_mlx.common.files import write_atomic
+    from vpd_mlx.common.files import file_errors, write_atomic
     from vpd_mlx.tools.findings import curves, sweep_table, table
     from vpd_mlx.tools.lab import best_rates, check_recipe, load_grid, on_edge, results, run_grid
 
@@ -30,7 +30,8 @@ def lab(
     recipe = (grid.parent / spec.recipe).resolve()
     check_recipe(spec, recipe)
     folder = out if out is not None else Path("lab-runs") / spec.name
-    folder.mkdir(parents=True, exist_ok=True)
+    with file_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     run_grid(spec, recipe, folder, jobs=jobs, say=typer.echo)
     found = results(spec, folder)
     text = table(spec, found, best_rates(spec, folder), on_edge(spec, folder))

@@ -26,9 +26,10 @@ from vpd_mlx.recipe import Recipe, load_recipe, resolve_recipe_path
 from vpd_mlx.report.answers import print_answers
 from vpd_mlx.report.live import make_view
 from vpd_mlx.run.folder import load_run
-from vpd_mlx.run.log import RECIPE_FILE, check_resume, free_run_folder
+from vpd_mlx.run.log import RECIPE_FILE, free_run_folder
 from vpd_mlx.run.progress import Stop
 from vpd_mlx.run.records import Summary
+from vpd_mlx.run.resume import check_resume
 from vpd_mlx.run.stopping import stoppable
 
 __all__ = ["MOMENT", "train"]
@@ -111,7 +112,7 @@ def _resumed(
         problem = f"{folder} holds no run ({RECIPE_FILE} is missing)"
         raise wrong_option("--resume", problem, "give the folder of a run")
     after = load_recipe(folder / RECIPE_FILE, overrides)
-    check_resume(folder, load_recipe(folder / RECIPE_FILE), after, "--resume")
+    check_resume(folder, after, "--resume")
     return after
 
 

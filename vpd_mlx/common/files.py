@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
-from vpd_mlx.errors import RunError
+from vpd_mlx.errors import DataError, RunError
 
-__all__ = ["file_errors", "plain", "read_rows", "write_atomic"]
+__all__ = ["file_errors", "own_file", "plain", "read_rows", "write_atomic"]
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -24,7 +25,7 @@ def write_atomic(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     with file_errors(path):
         try:
-            with partial.open("w", encoding="utf-8") as f:
+            with own_file(partial, "w") as f:
                 f.write(text)
                 f.flush()
                 os.fsync(f.fileno())
@@ -35,12 +36,43 @@ def write_atomic(path: Path, text: str) -> None:
             raise
 
 
+def own_file(path: Path, mode: str) -> TextIO:
+    """Open a file to write, but not through a link, which would change a file that lies somewhere else.
+
+    Raises:
+        RunError: it is a link.
+        OSError: it cannot be opened.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        try:
+            return os.open(name, flags | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise RunError(
+                f"{path}: is a link, and nothing is written through it; put a copy of its file there"
+            ) from None
+
+    return cast(TextIO, open(path, mode, encoding="utf-8", opener=opener))
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log. Skips a last line without a newline: it was not written completely."""
+    """The rows of a log. Skips a last line without a newline: it was not written completely.
+
+    Raises:
+        DataError: a line is broken.
+    """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines if line]
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            if line:
+                rows.append(json.loads(line))
+        except ValueError as error:  # broken JSON, or bytes that are no UTF-8
+            raise DataError(f"{path}:{number}: broken JSON ({error}); remove the line") from None
+    return rows
 
 
 @contextlib.contextmanager
@@ -51,7 +83,7 @@ def file_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         raise RunError(
             f"{error.filename or path}: {error.strerror or error}; free space or fix the permissions, then "
-            "continue the run, if it had begun, with --resume"
+            "resume the run if it had begun"
         ) from error
 
 

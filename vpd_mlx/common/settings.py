@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetJsonSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from vpd_mlx.errors import ConfigError, Fault, config_error
@@ -24,6 +25,7 @@ from vpd_mlx.errors import ConfigError, Fault, config_error
 __all__ = [
     "HUB",
     "OneOf",
+    "Plain",
     "Positive",
     "Section",
     "absolute",
@@ -34,9 +36,24 @@ __all__ = [
     "validate",
 ]
 
+MOST_NODES = 10_000  # of a recipe or a grid: the longest that ships has some hundred
 HUB = "hf://"  # prefix of data on the Hugging Face hub
 
 Positive = Annotated[int, Field(ge=1)]
+
+
+def _finite(value: Any) -> Any:
+    """The value, if every number in it is finite."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for part in inner:
+        _finite(part)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("finite numbers")
+    return value
+
+
+Plain = Annotated[dict[str, Any], AfterValidator(_finite)]
+"""Keys and values that another library names."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +81,7 @@ class OneOf:
 class Section(BaseModel):
     """A part of a recipe."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
     paths: ClassVar[tuple[str, ...]] = ()
     """Keys that hold a path, relative to the recipe's folder; those of the base classes count as well."""
     shorthand: ClassVar[str | None] = None
@@ -83,9 +100,17 @@ class Section(BaseModel):
         """Values that may be meant, and deserve a word when the run begins."""
         yield from ()
 
+    def path_keys(self, prefix: str = "") -> set[str]:
+        """Dotted keys that hold a path, those of the sections within it, too."""
+        found = {prefix + key for kind in type(self).__mro__ for key in getattr(kind, "paths", ())}
+        for key in type(self).model_fields:
+            if isinstance(value := getattr(self, key), Section):
+                found |= value.path_keys(f"{prefix}{key}.")
+        return found
+
     def located(self, folder: Path) -> Self:
         """The section with its paths absolute, and those of the sections within it."""
-        paths = {key for kind in type(self).__mro__ for key in getattr(kind, "paths", ())}
+        paths = self.path_keys()
         changes: dict[str, Any] = {}
         for key in type(self).model_fields:
             value = getattr(self, key)
@@ -133,6 +158,8 @@ _Loader.add_implicit_resolver(
 def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
     seen: set[str] = set()
     for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise config_error(f"line {key.start_mark.line + 1}", "a key is no plain word", "write it as one")
         if key.value in seen:
             line = key.start_mark.line + 1
             raise config_error(f"line {line}", f"the key {key.value!r} is given twice", "keep one of them")
@@ -143,16 +170,32 @@ def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dic
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many nodes there are below one, counted without following an alias twice."""
+    if id(node) not in known:
+        inner = node.value if isinstance(node, yaml.CollectionNode) else []
+        nodes = [n for item in inner for n in (item if isinstance(item, tuple) else (item,))]
+        known[id(node)] = 1 + sum(_size(n, known) for n in nodes)
+    return known[id(node)]
+
+
 def parse_yaml(text: str, where: str) -> Any:
     """YAML text as plain values.
 
     Raises:
-        ConfigError: it is not YAML, or gives a key twice.
+        ConfigError: it is not YAML, gives a key twice, or is nested or repeated beyond all use.
     """
     try:
-        return yaml.load(text, _Loader)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is not None and _size(node, {}) > MOST_NODES:
+            many = f"more than {MOST_NODES:,} values, aliases counted wherever they are used"
+            raise config_error("text", many, "write it without so many aliases")
+        return None if node is None else loader.construct_document(node)
     except ConfigError as error:
         raise ConfigError(error.faults, where) from None
+    except RecursionError:
+        raise config_error("text", "nested too deeply, or in itself", "write it flat", where) from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date, for one
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}" if mark is not None else "text"

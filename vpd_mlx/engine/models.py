@@ -53,6 +53,8 @@ def load_model(path: str, revision: str | None) -> tuple[nn.Module, Any]:
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         problem = f"{path!r} cannot be loaded ({first_line(error)})"
         raise ModelError(f"model: {problem}; it must be a complete model in mlx-lm's format") from error
+    if not tokenizer.encode("a 1", add_special_tokens=False):
+        raise ModelError(f"model: {path!r} has no tokenizer; put its files, such as tokenizer.json, beside the weights")
     return model, tokenizer
 
 
@@ -233,7 +235,12 @@ def load_adapter(folder: Path, like: Adapter) -> Adapter:
     path = folder / "adapters.safetensors"
     if not path.is_file():
         raise ModelError(f"{path}: no such adapter; finish or resume the run first")
-    loaded: Adapter = dict(mx.load(str(path)))  # type: ignore[arg-type]
+    try:
+        loaded: Adapter = dict(mx.load(str(path)))  # type: ignore[arg-type]
+        mx.eval(loaded)
+    except (OSError, RuntimeError, ValueError) as error:
+        what = f"cannot be read ({first_line(error)})"
+        raise ModelError(f"{path}: {what}; resume the run, which writes it anew, or copy it again") from None
     wrong = sorted(set(like) ^ set(loaded)) or [k for k in like if like[k].shape != loaded[k].shape]
     if wrong:
         raise ModelError(f"{path}: does not fit the model ({wrong[0]} differs); use the run's own model and recipe")
@@ -254,5 +261,5 @@ def save_adapter(folder: Path, adapter: Adapter, config: dict[str, Any]) -> None
         os.replace(partial, folder / "adapters.safetensors")
     except (OSError, RuntimeError) as error:  # mlx reports a failed write as RuntimeError
         partial.unlink(missing_ok=True)
-        remedy = "free space or fix the permissions, then go on with --resume"
+        remedy = "free space or fix the permissions, then resume the run"
         raise RunError(f"{folder}: the adapter cannot be written ({error}); {remedy}") from error

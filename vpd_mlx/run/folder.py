@@ -9,11 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
-
+from vpd_mlx.common.settings import parse_yaml
 from vpd_mlx.common.stats import Paired, paired
 from vpd_mlx.common.text import interval, number
-from vpd_mlx.errors import DataError, wrong_option
+from vpd_mlx.errors import ConfigError, DataError, wrong_option
 from vpd_mlx.run.answers import Answered, pairs
 from vpd_mlx.run.log import RECIPE_FILE
 from vpd_mlx.run.records import FORMAT, MetricsRow, Summary, upgraded
@@ -197,11 +196,9 @@ def load_run(path: Path) -> Run:
     """
     _check_run(path)
     try:
-        config = yaml.safe_load(_text(path / RECIPE_FILE))
-    except yaml.YAMLError as error:
-        raise DataError(
-            f"{path / RECIPE_FILE}: not valid YAML ({' '.join(str(error).split())}); fix the file"
-        ) from None
+        config = parse_yaml(_text(path / RECIPE_FILE), str(path / RECIPE_FILE))
+    except ConfigError as error:
+        raise DataError(str(error)) from None
     summary: Any = {}
     if (path / "summary.json").is_file():
         try:

@@ -15,7 +15,8 @@ from vpd_mlx.common.functions import PREFIX, Handed, arity_faults, fingerprint, 
 from vpd_mlx.common.settings import merged
 from vpd_mlx.errors import Fault, config_error
 from vpd_mlx.recipe import Recipe, check_recipe, load_recipe, preset_faults
-from vpd_mlx.run.log import RECIPE_FILE, check_resume
+from vpd_mlx.run.log import RECIPE_FILE
+from vpd_mlx.run.resume import check_resume
 from vpd_mlx.types import Problem
 
 __all__ = ["Feedback", "Problems", "combine", "resumed"]
@@ -152,5 +153,5 @@ def resumed(where: str, folder: Path, recipe: Recipe, handed: Handed) -> Handed:
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             argument = "held_out" if name == HELD_OUT else "problems"
             raise config_error(argument, f"others than those in {path}", "leave them out, or start a new run", where)
-    check_resume(folder, before, recipe, where)
+    check_resume(folder, recipe, where)
     return Handed(handed.verify, handed.sources, handed.algorithm)

@@ -1,37 +1,26 @@
-"""The run folder: append-only JSON lines, one writer, cut back to a known place on resume; and what a resume may change."""
+"""The run folder: append-only JSON lines, one writer, cut back to a known place on resume."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from vpd_mlx.common.files import file_errors, plain, read_rows, write_atomic
-from vpd_mlx.errors import ConfigError, Fault, RunError, config_error
-from vpd_mlx.recipe import Recipe
+from vpd_mlx.common.files import file_errors, own_file, plain, read_rows, write_atomic
+from vpd_mlx.errors import RunError
 from vpd_mlx.run.records import upgraded
 
-__all__ = ["LOGS", "RECIPE_FILE", "RunLog", "check_resume", "free_run_folder", "json_lines"]
+__all__ = ["LOGS", "RECIPE_FILE", "RunLog", "free_run_folder", "json_lines"]
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl", "evals.jsonl", "selection.jsonl", "answers.jsonl")
 RECIPE_FILE = "config.yaml"  # a folder that holds it is a run
 LEAST_FREE = 64 << 20  # bytes: below it a run stops while its last checkpoint can still be written
-GIGABYTES = ("memory.limit_gb", "memory.cache_limit_gb", "memory.wired_limit_gb")
-MAY_CHANGE = (
-    "steps",
-    "on_collapse",
-    "on_no_gap",
-    "evaluation.every",
-    "evaluation.selection_every",
-    "checkpoint.",
-    *GIGABYTES,
-    "description",
-    "logging.",
-)  # on resume
 
 
 def free_run_folder(base: Path) -> Path:
@@ -46,11 +35,11 @@ def free_run_folder(base: Path) -> Path:
 class RunLog:
     """One run's files, open for appending, held by one process. `RunLog()` is that of a rank that writes nothing."""
 
-    def __init__(self, path: Path = Path(), lock: TextIO | None = None) -> None:
+    def __init__(self, path: Path = Path(), lock: ExitStack | None = None) -> None:
         self.path = path
         self._lock = lock
         names = LOGS if lock is not None else ()
-        self._files = {name: (path / name).open("a", encoding="utf-8") for name in names}
+        self._files = {name: own_file(path / name, "a") for name in names}
 
     @classmethod
     def create(cls, path: Path, config: str, *, overwrite: bool) -> RunLog:
@@ -72,7 +61,7 @@ class RunLog:
             lock = _hold(path)
             for item in path.iterdir():
                 if item.name != "run.lock":
-                    shutil.rmtree(item) if item.is_dir() else item.unlink()
+                    shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
             write_atomic(path / RECIPE_FILE, config)
             return cls(path, lock)
 
@@ -109,7 +98,7 @@ class RunLog:
         return {name: os.fstat(f.fileno()).st_size for name, f in self._files.items()}
 
     def cut_back(self, offsets: Mapping[str, int]) -> None:
-        """Cut each log to the given bytes, so that no step is logged twice."""
+        """Cut each log to the given bytes, which it has (`checkpoint.newest_state`), so that no step is logged twice."""
         with file_errors(self.path):
             for name, f in self._files.items():
                 f.truncate(offsets.get(name, 0))
@@ -136,7 +125,7 @@ class RunLog:
         """
         if self._files and (free := shutil.disk_usage(self.path).free) < LEAST_FREE:
             needed = f"{LEAST_FREE >> 20} MB that a checkpoint and the logs need"
-            remedy = "free some space, then go on with --resume"
+            remedy = "free some space, then resume the run"
             raise RunError(f"{self.path}: {free >> 20} MB left on the disk, less than the {needed}; {remedy}")
 
     def close(self) -> None:
@@ -152,42 +141,33 @@ def json_lines(rows: Sequence[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in rows)
 
 
-def _hold(path: Path) -> TextIO:
-    lock = (path / "run.lock").open("a+", encoding="utf-8")
+def _hold(path: Path) -> ExitStack:
+    """Take the folder for this process, until the stack is closed.
+
+    The folder itself is locked, since a file in it can be removed and made anew; and a file, which also holds where a network's
+    file system locks no folders, and names the holder.
+    """
+    held = ExitStack()
     try:
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        held.callback(os.close, folder)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EBADF, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL):
+                raise
+        lock = held.enter_context(own_file(path / "run.lock", "a+"))
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        lock.seek(0)
-        holder = lock.read().strip() or "unknown"
-        lock.close()
+        held.close()
+        file = path / "run.lock"
+        holder = (file.read_text(encoding="utf-8").strip() if file.is_file() else "") or "unknown"
         raise RunError(f"{path}: another process trains here (process {holder}); wait for it or stop it") from None
+    except BaseException:
+        held.close()
+        raise
     lock.seek(0)
     lock.truncate()
     lock.write(str(os.getpid()))
     lock.flush()
-    return lock
-
-
-def check_resume(folder: Path, before: Recipe, after: Recipe, where: str) -> None:
-    """Refuse to resume a run under a recipe that would make another run of it.
-
-    Raises:
-        ConfigError: a key differs that may not, or more steps are done than are asked for.
-    """
-    rows = read_rows(folder / "metrics.jsonl")
-    done = int(rows[-1]["step"]) if rows else 0
-    if after.steps < before.steps and after.steps < done:
-        short = f"{after.steps}, and {done} are done"
-        raise config_error("steps", short, "ask for more, or take an earlier checkpoint's adapter", where)
-    changed = [key for key in _changed(before.model_dump(), after.model_dump()) if not key.startswith(MAY_CHANGE)]
-    if changed:
-        keys = ", ".join(k.removesuffix(".") for k in MAY_CHANGE)
-        remedy = f"start a new run for that; on resume only these may change: {keys}"
-        raise ConfigError([Fault(key, "differs from the run's recipe", remedy) for key in changed], where)
-
-
-def _changed(before: Any, after: Any, path: str = "") -> list[str]:
-    if isinstance(before, dict) and isinstance(after, dict):
-        keys = [*before, *(k for k in after if k not in before)]
-        return [c for k in keys for c in _changed(before.get(k), after.get(k), f"{path}.{k}" if path else k)]
-    return [] if before == after else [path]
+    return held

@@ -62,8 +62,6 @@ def train(
     if ranks.first:
         log = RunLog.reopen(out) if resume else RunLog.create(out, dump(recipe), overwrite=overwrite)
     try:
-        if resume:
-            log.write(RECIPE_FILE, dump(recipe))
         for name, text in handed.files.items():
             log.write(name, text)
         ranks.gather(None)  # the first rank has the folder
@@ -85,6 +83,7 @@ def _run(state: RunState, followers: Followers, resume: bool) -> Summary:
     try:
         if resume:
             state.resume()
+            state.log.write(RECIPE_FILE, dump(recipe))
         if trainer.ranks.first:
             followers.start(state.log.path)
         look(state)
@@ -101,11 +100,12 @@ def _run(state: RunState, followers: Followers, resume: bool) -> Summary:
                 state.checkpoint()
             if patience_is_out(state):
                 break
+        state.refuse_nonfinite()
         result = finish(state)
     except Interrupted:
         state.checkpoint()
         state.save_adapter()
-        trainer.progress.note(f"stopped after step {state.done} of {recipe.steps}; the run can go on with --resume")
+        trainer.progress.note(f"stopped after step {state.done} of {recipe.steps}; it can be resumed")
         return {"interrupted": trainer.stop.signal or 0, "steps": state.done}
     except (SourceError, RunError):
         state.checkpoint()

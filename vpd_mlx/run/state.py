@@ -1,133 +1,25 @@
-"""Where a run stands, and its checkpoints: everything that a resume needs.
-
-A checkpoint is a folder `step-000020`: one safetensors file, one JSON file, and a manifest with their hashes. It is written
-under another name, synced, and renamed, so that a crash at any moment leaves the last good one; one whose files do not match its
-manifest is skipped.
-"""
+"""Where a run stands: what a checkpoint takes and gives back."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import platform
-import re
-import shutil
 import time
-from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from vpd_mlx import __version__
 from vpd_mlx.algos.base import restore_parts, save_parts
+from vpd_mlx.common.text import number
 from vpd_mlx.errors import RunError
+from vpd_mlx.run.checkpoint import Checkpoint, find_checkpoint, write_checkpoint
 from vpd_mlx.run.log import RunLog
 from vpd_mlx.run.records import FORMAT, RolloutRow, SelectionRow, Summary, upgraded
-from vpd_mlx.run.step import Trainer
+from vpd_mlx.run.step import FINITE, Trainer
 from vpd_mlx.tasks import fingerprint
 
-__all__ = ["Checkpoint", "RunState", "find_checkpoint", "write_checkpoint"]
-
-VERSION = 1
-ARRAYS, STATE, MANIFEST = "arrays.safetensors", "state.json", "manifest.json"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A run after `step` steps: named arrays and plain values."""
-
-    step: int
-    arrays: dict[str, mx.array]
-    state: dict[str, Any]
-
-
-def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write a checkpoint and remove all but the newest `keep`.
-
-    Raises:
-        RunError: it cannot be written; the older ones are untouched then.
-    """
-    final = folder / f"step-{checkpoint.step:06d}"
-    partial = folder / f".partial-{checkpoint.step:06d}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        mx.save_safetensors(str(partial / ARRAYS), dict(checkpoint.arrays))
-        state = {"version": VERSION, "step": checkpoint.step, **checkpoint.state}
-        (partial / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-        hashes = {name: _sha256(partial / name) for name in (ARRAYS, STATE)}
-        (partial / MANIFEST).write_text(json.dumps({"version": VERSION, "sha256": hashes}), encoding="utf-8")
-        for name in (ARRAYS, STATE, MANIFEST):
-            _sync(partial / name)
-        _sync(partial)
-        if final.exists():  # the same step again, after a resume: the content is the same
-            shutil.rmtree(final)
-        os.rename(partial, final)
-        _sync(folder)
-    except (OSError, RuntimeError) as error:  # mlx reports a failed write as RuntimeError
-        shutil.rmtree(partial, ignore_errors=True)
-        remedy = "free space or fix the permissions, then go on with --resume"
-        raise RunError(f"{final}: the checkpoint cannot be written ({error}); {remedy}") from error
-    for old in _folders(folder)[keep:]:
-        shutil.rmtree(old)
-    return final
-
-
-def find_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint, and a line for every newer one that is damaged.
-
-    Raises:
-        RunError: there are checkpoints, but none of them is whole, or one was written by a newer version.
-    """
-    notes: list[str] = []
-    folders = _folders(folder)
-    for path in folders:
-        fault = _fault(path)
-        if fault is None:
-            state = json.loads((path / STATE).read_text(encoding="utf-8"))
-            if state["version"] > VERSION:
-                raise RunError(f"{path}: written by a newer vpd-mlx (checkpoint version {state['version']}); update it")
-            arrays: Any = mx.load(str(path / ARRAYS))
-            mx.eval(arrays)
-            return Checkpoint(state["step"], arrays, state), notes
-        notes.append(f"{path.name}: {fault}; going back to the one before")
-    if folders:
-        raise RunError(f"{folder}: no whole checkpoint ({'; '.join(notes)}); start the run anew")
-    return None, notes
-
-
-def _folders(folder: Path) -> list[Path]:
-    """Newest first."""
-    found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", p.name) and p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
-
-
-def _fault(path: Path) -> str | None:
-    try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        for name, digest in manifest["sha256"].items():
-            if _sha256(path / name) != digest:
-                return f"{name} is damaged (its hash differs from the manifest's)"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"incomplete ({type(error).__name__}: {error})"
-    return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+__all__ = ["RunState"]
 
 
 class RunState:
@@ -194,6 +86,16 @@ class RunState:
         self._tokens += sum(r["tokens"] for r in rollouts)
         self._nonfinite += sum(v for k, v in row.items() if k.endswith("/nonfinite"))
 
+    def refuse_nonfinite(self) -> None:
+        """At the end of a run too short to be stopped on its way: an adapter without a finite update is no result.
+
+        Raises:
+            RunError: updates were left out, and none was made.
+        """
+        made = sum(number(v) or 0.0 for row in self.rows for k, v in row.items() if k.endswith("/updates"))
+        if self._nonfinite and not made:
+            raise RunError(f"none of the run's {self._nonfinite} updates was finite; {FINITE}")
+
     def count_evaluation(self, row: dict[str, Any]) -> None:
         """Add an evaluation; the adapter of the best one is kept where there are no selections."""
         best = max((e["student"] or 0.0 for e in self.evaluations), default=-1.0)
@@ -234,6 +136,7 @@ class RunState:
             "tokens": self._tokens,
             "nonfinite": self._nonfinite,
             "nonfinite_in_a_row": self.trainer.nonfinite_in_a_row,
+            "recipe": self.trainer.recipe.model_dump(mode="json"),
             "rollout_rows": self.trainer.policy.rollout_rows,
             "task": self._task,
             "sources": sources[0],

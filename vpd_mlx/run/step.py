@@ -30,6 +30,7 @@ __all__ = ["Trainer", "problems_of_step"]
 
 FAILURES_IN_A_ROW = 64  # a verifier that fails so often without one success is broken, not unlucky
 NONFINITE_IN_A_ROW = 5
+FINITE = "start a new run with a lower optimizer.learning_rate; nonfinite/ has the completions of these steps"
 OPENINGS = 3  # first tokens of the completions that are logged, the commonest
 
 
@@ -238,8 +239,8 @@ class Trainer(Parts):
         self.failures_in_a_row = 0 if batch.rollouts else self.failures_in_a_row + len(batch.failures)
         if not batch.rollouts or self.failures_in_a_row >= FAILURES_IN_A_ROW:
             raise SourceError(
-                f"the verifier failed on every completion of this step, first {batch.failures[0]}; fix it, then go on "
-                "with --resume"
+                f"the verifier failed on every completion of this step, first {batch.failures[0]}; fix it, then "
+                "resume the run"
             )
 
     def _count_nonfinite(self, metrics: dict[str, Any]) -> None:
@@ -248,5 +249,4 @@ class Trainer(Parts):
         if bad:
             self.progress.note(f"{bad} update(s) left out: loss or gradient was not finite")
         if self.nonfinite_in_a_row >= NONFINITE_IN_A_ROW:
-            remedy = "lower optimizer.learning_rate, then go on with --resume from the last checkpoint"
-            raise RunError(f"{self.nonfinite_in_a_row} updates in a row were not finite; {remedy}")
+            raise RunError(f"{self.nonfinite_in_a_row} updates in a row were not finite; {FINITE}")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from vpd_mlx.common.settings import Positive, Section
+from vpd_mlx.common.settings import Plain, Positive, Section
 from vpd_mlx.errors import DataError, SourceError, config_error
 from vpd_mlx.tasks.answers import in_tag
 from vpd_mlx.tasks.checker import Checker
@@ -24,7 +24,7 @@ class ReasoningGymSettings(Section):
 
     kind: Literal["reasoning_gym"]
     name: str = Field(description="The library's name of the task, e.g. `spell_backward`.")
-    settings: dict[str, Any] = Field({}, description="Settings of that task, as the library names them.")
+    settings: Plain = Field({}, description="Settings of that task, as the library names them.")
     rows: Positive = Field(1000, description="Problems to make.")
     seed: int = Field(0, ge=0, description="Seed of the problems.")
     held_out: float = Field(0.1, gt=0, lt=1, description="Share held out for evaluation, by a hash of name and index.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shlex
 import shutil
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from vpd_mlx import __version__, losses
 from vpd_mlx.common.text import figures, mlx_lm_command
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.errors import ModelError, RunError
-from vpd_mlx.recipe import Recipe, load_recipe
+from vpd_mlx.recipe import Recipe, dump, load_recipe
 from vpd_mlx.run.folder import Run, load_run
 from vpd_mlx.run.log import RECIPE_FILE
 from vpd_mlx.run.setup import build_prompter, load_policy
@@ -60,12 +61,18 @@ def open_run(path: Path) -> TrainedRun:
     Raises:
         ConfigError: there is no run.
         ModelError: it has no adapter yet.
-        RunError: it has no rollouts yet.
+        RunError: it has no rollouts yet, or its adapter is not finite.
     """
     folder = load_run(path)
     recipe = load_recipe(path / RECIPE_FILE)
     policy = load_policy(recipe)
     policy.load_adapter(path / "adapters")
+    for name, value in policy.adapter.items():
+        if not bool(mx.isfinite(value).all()):
+            where = f"{path / 'adapters'}: {name} has values that are not finite"
+            raise RunError(
+                f"{where}; such an adapter is worth nothing, train anew with a lower optimizer.learning_rate"
+            )
     texts = list(dict.fromkeys(row["prompt"] for row in folder.read(folder.rollouts)))[:PROMPTS]
     if not texts:
         raise RunError(f"{path}: has no rollouts to compare an export on; train at least one step")
@@ -89,7 +96,8 @@ def _kl(a: Sequence[mx.array], b: Sequence[mx.array]) -> float:
 
 
 def _difference(a: Sequence[mx.array], b: Sequence[mx.array]) -> float:
-    return max(float(mx.abs(x - y).max()) for x, y in zip(a, b, strict=True))
+    apart = [float(mx.abs(x - y).max()) for x, y in zip(a, b, strict=True)]
+    return max(apart, key=lambda x: math.inf if math.isnan(x) else x)  # NaN is the largest
 
 
 def _new_folder(out: Path, run: TrainedRun, what: str) -> None:
@@ -105,7 +113,7 @@ def _compared(run: TrainedRun, loaded: Sequence[mx.array], out: Path) -> tuple[f
     difference = _difference(run.trained, loaded)
     half = any(v.dtype in (mx.float16, mx.bfloat16) for _, v in tree_flatten(run.policy.model.parameters()))
     allowed = (5e-2 if half else 1e-3) * max(float(mx.abs(x).max()) for x in run.trained)
-    if difference > allowed:
+    if not difference <= allowed:  # NaN is no export either
         raise RunError(
             f"{out}: loaded back, its logits differ by {difference:.2g} from the trained model's (allowed {allowed:.2g}); "
             "it is not a faithful export, use the run's own adapters"
@@ -151,6 +159,10 @@ def export_fused(run: TrainedRun, out: Path, *, bits: int | None = None, group_s
     if bits is None:
         return Export(out, *_compared(run, back, out), _commands(str(out)))
     kl, warning = _kl(run.trained, back), ""
+    if not math.isfinite(kl):
+        raise RunError(
+            f"{out}: quantised to {bits} bits its logits are not finite; export it without --bits, or with more"
+        )
     with run.policy.adapter_off():
         learned = _kl(run.trained, _logits(run.policy.model, run.prompts))
     if kl > 0.1 * learned:
@@ -255,6 +267,13 @@ def _commands(model: str, adapters: Path | None = None) -> tuple[str, ...]:
     return tuple(mlx_lm_command(program, model, adapters, *more) for program, more in options.items())
 
 
+def _public(recipe: Recipe) -> Recipe:
+    """The recipe without what concerns nobody else: which server was asked, by which key, and where its answers lie."""
+    private = {"url": None, "api_key_env": None, "cache_dir": None}
+    server = recipe.feedback.server.model_copy(update=private)
+    return recipe.model_copy(update={"feedback": recipe.feedback.model_copy(update={"server": server})})
+
+
 def model_card(run: TrainedRun, what: str) -> str:
     """A model card: what it is, how it was made, what it scored."""
     recipe, folder = run.recipe, run.folder
@@ -280,5 +299,5 @@ def model_card(run: TrainedRun, what: str) -> str:
             both = (figures(evaluation, key) for evaluation in (folder.evals[0], folder.evaluation))
             before, after = (f"{value} ({bounds})" if bounds else value for value, bounds in both)
             lines.append(f"| {key} | {before} | {after} |")
-    text = (folder.path / RECIPE_FILE).read_text(encoding="utf-8").rstrip()
+    text = dump(_public(recipe)).rstrip()
     return "\n".join([*lines, "", "## Recipe", "", "```yaml", text, "```", ""])
