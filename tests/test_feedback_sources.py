@@ -174,7 +174,9 @@ def test_a_failure_costs_its_rollout_the_context_and_too_many_end_the_run(progra
     asking = command_of(program, max_failures=3)
     (answers,) = asking([group("a", "die", "b", "rubbish", "c")], [[True, True, True, True, False]])
     assert [type(a) for a in answers] == [str, Failed, str, Failed, type(None)]
-    with pytest.raises(SourceError, match=r"source command failed 3 times in a row, last: .*no more ink.*--resume"):
+    with pytest.raises(
+        SourceError, match=r"source command failed 3 times in a row, last: .*no more ink.*resume the run"
+    ):
         asking([group("die", "die", "a")], [[True] * 3])
     asking.close()
 
@@ -399,6 +401,64 @@ def test_an_answer_that_does_not_end_is_given_up(ask_server, pause: float, size:
         ask_server(transport, timeout=0.2 if pause else 20, retries=0).ask(PROBLEM, rollout("3"))
 
 
+@contextlib.contextmanager
+def raw_server(answer: Callable[[socket.socket], None]) -> Iterator[str]:
+    """A server that answers one connection after another as it likes; its address."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listening.accept()
+                    with connection, contextlib.suppress(OSError):
+                        answer(connection)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+        listening.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("head", [b"", b"HTTP/1.1 200 OK\r\n\r\n"], ids=["headers", "body"])
+def test_what_drips_does_not_stretch_the_deadline(ask_server, head: bytes):
+    ended = threading.Event()
+
+    def drip(connection: socket.socket) -> None:
+        connection.sendall(head)
+        while not ended.wait(0.05):
+            connection.sendall(b"X")
+
+    with raw_server(drip) as url:
+        began = time.monotonic()
+        with pytest.raises(SourceError, match=r"no answer within 0.4 s \(feedback.server.timeout\)"):
+            ask_server(None, url=url, timeout=0.4, retries=0).ask(PROBLEM, rollout("3"))
+        assert time.monotonic() - began < 30  # it would drip for ever
+        ended.set()
+
+
+def test_a_key_that_a_server_echoes_is_kept_nowhere(ask_server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    key = "sk-correct-horse"
+    monkeypatch.setenv("CRITIC_KEY", key)
+    escaped = json.dumps({"choices": [{"message": {"content": f"Your key is {key}."}}]}).replace("sk-", "sk\\u002d")
+    told = {
+        "status 401": reply(401, f"no such key: {key}".encode()),
+        "not a chat completion": reply(200, f"<html>{key}".encode()),
+        "refused": httpx.ConnectError(f"refused {key}"),
+    }
+    for words, answer in told.items():
+        with pytest.raises(SourceError, match=words) as refused:
+            ask_server(Answers(answer), api_key_env="CRITIC_KEY", retries=0).ask(PROBLEM, rollout("3"))
+        assert key not in str(refused.value)
+        assert "[key]" in str(refused.value)
+    server = ask_server(Answers(reply(200, escaped.encode())), api_key_env="CRITIC_KEY", cache_dir=str(tmp_path))
+    assert server.ask(PROBLEM, rollout("3")) == "Your key is [key]."
+    assert not [f for f in tmp_path.rglob("*.json") if key in f.read_text()]
+
+
+def test_a_wish_to_wait_that_is_no_number_is_none(ask_server):
+    odd = httpx.Response(429, headers=[(b"Retry-After", "²".encode())])
+    assert ask_server(Answers(odd, said("x")), retries=1).ask(PROBLEM, rollout("3")) == "x"
+
+
 def test_no_proxy_stands_between_us_and_this_machine(ask_server, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ALL_PROXY", "socks9://nowhere")
     ask_server(None)
@@ -499,7 +559,9 @@ def test_a_server_that_dies_mid_run_costs_contexts_then_stops_the_run_which_goes
                 process.wait()
 
         heard = Heard(after=kill)
-        with pytest.raises(SourceError, match=r"server failed 10 times in a row, last: .*127\.0\.0\.1.*--resume") as e:
+        with pytest.raises(
+            SourceError, match=r"server failed 10 times in a row, last: .*127\.0\.0\.1.*resume the run"
+        ) as e:
             train(recipe, run, progress=heard)
     assert e.value.exit_code == 3
     # Step 2 lost its contexts and nothing else: fewer than ten failures.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
+import re
 
 import pytest
 from rich.console import Console
 
-from vpd_mlx.common.text import duration
+from vpd_mlx.common.text import duration, json_text
 from vpd_mlx.report import live as view
 from vpd_mlx.report.live import LiveView, make_view, spark
 from vpd_mlx.types import Context, Rollout, Verdict
@@ -113,6 +115,36 @@ def test_what_is_over_at_once_gets_no_time(clock: Clock):
     clock.now = 1.0
     live.phase("rollout", 4, 8)
     assert "left" not in drawn(live, 80, 24)[0]
+
+
+HOSTILE = "a\x1b]52;c;ZXZpbA==\x07b\x1b[2Jc\x9b31md\u202ee\u2066f\u200fg\x00h\ud800i\rj"
+SAFE = ("\\x1b]52;c;", "\\x1b[2J", "\\x9b31m", "\\u202e", "\\u2066", "\\u200f", "\\x00", "\\x0d")
+
+
+def test_nothing_foreign_reaches_the_terminal_raw(clock: Clock, capsys: pytest.CaptureFixture[str]):
+    hostile = Rollout((1,), (0.0,), HOSTILE, "stop", Verdict(0.0, HOSTILE), context=Context("verifier", HOSTILE))
+    live = a_view()
+    live.sample(HOSTILE, hostile)
+    live.note(f"the verifier failed: {HOSTILE}\nstep 9/9  reward 1.000")
+    console = live._console
+    assert isinstance(console.file, io.StringIO)
+    text = "\n".join(drawn(live, 200, 40, color_system=None))
+    notes = re.sub(r"\x1b\[[0-9;]*m", "", console.file.getvalue())  # our own colours
+    for plain in (make_view("mine", quiet=False), make_view("mine", quiet=True)):
+        plain.note(f"the verifier failed: {HOSTILE}\nstep 9/9  reward 1.000")
+    said = capsys.readouterr()
+    for shown in (text, notes, said.out, said.err):
+        assert not [c for c in HOSTILE if c in shown and not c.isprintable()], shown
+        for words in SAFE:
+            assert words in shown
+    assert (len(said.out.splitlines()), len(said.err.splitlines())) == (1, 1)  # no line that looks like ours
+
+
+def test_json_for_the_terminal_is_json():
+    text = json_text({"completion": HOSTILE, "text": "naïve — 你好"})
+    assert not [c for c in text if not c.isprintable() and c != "\n" and c != "\ud800"]
+    assert json.loads(text) == {"completion": HOSTILE, "text": "naïve — 你好"}
+    assert "你好" in text
 
 
 def test_the_scales():

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from vpd_mlx.commands.options import SetOption, json_alone, overridden
-from vpd_mlx.common.text import duration, number, percent, points, points_range
+from vpd_mlx.common.text import duration, number, percent, points, points_range, visible
 from vpd_mlx.recipe import load_recipe, resolve_recipe_path
 from vpd_mlx.report.live import make_view
 
@@ -94,7 +94,7 @@ def _print(target: str, sets: Sequence[str], found: Probe) -> None:
             "\nTeachers:", _scores(found.teachers), "\nTheir style:", _styles(found.teachers), LEGEND, sep="\n"
         )
     for name, why in found.silent.items():
-        console.print(f"{name}: {why}", soft_wrap=True)
+        console.print(visible(f"{name}: {why}"), soft_wrap=True, markup=False)
     advice = found.advice
     console.print(f"\n{advice.verdict[0].upper()}{advice.verdict[1:]}.", soft_wrap=True, markup=False)
     for reason in advice.reasons:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +11,7 @@ import typer
 
 from vpd_mlx.commands.options import SetOption
 from vpd_mlx.common.settings import parse_set
+from vpd_mlx.common.text import json_text
 from vpd_mlx.errors import DataError
 from vpd_mlx.feedback import SOURCES, build_sources, choose_contexts
 from vpd_mlx.recipe import Recipe, load_recipe, resolve_recipe_path
@@ -58,7 +58,7 @@ def verify(
         "error": verdict.error,
         **_feedback(cfg, chosen, rollout, set(problems)),
     }
-    typer.echo(json.dumps(out, indent=2, ensure_ascii=False))
+    typer.echo(json_text(out))
     if verdict.error:
         raise typer.Exit(1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shlex
@@ -13,6 +14,7 @@ __all__ = [
     "duration",
     "figures",
     "interval",
+    "json_text",
     "mlx_lm_command",
     "number",
     "one_line",
@@ -36,14 +38,22 @@ def without_surrogates(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def visible(value: Any) -> str:
-    """Text without characters that move the cursor, change colours or reverse the writing direction."""
+    """Text without characters that move the cursor, change colours or reverse the writing direction.
+
+    All that comes from a model, a verifier, a source of feedback or a file passes through here on its way to a terminal.
+    """
     text = "" if value is None else str(value)
     shown = HIDDEN.sub(lambda m: f"\\x{ord(m[0]):02x}" if ord(m[0]) < 256 else f"\\u{ord(m[0]):04x}", text)
     return without_surrogates(shown)
+
+
+def json_text(value: Any) -> str:
+    """JSON for people and programs: letters of all tongues as they are, what `visible` takes away as JSON's escapes."""
+    return HIDDEN.sub(lambda m: f"\\u{ord(m[0]):04x}", json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def number(value: Any) -> float | None:

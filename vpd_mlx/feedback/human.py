@@ -17,8 +17,8 @@ from typing import Any, TextIO
 
 import click
 
-from vpd_mlx.common.files import file_errors, read_rows
-from vpd_mlx.common.text import one_line, without_surrogates
+from vpd_mlx.common.files import file_errors, own_file, read_rows
+from vpd_mlx.common.text import one_line, visible, without_surrogates
 from vpd_mlx.errors import RunError, config_error
 from vpd_mlx.feedback.base import Answer, Host, SourceEntry, answer_each
 from vpd_mlx.feedback.outside import Outside
@@ -134,7 +134,7 @@ class Human(Outside):
             for row in read_rows(path):
                 self._known[str(row["problem"]), str(row["completion"])] = row["feedback"]
                 self._last = row["feedback"] or self._last
-            self._file = path.open("a", encoding="utf-8")
+            self._file = own_file(path, "a")
             text = path.read_bytes()
             self._file.truncate(text.rfind(b"\n") + 1)  # drops the unfinished line of a run that was killed
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -161,7 +161,7 @@ class Terminal:
 
     def show(self, text: str) -> None:
         """Print the text, without a newline of its own."""
-        click.echo(text, nl=False)
+        click.echo(visible(text), nl=False)
 
     def key(self) -> str | None:
         """One key, unechoed, without waiting for the end of a line. None on Ctrl-C, Ctrl-D or a signal to the run."""

@@ -135,7 +135,7 @@ class Asking(Outside):
                 future.cancel()
         if self._broken is not None:
             what = f"feedback source {self._name} failed {self._most_failures} times in a row, last: {self._broken}"
-            raise SourceError(f"{what}; fix it, then go on with --resume (feedback.max_failures sets the limit)")
+            raise SourceError(f"{what}; fix it, then resume the run (feedback.max_failures sets the limit)")
         return out
 
     def _submit(self, problem: Problem, rollout: Rollout) -> Future[Answer]:

@@ -12,12 +12,12 @@ import hashlib
 import ipaddress
 import json
 import os
+import socket
 import threading
-import time
 import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import Field
 
@@ -36,6 +36,7 @@ __all__ = ["SERVER", "Server", "ServerKeys", "ServerSettings"]
 
 LONGEST = 4 << 20  # bytes of one answer
 PAUSES = (0.5, 30.0)  # seconds before the second attempt, and at most
+SECRET = 8  # characters: a shorter key, such as `none`, is no secret, and a word of the answer
 CACHE = "feedback-cache"  # folder in the run folder
 
 
@@ -57,7 +58,7 @@ class ServerSettings(Section):
         description="Name of the environment variable that holds the key; the key itself never stands in a recipe.",
     )
     concurrency: Positive = Field(4, description="Requests under way at once.")
-    timeout: float = Field(60.0, gt=0, description="Seconds for one answer.")
+    timeout: float = Field(60.0, gt=0, description="Seconds for one answer, from the connection to its last byte.")
     retries: int = Field(
         3,
         ge=0,
@@ -92,7 +93,9 @@ class Server(Asking):
         self._prompter = prompter
         self._note_once = functools.cache(host.note)
         self._url = _endpoint(cfg.url or "")
-        self._client = _client(self._url, _headers(cfg), cfg.timeout, transport)
+        headers = _headers(cfg)
+        self._key = headers.get("Authorization", "").removeprefix("Bearer ")
+        self._client = _client(self._url, headers, cfg.timeout, transport)
         self._cache = None if cfg.cache_dir is None else Path(cfg.cache_dir)
         self._asking: dict[str, threading.Lock] = {}
         self._closed = threading.Event()
@@ -137,7 +140,7 @@ class Server(Asking):
                 why = str(error) or type(error).__name__
             else:
                 if status == 200:
-                    return _content(answer)
+                    return self._without_key(_content(answer))
                 why = f"status {status}{_detail(answer)}"
                 if status != 429 and status < 500:
                     break  # the server would say the same again
@@ -145,21 +148,29 @@ class Server(Asking):
             if attempt < self._cfg.retries and self._closed.wait(pause):
                 why = "the run is ending"
                 break
-        raise SourceError(f"{self._url}: {why}")
+        raise SourceError(self._without_key(f"{self._url}: {why}"))
+
+    def _without_key(self, text: str) -> str:
+        """The text, which a server wrote and a run keeps, without the key that the server was sent."""
+        return text.replace(self._key, "[key]") if len(self._key) >= SECRET else text
 
     def _post(self, body: bytes) -> tuple[int, float | None, bytes]:
         """One POST: (status, seconds that the server asks us to wait, body of the answer)."""
-        until, answer = time.monotonic() + self._cfg.timeout, b""
-        with self._client.stream("POST", self._url, content=body) as response:
-            # httpx's limit holds for each read: an answer that trickles in needs a limit of its own.
-            for chunk in response.iter_bytes():
-                answer += chunk
-                if time.monotonic() > until:
-                    raise TimeoutError
-                if len(answer) > LONGEST:
-                    raise OSError(f"an answer of more than {LONGEST >> 20} MB")
-            after = response.headers.get("Retry-After", "")
-            return response.status_code, float(after) if after.isdigit() else None, answer
+        answer = b""
+        with _Deadline(self._cfg.timeout) as deadline:
+            stream = self._client.stream("POST", self._url, content=body, extensions={"trace": deadline.trace})
+            try:
+                with stream as response:
+                    for chunk in response.iter_bytes():
+                        answer += chunk
+                        deadline.check()
+                        if len(answer) > LONGEST:
+                            raise OSError(f"an answer of more than {LONGEST >> 20} MB")
+            finally:
+                deadline.check()
+        after = response.headers.get("Retry-After", "")
+        wait = float(after) if after.isascii() and after.isdigit() else None
+        return response.status_code, wait, self._without_key(answer.decode(errors="replace")).encode()
 
     def _may_ask(self) -> bool:
         budget = self._cfg.budget_requests
@@ -203,6 +214,43 @@ class Server(Asking):
         self._sent = int(state.get("sent", 0))
 
 
+class _Deadline:
+    """Ends a request when its time is over. httpx's limits hold for each read: a server may drip headers and body for ever."""
+
+    def __init__(self, seconds: float) -> None:
+        self._over = False
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+        self._timer = threading.Timer(seconds, self._end)
+        self._timer.daemon = True
+
+    def __enter__(self) -> Self:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+
+    def trace(self, name: str, info: Mapping[str, Any]) -> None:
+        """Learn the request's socket from httpcore, which tells when it is connected, and when TLS has taken its place."""
+        if name.endswith(("connect_tcp.complete", "start_tls.complete")):
+            with self._lock:
+                self._socket = info["return_value"].get_extra_info("socket")
+            if self._over:
+                self._end()
+
+    def check(self) -> None:
+        """Raise a `TimeoutError` once the time is over."""
+        if self._over:
+            raise TimeoutError
+
+    def _end(self) -> None:
+        self._over = True
+        with self._lock, contextlib.suppress(OSError):  # closed already
+            if self._socket is not None:
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # wakes the thread that reads from it
+
+
 def _cached(file: Path | None) -> str | None:
     try:
         text = json.loads(file.read_text(encoding="utf-8"))["answer"] if file is not None else None
@@ -233,7 +281,8 @@ def _client(
     local = host == "localhost"
     with contextlib.suppress(ValueError):  # a name, not an address
         local = local or ipaddress.ip_address(host).is_loopback
-    limits = httpx.Limits(max_connections=None)
+    # A connection of its own for each request, whose socket `_Deadline` knows.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     try:
         return httpx.Client(headers=headers, timeout=seconds, limits=limits, transport=transport, trust_env=not local)
     except (ImportError, ValueError) as error:

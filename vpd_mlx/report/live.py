@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from vpd_mlx.common.text import duration, percent
+from vpd_mlx.common.text import duration, percent, visible
 from vpd_mlx.run.advice import gap_line
 from vpd_mlx.run.progress import Progress
 from vpd_mlx.types import Rollout
@@ -72,6 +72,11 @@ def selection_line(step: int, result: Mapping[str, Any], best: bool) -> str:
     return f"{found}, the best so far" if best else found
 
 
+def _note(text: str) -> str:
+    """A note in one line that can do nothing to the terminal: it may quote a verifier or a server."""
+    return visible(text).replace("\n", "\\n")
+
+
 class QuietView(Progress):
     """Warnings only, on standard error."""
 
@@ -83,7 +88,7 @@ class QuietView(Progress):
 
     def note(self, text: str) -> None:
         """A line on standard error."""
-        print(text, file=sys.stderr, flush=True)
+        print(_note(text), file=sys.stderr, flush=True)
 
 
 class PlainView(QuietView):
@@ -95,7 +100,7 @@ class PlainView(QuietView):
 
     def note(self, text: str) -> None:
         """A line."""
-        print(text, flush=True)
+        print(_note(text), flush=True)
 
     def step(self, step: int, steps: int, metrics: Mapping[str, Any], seconds_left: float) -> None:
         """A line, unless there was one a moment ago."""
@@ -117,7 +122,7 @@ class LiveView(Progress):
 
     def __init__(self, console: Console, title: str) -> None:
         self._console = console
-        self._title = title
+        self._title = visible(title)
         self._phase: tuple[str, int, int | None] = ("loading", 0, None)
         self._began = time.monotonic()
         self._took: dict[str, float] = {}  # seconds that each phase took when it was last through
@@ -135,7 +140,7 @@ class LiveView(Progress):
 
     def note(self, text: str) -> None:
         """A line above the table."""
-        self._console.print(Text(text, style="yellow"))
+        self._console.print(Text(_note(text), style="yellow"))
 
     def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
         """What is going on."""
@@ -228,7 +233,7 @@ class LiveView(Progress):
 
     def _cut(self, text: str, width: int, lines: int) -> list[str]:
         """The first `lines` lines of the text, wrapped; the last one ends in an ellipsis if lines are missing."""
-        whole = [str(line).rstrip() for line in Text(text.strip()).wrap(self._console, max(8, width))]
+        whole = [str(line).rstrip() for line in Text(visible(text).strip()).wrap(self._console, max(8, width))]
         if len(whole) <= lines:
             return whole
         return [*whole[: lines - 1], f"{whole[lines - 1][: max(7, width - 1)]}…"]
