@@ -97,9 +97,9 @@ def test_no_exception_outlives_its_command():
 
 def test_a_command_that_fails_is_told_and_the_shell_is_one(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(docs_commands, "small_run", lambda folder: None)
-    page = "```\ncd docs\ncat troubleshooting.md\nvpd-mlx train --set a\ncat never\n```\n"
+    page = "```\ncd docs\ncat several-macs.md\nvpd-mlx train --set a\ncat never\n```\n"
     with pytest.raises(
-        SystemExit, match=r"(?s)# Troubleshooting.*\$ vpd-mlx train --set a\n.*not of the form key=value"
+        SystemExit, match=r"(?s)# Several Macs.*\$ vpd-mlx train --set a\n.*not of the form key=value"
     ) as e:
         docs_commands.run_page(page)
     assert "cat never" not in str(e.value)
