@@ -232,6 +232,8 @@ QUICK: dict[str, dict[str, str]] = {
         "bpf": "reached(sc(321,280,0,bytes(64),64))",
         "perf": "reached(sc(298,241,struct.pack('IIQ',1,112,0)+bytes(96),0,-1,-1,0))",
         "io_uring": "reached(sc(425,425,8,ctypes.create_string_buffer(120)))",
+        "asynchronous files": "reached(sc(206,0,1,ctypes.create_string_buffer(8)))",
+        "watches": "reached(sc(294,26,0))",
         "user namespace": "reached(sc(272,97,0x10000000))",
         "clone into one": "r=sc(56,220,0x10000011,0,0,0,0); r or os._exit(0); reached(r)",
         "clone3": "b=ctypes.create_string_buffer(struct.pack('QQQQQQQQ',0x10000000,0,0,0,17,0,0,0),64)\n"

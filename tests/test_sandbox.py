@@ -257,6 +257,13 @@ def test_a_broken_test_is_not_the_programs_fault(box: Sandbox) -> None:
     ):
         with box.open("def f(x): return 1") as session, pytest.raises(SourceError, match="fix the row's tests"):
             box.judge(session, tests, {"f": "f"}, setup)
+    for frame in ("Tnull", 'T{"ok": 1}', 'C["f"]', 'C["f", [{"q": 1}], {}]', "Zx", ""):
+        write = f"import os\nos.write(4, {len(frame).to_bytes(4, 'big') + frame.encode()!r})"
+        with (
+            box.open("def f(x): return 1") as session,
+            pytest.raises(SourceError, match=r"sandbox's pipe.*fix the row"),
+        ):
+            box.judge(session, [write], {"f": "f"})
     with box.open("def f(x): return None") as session:
         (outcome,) = box.judge(session, ["assert len(f(1)) == 2"], {"f": "f"})
     assert outcome.failure is not None

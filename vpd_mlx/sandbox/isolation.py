@@ -22,8 +22,8 @@ DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 OLD = "/.vpd-old"  # where the machine's own root stays while the new one is made
 
 # System calls that programs do without: name, number on x86_64, number on aarch64 (-1: none). In turn: other processes, their
-# priorities, memory that RLIMIT_AS does not count, objects that processes of one user share, sockets but for pairs, and parts of
-# the kernel that programs have no business with.
+# priorities, memory that RLIMIT_AS does not count and what the kernel has only so many of, objects that processes of one user
+# share, sockets but for pairs, and parts of the kernel that programs have no business with.
 DENIED = """
     fork 57 -1                vfork 58 -1                execve 59 221              execveat 322 281
     tkill 200 130             rt_sigqueueinfo 129 138    rt_tgsigqueueinfo 297 240  pidfd_open 434 434
@@ -35,7 +35,8 @@ DENIED = """
     sched_setattr 314 274     ioprio_set 251 30
 
     memfd_create 319 279      memfd_secret 447 447       shmget 29 194              msgget 68 186
-    semget 64 190             mq_open 240 180
+    semget 64 190             mq_open 240 180            io_setup 206 0             inotify_init 253 -1
+    inotify_init1 294 26
 
     shmat 30 196              shmctl 31 195              msgsnd 69 189              msgrcv 70 188
     msgctl 71 187             semop 65 193               semctl 66 191              semtimedop 220 192
@@ -54,7 +55,7 @@ DENIED = """
     syncfs 306 267
 """
 # The same where namespaces do not hide the files of others: Landlock leaves owner, rights, times and attributes of files alone,
-# and watching, and its first versions leave truncation alone.
+# and its first versions leave truncation alone.
 DENIED_OUTSIDE = """
     chmod 90 -1               fchmod 91 52               fchmodat 268 53            fchmodat2 452 452
     chown 92 -1               fchown 93 55               lchown 94 -1               fchownat 260 54
@@ -63,7 +64,7 @@ DENIED_OUTSIDE = """
     getxattr 191 8            lgetxattr 192 9            fgetxattr 193 10           getxattrat 464 464
     listxattr 194 11          llistxattr 195 12          flistxattr 196 13          listxattrat 465 465
     removexattr 197 14        lremovexattr 198 15        fremovexattr 199 16        removexattrat 466 466
-    file_setattr 469 469      truncate 76 45             openat2 437 437            inotify_add_watch 254 27
+    file_setattr 469 469      truncate 76 45             openat2 437 437
 """
 NEWEST = 469  # the kernel may know calls beyond this table: they are refused
 CLONE, CLONE3 = (56, 220), (435, 435)
@@ -205,6 +206,7 @@ def set_limits(spec: Spec) -> None:
 
     limits = {"CPU": spec.cpu, "AS": spec.memory, "FSIZE": spec.file, "NOFILE": 64}
     limits |= dict.fromkeys(("CORE", "MEMLOCK", "MSGQUEUE"), 0)
+    limits["SIGPENDING"] = 64  # the kernel counts those of all processes of a user
     if sys.platform == "linux":
         # The kernel counts threads per user: without a user id of our own, other processes' threads count too.
         others = 0 if {"namespaces", "userid"} & spec.layers else _threads_of(os.geteuid())
