@@ -31,6 +31,7 @@ from vpd_mlx.errors import SourceError
 from vpd_mlx.sandbox import Failure, Limits, Sandbox, Value, isolation, layers
 from vpd_mlx.sandbox.folders import Folder, sweep
 from vpd_mlx.sandbox.layers import MAC_DEVICES, seatbelt_profile
+from vpd_mlx.sandbox.spawn import Child
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="a layer of Linux")
 WITHOUT = {
@@ -417,6 +418,33 @@ def test_a_killed_run_leaves_no_folder(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir())
     subprocess.run([sys.executable, "-c", "from vpd_mlx.sandbox.folders import sweep; sweep()"], env=env, check=True)
     assert not list(tmp_path.iterdir())
+
+
+def test_it_runs_without_standard_files_and_forks_nothing(tmp_path: Path) -> None:
+    code = (
+        "import os\nos.closerange(0, 3)\nfrom vpd_mlx.sandbox import Sandbox\n"
+        "def fork(): raise AssertionError('forks')\nos.fork = fork\nimport _posixsubprocess as p\np.fork_exec = None\n"
+        "out = Sandbox().run('import sys; print(input()); print(2, file=sys.stderr)', stdin='1')\n"
+        f"open({str(tmp_path / 'out')!r}, 'w').write(repr((out.stdout, out.stderr)))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+    assert (tmp_path / "out").read_text() == repr(("1\n", "2\n"))
+
+
+def test_processes_are_started_waited_for_and_ended() -> None:
+    read, write = os.pipe()
+    child = Child([sys.executable, "-c", "import os; os.write(1, b'x'); os._exit(7)"], [read, write])
+    assert child.wait(60) == child.wait() == 7
+    assert os.read(read, 9) == b"x"
+    child.kill()  # does nothing: the number may be another's
+    sleeper = Child([sys.executable, "-c", "import time; time.sleep(60)"], [read, write, write])
+    assert sleeper.wait(0.01) is None
+    sleeper.kill()
+    assert sleeper.wait(60) == -signal.SIGKILL
+    os.close(read)
+    os.close(write)
+    with pytest.raises(FileNotFoundError):
+        Child(["/nowhere"], [0, 1, 2])
 
 
 @LINUX
