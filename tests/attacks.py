@@ -9,7 +9,6 @@ from __future__ import annotations
 # A promise, or `limits`, which hold whatever the layers -> what a program tries -> the program.
 ALONE: dict[str, dict[str, str]] = {
     "limits": {
-        "fork bomb": "import os\nwhile True:\n  os.fork()",
         "thread bomb": "import threading,time\nwhile True: threading.Thread(target=time.sleep,args=(99,)).start()",
         "memory bomb": "x=bytearray(10**11)",
         "slow memory bomb": "a=[]\nwhile True: a.append('x'*10**6+str(len(a)))",
@@ -34,7 +33,8 @@ ALONE: dict[str, dict[str, str]] = {
         "recursion": "import sys\nsys.setrecursionlimit(10**9)\ndef f(): return [f()]\nrepr(f())",
         "closes everything": "import os,time\nos.closerange(0,256); time.sleep(1000)",
     },
-    "memory": {
+    "resources": {
+        "fork bomb": "import os\nwhile True:\n  os.fork()",
         "uncounted memory": "import os\nfor i in range(200):\n  f=os.memfd_create('x')\n  os.write(f,b'x'*10**6)\nprint('HARM')",
         "shared memory": "import ctypes\nc=ctypes.CDLL(None)\nfor i in range(64):\n  s=c.shmget(0,1<<26,0o1600)\n"
         "  if s>=0: c.shmat.restype=ctypes.c_void_p; p=c.shmat(s,None,0); p not in(None,2**64-1) and ctypes.memset(p,1,1<<26)"
@@ -257,6 +257,10 @@ QUICK: dict[str, dict[str, str]] = {
 
 # Longer ones, among them what may end the program: one each.
 ALONE_NEW = {
+    "resources": {
+        "threads that fork": "import os,threading\ndef f(): [os.fork() for _ in range(99)]\n"
+        "for i in range(6): threading.Thread(target=f).start()",
+    },
     "limits": {
         "stops itself": "import os,signal\nos.kill(os.getpid(),signal.SIGSTOP)",
         "abort": "import os\nos.abort()",
@@ -279,8 +283,6 @@ ALONE_NEW = {
         "32-bit call": "import ctypes,mmap,os\nif os.uname().machine=='x86_64':\n"
         "  m=mmap.mmap(-1,4096,prot=7); m.write(bytes.fromhex('b81400000031dbcd80c3'))\n"
         "  call=ctypes.CFUNCTYPE(ctypes.c_int); call(ctypes.addressof(ctypes.c_char.from_buffer(m)))()",
-        "threads that fork": "import os,threading\ndef f(): [os.fork() for _ in range(99)]\n"
-        "for i in range(6): threading.Thread(target=f).start()",
     },
     "descendants": {
         "session of its own": "import os,time\nos.setsid() if os.getpid()!=os.getpgid(0) else None\nif os.fork()==0:\n"

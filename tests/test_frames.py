@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -56,3 +57,11 @@ def test_calls_and_reports() -> None:
         for reader in (read_call, read_report):
             with pytest.raises(ValueError, match=r"not a|nested"):
                 reader(body.encode())
+
+
+def test_members_that_must_be_searched_take_no_time() -> None:
+    members = ",".join(f'{{"z":[{n}]}}' for n in range(3000))
+    got = read_value(f'{{"s":[{members}]}}'.encode())
+    start = time.process_time()
+    assert not got.equals(set(range(3000)))
+    assert time.process_time() - start < 5 * LIMIT

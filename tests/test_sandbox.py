@@ -313,9 +313,9 @@ def test_what_is_missing_is_said_and_refused() -> None:
     [
         (("namespaces",), set()),
         (("landlock",), set()),
-        (("seccomp",), {"network", "memory", "kernel"}),
+        (("seccomp",), {"network", "resources", "kernel"}),
         (("namespaces", "landlock"), {"files", "processes"}),
-        (("namespaces", "seccomp"), {"files", "network", "processes", "descendants", "memory", "kernel"}),
+        (("namespaces", "seccomp"), {"files", "network", "processes", "descendants", "resources", "kernel"}),
     ],
 )
 def test_a_layer_alone_is_not_taken_for_more_than_it_is(without: tuple[str, ...], missing: set[str]) -> None:

@@ -24,6 +24,7 @@ LIMIT = 0.25  # seconds of CPU for one frame, of at most some 300 kB
 OURS: list[Any] = [
     None, True, 0, 2**70, 1.5, math.inf, "é", b"\x00", 1 + 2j, [1, [2]], (1, (2,)), {1, (2, 3)}, frozenset({frozenset({1})}),
     {1: [2], "k": {(1,): None}}, list(range(100)), {i: str(i) for i in range(50)},
+    set(range(3000)),
 ]  # fmt: skip
 PIECES = [
     *'{}[]",:0123456789-.eE+ \\', '{"t":[', '{"d":[[', '{"i":"0x', '{"c":[', '{"f":"', '{"s":[', '{"z":[', '{"b":"', "]}", "]]}",
@@ -54,6 +55,14 @@ def plain(rng: random.Random, depth: int = 0) -> Any:
 
 def frame(rng: random.Random) -> bytes:
     """A frame's body: a good one, a bad one that is known, or one made of pieces; most of them damaged."""
+    if rng.random() < 0.001:
+        item = json.dumps(encode(plain(rng)))
+        many = ",".join([item] * (250_000 // (len(item) + 1)))
+        return (
+            rng.choice(('{"t":[%s]}', '{"s":[%s]}', '{"d":[[1,[%s]]]}', '["f",[%s],{}]', "[%s", "%s"))
+            .replace("%s", many)
+            .encode()
+        )
     kind = rng.randrange(5)
     if kind == 0:
         return rng.choice(list(FRAMES.values()))[1:]

@@ -32,17 +32,18 @@ PROMISES = {  # and what can happen if one is not kept
     "network": "programs could use the network",
     "processes": "programs could signal, slow down and inspect other processes of this user",
     "descendants": "processes that a program leaves behind could live on",
-    "memory": "programs could take more memory than they may",
+    "resources": "programs could take more memory, and start more processes, than they may",
     "kernel": "programs could reach keyrings and parts of the kernel that often have holes",
 }
 # Sets of layers that keep a promise: one of them is enough. Landlock alone leaves rights, times and attributes of files to a
-# program. A network namespace leaves sockets to the host of a virtual machine. Shared memory escapes a limit on address space.
+# program. A network namespace leaves sockets to the host of a virtual machine. Shared memory escapes a limit on address space, and
+# root one on processes.
 KEPT_BY: dict[str, tuple[set[str], ...]] = {
     "files": ({"namespaces"}, {"landlock", "seccomp"}, {"seatbelt"}),
     "network": ({"seccomp"}, {"seatbelt"}),
     "processes": ({"namespaces"}, {"landlock", "seccomp"}, {"seatbelt", "lookups"}),
     "descendants": ({"namespaces"}, {"seccomp"}, {"seatbelt"}),
-    "memory": ({"seccomp"}, {"seatbelt"}),
+    "resources": ({"seccomp"}, {"seatbelt"}),
     "kernel": ({"seccomp"}, {"seatbelt", "lookups"}),
 }
 GIVE_UP_ORDER = ("lookups", "userid", "landlock", "namespaces", "seccomp", "seatbelt")

@@ -141,7 +141,8 @@ def _find(ours: Collection[Any], item: Any, loose: bool) -> Any:
     try:
         key = _hashable(item)
     except ValueError:
-        return next((x for x in ours if _same(x, item, loose)), _ABSENT)
+        # A frozenset, or a tuple with one in it: the kind is looked at first, because a program chooses how often this is done.
+        return next((x for x in ours if isinstance(x, tuple | frozenset) and _same(x, item, loose)), _ABSENT)
     return key if key in ours else _ABSENT
 
 
