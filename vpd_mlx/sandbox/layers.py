@@ -36,8 +36,8 @@ PROMISES = {  # and what can happen if one is not kept
     "kernel": "programs could reach keyrings and parts of the kernel that often have holes",
 }
 # Sets of layers that keep a promise: one of them is enough. Landlock alone leaves rights, times and attributes of files to a
-# program. A network namespace leaves sockets to the host of a virtual machine. Shared memory escapes a limit on address space, and
-# root one on processes.
+# program. A network namespace leaves sockets to the host of a virtual machine. Shared memory escapes a limit on address space,
+# and root one on processes.
 KEPT_BY: dict[str, tuple[set[str], ...]] = {
     "files": ({"namespaces"}, {"landlock", "seccomp"}, {"seatbelt"}),
     "network": ({"seccomp"}, {"seatbelt"}),
