@@ -117,6 +117,10 @@ def test_no_frame_scores(box: Sandbox, world: Arena) -> None:
 @LINUX
 def test_the_page_says_which_layers_keep_which_promise() -> None:
     page = (Path(__file__).parents[1] / "docs" / "sandbox.md").read_text()
+    for promise, ways in layers.KEPT_BY.items():
+        said = re.search(rf"(?m)^\| {promise} \| {layers.PROMISES[promise]}.*\| (.*) \|$", page)
+        assert said is not None, promise
+        assert tuple({*way.split(" and ")} for way in said[1].split("; or ")) == ways
     table = page.split("<!-- table by make hostile-test -->\n")[1].split("<!-- end of table -->")[0]
     head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     assert head[1:-2] == list(layers.PROMISES)
