@@ -381,13 +381,15 @@ def test_libraries_may_lie_anywhere(without: tuple[str, ...]) -> None:
 def test_folders_of_the_dead_are_swept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     mine = Folder()
-    dead, foreign = tmp_path / "vpd-sandbox-dead", tmp_path / "vpd-sandbox-link"
+    dead, foreign = tmp_path / "vpd-sandbox-locked-dead", tmp_path / "vpd-sandbox-locked-link"
     (dead / "a").mkdir(parents=True)
     (tmp_path / "kept").mkdir()
     foreign.symlink_to(tmp_path / "kept")
-    file = tmp_path / "vpd-sandbox-file"
+    file = tmp_path / "vpd-sandbox-locked-file"
     file.write_text("x")
+    (tmp_path / "vpd-sandbox-old").mkdir()
     sweep()
+    assert (tmp_path / "vpd-sandbox-old").is_dir()
     assert not dead.exists()
     assert Path(mine.path).is_dir()
     assert foreign.is_symlink()

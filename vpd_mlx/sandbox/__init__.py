@@ -3,8 +3,8 @@
 1. `Sandbox()` finds out which layers of isolation this machine offers (`layers`): it starts an empty program under all of them
    and gives up one after another until it runs. On Linux they are namespaces, a user id of its own, Landlock and seccomp; on
    macOS it is `sandbox-exec`. `abilities` says which promises that keeps, and what can happen where one is not kept.
-2. `Sandbox.run(program, stdin)` starts a bare Python (`process`, `spawn`): no environment, no package of ours, pipes for everything it
-   reads and writes.
+2. `Sandbox.run(program, stdin)` starts a bare Python (`process`, `spawn`): no environment, no package of ours, pipes for
+   everything it reads and writes.
 3. The child isolates itself (`isolation`) before it receives a line of the program: no home folder, no network, no other
    process, and limits of time, memory, output and disk. Everything it starts dies with it.
 4. It receives the program through a pipe and runs it (`child`), or loads it and waits for calls of its functions.

@@ -15,7 +15,7 @@ from vpd_mlx.errors import SourceError
 
 __all__ = ["FIRST_UID", "Folder", "sweep"]
 
-PREFIX = "vpd-sandbox-"
+PREFIX = "vpd-sandbox-locked-"  # version 1 did not lock its folders, and may still run
 FIRST_UID = 1_000_000_000  # programs that have a user id of their own have one from here on
 
 
