@@ -249,7 +249,10 @@ def test_a_verifiers_process_does_not_outlive_a_run_that_is_killed(mine: Path):
         "import os, sys, time\nsys.stdout.fileno(), sys.stderr.encoding\n"
         "def verify(problem, completion):\n    open('pid', 'w').write(str(os.getpid()))\n    time.sleep(60)\n"
     )
-    code = f"from vpd_mlx.tasks import *; from vpd_mlx.recipe import load_recipe; prove(build_task(load_recipe({str(mine)!r})))"
+    code = (
+        "from pathlib import Path; from vpd_mlx.recipe import load_recipe; from vpd_mlx.tasks import build_task, prove; "
+        f"prove(build_task(load_recipe(Path({str(mine)!r}))))"
+    )
     with subprocess.Popen([sys.executable, "-c", code], env=ENV) as process:
         wait_for(lambda: Path("pid").exists() and Path("pid").read_text() != "")
         process.kill()

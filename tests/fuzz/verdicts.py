@@ -4,7 +4,7 @@
 
 A case is a completion for a task, or something strange that a verifier returns. Each must give a verdict whose score lies in 0..1
 and whose texts can be written to a file; an error is a verdict, too. A case is given the task's limit of processor time for the
-completion and as much for the row's reference, and `SLOW` times as much by the clock; our own process a second.
+completion and as much for the row's reference, and `SLOW` seconds by the clock; our own process a second of processor time.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from typing import Any
 
 from vpd_mlx.common.functions import Handed
 from vpd_mlx.recipe import load_recipe
+from vpd_mlx.sandbox.sandbox import LOAD_SECONDS
 from vpd_mlx.tasks import Task, answer_of, build_task, examine
 from vpd_mlx.tasks.checker import CLOCK
 from vpd_mlx.types import MOST_TEXT, Verdict
 
 LIMIT = 0.3  # seconds of processor time: `task.timeout`
-SLOW = 2 * CLOCK * (LIMIT + 1) + 10  # seconds by the clock, on a machine that may be busy
+# Seconds by the clock, on a machine that may be busy: two calls, and a process to start for each.
+SLOW = 2 * CLOCK * (LIMIT + 1) + 2 * LOAD_SECONDS
 OURS = 1.0  # seconds of our own processor time
 
 ATOMS = [
@@ -91,7 +93,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {  # row, sett
     "addition": ({}, {}, 8),
     "exact": ({"answer": "A"}, {"ignore_case": True}, 15),
     "mcq": ({"answer": "B"}, {}, 15),
-    "math": ({"answer": "12"}, {"timeout": LIMIT}, 12),
+    "math": ({"answer": "12"}, {"timeout": LIMIT}, 8),
     "regex": ({"answer": "(a|aa|1)*x?", "reference": "aax"}, {"timeout": LIMIT}, 16),
     "json-schema": ({"schema": TREE}, {"timeout": LIMIT}, 16),
     "python": ({"answer": "12"}, {"verifier": "verifier.py", "timeout": 5}, 6),

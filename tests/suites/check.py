@@ -11,6 +11,7 @@ out and counted.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -20,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from vpd_mlx.recipe import builtin_recipes
-from vpd_mlx.sandbox import Failure, Limits, Sandbox
+from vpd_mlx.sandbox import Failure, Limits, Sandbox, Value
 from vpd_mlx.sandbox.child import encode
 from vpd_mlx.tasks.suites import imports_for
 
 Row = dict[str, Any]
+GENEROUS = 120  # seconds: some inputs are large
 
 
 def humaneval(rows: list[Row]) -> Iterator[Row]:
@@ -46,23 +48,44 @@ def mbpp_plus(rows: list[Row]) -> Iterator[Row]:
 
 
 def mbpp_plus_inputs(rows: list[Row]) -> Iterator[Row]:
-    """The inputs that evalplus added."""
-    sandbox, refused, calls = Sandbox(Limits(wall_s=30, cpu_s=20, output_kb=16384)), 0, 0
+    """The inputs that evalplus added. JSON has made lists of tuples, and text of complex numbers: the first form counts that
+    the canonical program accepts."""
+    limits = Limits(wall_s=20, cpu_s=GENEROUS, output_kb=16384)
+    sandbox, refused, calls = Sandbox(limits), 0, 0
     for r in rows:
         name, tests = r["entry_point"], []
-        with sandbox.open(r["canonical_solution"], imports_for(r["canonical_solution"])) as program:
-            for args in r["plus_input"]:
+        with sandbox.open(r["canonical_solution"], imports_for(r["canonical_solution"]), per_call=True) as program:
+            for given in r["plus_input"]:
                 calls += 1
-                call, got = f"{name}(*{args!r})", program.send(name, [encode(a) for a in args], {})
+                for args in forms(given):
+                    got = program.send(name, [encode(a) for a in args], {})
+                    if isinstance(got, Value):
+                        break
+                call = f"{name}(*{args!r})"
                 if isinstance(got, Failure):
                     refused += 1
                 elif got.opaque is not None:
                     tests.append(f"assert {'' if got.encoded['o'][1] else 'not '}{call}")
                 else:
                     tests.append(f"assert same({call}, {got})")
-        if tests:
-            yield {**_program(r), "tests": tests, "setup": SAME}
+        yield {**_program(r), "tests": tests, "setup": SAME}
     print(f"{calls} inputs, of which the canonical programs refuse {refused}", flush=True)
+
+
+def forms(args: list[Any]) -> Iterator[list[Any]]:
+    """What the arguments may have been before they were JSON."""
+    yield args
+    for n, arg in enumerate(args):
+        if isinstance(arg, list):
+            yield [*args[:n], tuple(arg), *args[n + 1 :]]
+    yield [deep(arg) for arg in args]
+    with contextlib.suppress(TypeError, ValueError):
+        yield [complex(arg) for arg in args]
+
+
+def deep(value: Any) -> Any:
+    """Tuples for all lists."""
+    return tuple(map(deep, value)) if isinstance(value, list) else value
 
 
 # Not a number equals itself here.
@@ -103,7 +126,8 @@ def check(name: str, data: Path, out: Path) -> bool:
     recipe = {
         "name": name,
         "model": str(builtin_recipes()["quickstart"].parent / "model"),
-        "task": {"kind": kind, "data": f"{name}.jsonl"},
+        "task": {"kind": kind, "data": f"{name}.jsonl"}
+        | ({"wall": GENEROUS, "cpu": GENEROUS} if kind == "code" else {}),
         "rollout": {"max_prompt_tokens": 7000},
     }
     (out / f"{name}.yaml").write_text(json.dumps(recipe))
