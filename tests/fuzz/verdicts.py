@@ -44,7 +44,7 @@ ATOMS = [
 RETURNED: list[Callable[[random.Random], Any]] = [
     lambda r: r.random(),
     lambda r: (r.choice([0, 1, 0.5, -0.0]), text(r)),
-    lambda r: (0.0, text(r) * r.choice([1, 50_000])),
+    lambda r: (0.0, text(r)[:100] * r.choice([1, 50_000])),
     lambda r: r.choice(
         [
             None,
