@@ -36,6 +36,13 @@ def filled(policy: Policy, seed: int = 0) -> dict[str, mx.array]:
     return {k: mx.array(rng.normal(0, 0.1, v.shape).astype(np.float32)) for k, v in policy.adapter.items()}
 
 
+def take_back(policy: Policy) -> None:
+    """Make lean layers, which half precision and a GPU's ways have, mlx-lm's again."""
+    for layer in policy.model.modules():
+        if type(layer) is Lora:
+            layer.__class__ = LoRALinear
+
+
 def policies(
     kind: str = "llama", dtype: mx.Dtype = mx.float32, dropout: float = 0.0, bits: int | None = 4
 ) -> list[Policy]:
@@ -47,9 +54,7 @@ def policies(
             nn.quantize(policy.model, 32, bits)
         policy.model.set_dtype(dtype)
         policy.adapt(LoraSettings(rank=4, scale=3.0, dropout=dropout), 0)
-        for layer in policy.model.modules():
-            if type(layer) is Lora:
-                layer.__class__ = LoRALinear
+        take_back(policy)
         if own:
             lean(policy.model)
         policy.set_adapter(filled(policy))
@@ -114,6 +119,7 @@ def test_one_layer_is_mlx_lms_to_a_millionth():
 def test_layers_that_read_the_same_input_share_a_product(kind: str, sizes: list[int]):
     arguments = {"head_dim": 16} if kind == "gemma2" else {}
     policy = tiny_policy(kind, lora=LoraSettings(rank=4), **arguments)
+    take_back(policy)
     policy.set_adapter(filled(policy))
     ids = mx.array([[5, 6, 7, 8]])
     want = policy.model(ids)
@@ -208,8 +214,9 @@ def test_the_files_are_mlx_lms(tmp_path: Path):
     assert ours.fingerprint == before
 
 
-def test_a_cpu_in_float32_keeps_mlx_lms_layer_and_half_precision_does_not():
-    for dtype, kind in ((mx.float32, LoRALinear), (mx.bfloat16, Lora)):
+def test_a_cpu_in_float32_keeps_mlx_lms_layer_and_half_precision_does_not(monkeypatch: pytest.MonkeyPatch):
+    for ways, dtype, kind in (("0", mx.float32, LoRALinear), ("0", mx.bfloat16, Lora), ("1", mx.float32, Lora)):
+        monkeypatch.setenv("VPD_MLX_GPU_PATHS", ways)
         policy = tiny_policy("llama")
         policy.model.set_dtype(dtype)
         policy.adapt(LoraSettings(rank=4), 0)
