@@ -300,7 +300,7 @@ def test_reference_solutions_are_tried_where_rows_have_them(own_task: Callable[.
     rows = [{"prompt": f"{a}+15=", "answer": f"{a + 15}", "reference": f"{a + 15}"} for a in range(11, 35)]
     wording = 'templates: {reference: "{prompt}\\nA correct answer: {context}"}\n'
     path = own_task("".join(json.dumps(row) + "\n" for row in rows), wording)
-    done = invoke(str(path), "--json", "--problems", "9", "--set", "feedback.max_tokens=1")
+    done = invoke(str(path), "--json", "--problems", "9", "--templates", "recipe", "--set", "feedback.max_tokens=1")
     assert done.exit_code == 0, (done.output, done.exception)
     found = json.loads(done.stdout)
     teacher = next(t for t in found["teachers"] if t["source"] == "reference")
