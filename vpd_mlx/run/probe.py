@@ -239,7 +239,7 @@ class _Bench:
             for wording, prompter in self.prompters.items():
                 teacher = self._teacher(name, wording, answers, prompter)
                 if teacher is None:
-                    silent[f"{name}, {wording}"] = "no room for its texts in the teacher's prompt"
+                    silent[f"{name}, {wording}"] = "no room for its texts; raise feedback.max_prompt_tokens"
                     self._total -= share
                 else:
                     found.append(teacher)
