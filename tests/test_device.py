@@ -17,8 +17,13 @@ import pytest
 from fakes import tiny_policy
 from mlx.utils import tree_flatten
 from test_architectures import make
+from test_temperature import Descent, batch
 
 from vpd_mlx import losses
+from vpd_mlx.algos import grpo
+from vpd_mlx.algos.grpo import policy_gradient_update
+from vpd_mlx.algos.samples import gather
+from vpd_mlx.algos.settings import GrpoSettings
 from vpd_mlx.engine import caches, device, learner, precision
 from vpd_mlx.engine.batching import micro_batches, shared_prompts
 from vpd_mlx.engine.heads import chunk_size, target_logps
@@ -51,9 +56,12 @@ def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return request.param
 
 
-def moved(dtype: mx.Dtype = mx.float32, kind: str = "llama", **arguments) -> Policy:
+LORA = LoraSettings(rank=4)
+
+
+def moved(dtype: mx.Dtype = mx.float32, kind: str = "llama", lora: LoraSettings = LORA, **arguments) -> Policy:
     """A network whose adapter is not zero, and whose base is rounded to `dtype`."""
-    policy = tiny_policy(kind, LoraSettings(rank=4), dtype, **arguments)
+    policy = tiny_policy(kind, lora, dtype, **arguments)
     keys = enumerate(policy.adapter.items())
     policy.set_adapter({k: v + 0.02 * mx.random.normal(v.shape, key=mx.random.key(i)) for i, (k, v) in keys})
     return policy
@@ -159,6 +167,23 @@ def test_a_gradient_that_overflows_is_taken_again_with_less(monkeypatch: pytest.
     # What is not finite at any scale is handed on, for the update to be left out and counted.
     policy.set_adapter({k: v * float("nan") for k, v in policy.adapter.items()})
     assert not np.isfinite(gradient_of(policy, rows, 1.0)).any()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_ratio_begins_at_1(dropout: float, monkeypatch: pytest.MonkeyPatch):
+    """Exactly, on any kernel: the first update's pass finds what is old from then on, and none is made for it before."""
+    policy = moved(mx.bfloat16, lora=LoraSettings(rank=4, dropout=dropout))
+    samples, asked = gather(batch(policy)), []
+    real = grpo.scored
+    monkeypatch.setattr(grpo, "scored", lambda policy, rows: asked.append(len(rows)) or real(policy, rows))
+    metrics, seen = policy_gradient_update(policy, samples, Descent(), GrpoSettings(epochs=2), seed=0)
+    assert asked == ([len(samples)] if dropout else [])  # what drops out in one pass does not in another
+    assert all((columns["ratio"] == 1).all() for columns in seen.values()) == (not dropout)
+    assert metrics["ratio_max"] > 1.001
+    _, seen = policy_gradient_update(policy, samples, Descent(), GrpoSettings(minibatch_prompts=1), seed=0)
+    assert not all(
+        (columns["ratio"] == 1).all() for columns in seen.values()
+    )  # the second minibatch's policy has moved
 
 
 def test_a_scale_is_a_power_of_two_and_float32_needs_none():

@@ -69,6 +69,20 @@ def test_a_wrong_kernel_on_the_device_is_caught(monkeypatch):
     assert sum("against CPU" in name for name in names_of_bad()) >= 10
 
 
+def test_tf32_is_noticed_and_allowed_for(monkeypatch):
+    """Inputs rounded to ten bits of mantissa, as a GPU may do unasked: the product is less exact, and so may be what follows."""
+    assert selftest._tolerance() == selftest.DEVICE_TOLERANCE
+    real = mx.matmul
+
+    def rounded(x: mx.array, bits: int) -> mx.array:
+        return mx.view(mx.view(x, mx.uint32) & mx.array(0xFFFFFFFF << (23 - bits) & 0xFFFFFFFF, mx.uint32), mx.float32)
+
+    monkeypatch.setattr(mx, "matmul", lambda a, b: real(rounded(a, 10), rounded(b, 10)))
+    assert selftest._tolerance() == selftest.TF32_TOLERANCE
+    monkeypatch.setattr(mx, "matmul", lambda a, b: real(rounded(a, 3), rounded(b, 3)))
+    assert selftest._tolerance() == selftest.DEVICE_TOLERANCE  # that is no TF32 but wrong
+
+
 def test_not_a_number_is_caught(monkeypatch):
     real = losses.bco_loss
     monkeypatch.setattr(losses, "bco_loss", lambda *a, **k: (real(*a, **k)[0] * float("nan"), real(*a, **k)[1]))

@@ -95,6 +95,7 @@ class GrpoLoss:
             dual_clip=self.cfg.dual_clip,
         )
         metrics["entropy"] = losses.entropy_from_logps(mx.stop_gradient(student))
+        metrics["logp"] = mx.stop_gradient(logp)
         if "reference" in fixed:
             kl = losses.k3_kl(logp, fixed["reference"])
             loss = loss + self.cfg.kl * kl
@@ -106,13 +107,14 @@ class GrpoLoss:
 class Batch:
     """What stays the same over all updates of a batch.
 
-    By sample: `advantages` (B,), log-probabilities `old` and `reference` (T_i,) each, or None if not needed.
+    By sample: `advantages` (B,), log-probabilities `old` and `reference` (T_i,) each, or None if not needed. `old` lacks the
+    samples of the first update until it is made: their ratio is 1 by definition, and that pass finds what is old from then on.
     """
 
     samples: Sequence[Sample]
     cfg: GrpoSettings
     advantages: Floats
-    old: Sequence[Floats] | None
+    old: dict[int, Floats] | None
     reference: Sequence[Floats] | None
 
     def weights(self, indices: Sequence[int]) -> dict[int, Floats]:
@@ -126,7 +128,7 @@ class Batch:
         out = []
         for i in indices:
             fixed = {"advantage": mx.full(len(self.samples[i].student.completion), float(self.advantages[i]))}
-            if self.old is not None:
+            if self.old is not None and i in self.old:
                 fixed["old_logp"] = mx.array(self.old[i])
             if self.reference is not None:
                 fixed["reference"] = mx.array(self.reference[i])
@@ -171,7 +173,7 @@ def policy_gradient_update(
     Returns metrics and, by sample, the tokens' figures as they stood before the first update of this batch.
     """
     batches = _minibatches(samples, cfg)
-    batch = _batch(policy, samples, cfg, updates=len(batches) * cfg.epochs)
+    batch = _batch(policy, samples, cfg, batches)
     updates, values = [], []
     seen: dict[int, dict[str, Floats]] = {}
     ratios: list[Floats] = []
@@ -186,6 +188,9 @@ def policy_gradient_update(
 
             done = accumulate(policy, rows, portion.weights, constants, portion.loss, of_pass, done)
             for i, columns in zip(portion.indices, done.columns, strict=True):
+                logp = columns.pop("logp")
+                if batch.old is not None:
+                    batch.old.setdefault(i, logp)
                 seen.setdefault(i, columns)
                 ratios.append(columns["ratio"])
         if done is None:
@@ -215,10 +220,14 @@ def _minibatches(samples: Sequence[Sample], cfg: GrpoSettings) -> list[list[int]
     return [[i for i in part if len(scores[samples[i].group]) > 1] for part in batches]
 
 
-def _batch(policy: Policy, samples: Sequence[Sample], cfg: GrpoSettings, updates: int) -> Batch:
+def _batch(policy: Policy, samples: Sequence[Sample], cfg: GrpoSettings, batches: Sequence[list[int]]) -> Batch:
     rows = [s.student for s in samples]
-    # With a single update the ratio is 1 by definition; with several the policy's log-probabilities from before are needed.
-    old = scored(policy, rows) if updates > 1 else None
+    # With a single update the ratio is 1 by definition; with several the policy's log-probabilities from before are needed. Those
+    # of the first update's samples come from its own pass, unless dropout has a part in that.
+    old: dict[int, Floats] | None = {} if len(batches) * cfg.epochs > 1 else None
+    if old is not None and (len(batches) > 1 or policy.has_dropout):
+        first = [] if policy.has_dropout else batches[0]
+        old = {i: logps for i, logps in enumerate(scored(policy, rows)) if i not in set(first)}
     reference = None
     if cfg.kl > 0:
         with policy.adapter_off():
