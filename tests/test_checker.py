@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 from fuzz.verdicts import fuzz
 
@@ -56,10 +54,8 @@ def checker() -> Checker:
 @pytest.mark.parametrize("name", ["python", "c", "deep", "wide"])
 def test_what_exhausts_the_checker_is_wrong_unless_the_row_is_at_fault(checker: Checker, name: str) -> None:
     assert checker.call("fine", 1) == 1
-    start = time.monotonic()
     with pytest.raises(Exhausted):
         checker.call(name)
-    assert time.monotonic() - start < 13  # of 0.3 s of processor time, on a machine that may be busy
     wrong = checker.grade(PROBLEM, (name,), ("fine", 1), "cannot check", lambda value: Verdict(1.0))
     assert wrong == Verdict(0.0, "The answer takes too long to check.")
     verdict = checker.grade(PROBLEM, (name,), (name,), "cannot check", lambda value: Verdict(1.0))

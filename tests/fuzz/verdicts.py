@@ -103,7 +103,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {  # row, sett
 }
 VERIFIER = """
 def verify(problem, completion):
-    return {}[hash(completion) % 5]
+    return {}[len(completion) % 5]
 """
 VERIFIER = VERIFIER.format("(1.0, (0.5, completion), (0, completion * 999), completion, [completion])")
 
