@@ -52,7 +52,7 @@ def test_a_run_outlives_its_output(small, tmp_path: Path, monkeypatch, capsys, o
 @pytest.mark.parametrize(("redirect", "code"), [(">&- <&-", 0), (">/dev/full", 3)])
 def test_a_command_whose_output_is_closed_or_full(tmp_path: Path, redirect: str, code: int):
     command = f"exec {sys.executable} -m vpd_mlx recipes {redirect}"
-    done = subprocess.run(["sh", "-c", command], env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["sh", "-c", command], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == code, done.stderr
     assert done.stderr.splitlines() == [
         *(["vpd-mlx: standard output cannot be written (No space left on device); give it another place"] * (code == 3))
@@ -65,7 +65,7 @@ from vpd_mlx.common.streams import prepare
 prepare()
 log = os.open("log", os.O_CREAT | os.O_WRONLY)
 assert log > 2, log
-print("1 − 1 = 0")
+print("1 − 1 = 0", len(sys.stdin.read()))
 sys.stdout.flush()
 os.system("echo a library speaks")
 """
@@ -75,14 +75,20 @@ def test_no_log_takes_the_place_of_a_closed_stream_and_ascii_is_no_error(tmp_pat
     code, python = tmp_path / "code.py", sys.executable
     code.write_text(STREAMS)
     environment = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}
-    subprocess.run(
-        ["sh", "-c", f"exec {python} code.py <&- >&-"], cwd=tmp_path, env=environment, check=True, timeout=60
+    closed = subprocess.run(
+        ["sh", "-c", f"exec {python} code.py <&- >&-"],
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        check=True,
+        timeout=300,
     )
+    assert closed.stderr == b""  # the library's program has a standard output, too
     assert (tmp_path / "log").read_text() == ""
     done = subprocess.run(
-        [python, "code.py"], cwd=tmp_path, env=environment, capture_output=True, check=True, timeout=60
+        [python, "code.py"], cwd=tmp_path, env=environment, input="é".encode(), capture_output=True, check=True, timeout=300
     )
-    assert done.stdout == b"1 ? 1 = 0\na library speaks\n"
+    assert done.stdout == b"1 ? 1 = 0 1\na library speaks\n"
 
 
 HANGS = """

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from vpd_mlx.commands.options import json_alone
 from vpd_mlx.common.text import visible, without_surrogates
-from vpd_mlx.errors import ConfigError, Fault
+from vpd_mlx.errors import ConfigError, Fault, wrong_option
 from vpd_mlx.report.answers import LABEL, WIDE, side_by_side
 from vpd_mlx.run.folder import find_run, system_messages
 
@@ -51,7 +51,7 @@ def try_(
     folder = find_run(run)
     talks = prompt is None and sys.stdin.isatty()
     if prompt is None and not talks:
-        prompt = sys.stdin.read()
+        prompt = _piped()
     _check(prompt, temperature, seed, as_json, talks)
     console = Console(highlight=False)
     with json_alone(as_json):
@@ -63,6 +63,13 @@ def try_(
         *_, replies = dialogue.ask(text) if as_json else [_show(console, dialogue, text)]
     if as_json:
         typer.echo(json.dumps(_facts(folder, dialogue, text, replies), indent=2))
+
+
+def _piped() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise wrong_option("PROMPT", f"standard input is no UTF-8 ({error.reason})", "pipe UTF-8 text") from None
 
 
 def _check(prompt: str | None, temperature: float, seed: int | None, as_json: bool, talks: bool) -> None:

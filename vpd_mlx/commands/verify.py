@@ -64,9 +64,9 @@ def verify(
 
 
 def _read(completion: str) -> str:
-    if completion == "-":
-        return sys.stdin.read()
     try:
+        if completion == "-":
+            return sys.stdin.read()
         return Path(completion).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--completion: {completion} cannot be read ({error}); give a UTF-8 text file") from None
