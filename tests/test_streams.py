@@ -86,7 +86,13 @@ def test_no_log_takes_the_place_of_a_closed_stream_and_ascii_is_no_error(tmp_pat
     assert closed.stderr == b""  # the library's program has a standard output, too
     assert (tmp_path / "log").read_text() == ""
     done = subprocess.run(
-        [python, "code.py"], cwd=tmp_path, env=environment, input="é".encode(), capture_output=True, check=True, timeout=300
+        [python, "code.py"],
+        cwd=tmp_path,
+        env=environment,
+        input="é".encode(),
+        capture_output=True,
+        check=True,
+        timeout=300,
     )
     assert done.stdout == b"1 ? 1 = 0 1\na library speaks\n"
 

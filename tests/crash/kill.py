@@ -176,7 +176,7 @@ def disturbed(case: str, folder: Path, rng: random.Random, seconds: float, most:
         if ended and not over(processes, NOTICED):
             for process in processes:  # a rank that waits for one which was lost while both were loading
                 process.kill()
-        found = [process.communicate(timeout=600) for process in processes]
+        found = [process.communicate(timeout=3600) for process in processes]
         codes = {process.returncode for process in processes}
         allowed = {0}
         if ended:
