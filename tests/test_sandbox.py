@@ -124,7 +124,7 @@ def test_the_page_says_which_layers_keep_which_promise() -> None:
     table = page.split("<!-- table by make hostile-test -->\n")[1].split("<!-- end of table -->")[0]
     head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     assert head[1:-2] == list(layers.PROMISES)
-    assert rows
+    assert len(rows) >= 7
     for names, *cells in rows:
         missing = layers.Abilities(tuple(names.split(", ")), ()).missing
         assert [cell.startswith("yes: 0 of ") for cell in cells[:-2]] == [p not in missing for p in layers.PROMISES]
