@@ -49,6 +49,11 @@ browser-test: $(VENV)/.installed-dev
 peft-test: $(VENV)/.installed-dev
 	$(BIN)/python tests/parity/peft.py
 
+# Planned memory against measured peaks, for published configs scaled down: within a fifth.
+.PHONY: plan-test
+plan-test: $(VENV)/.installed-dev
+	$(BIN)/python tests/parity/memory.py
+
 # Every command that README and docs/ print, as printed.
 docs-test: $(VENV)/.installed-dev
 	$(BIN)/python tests/docs_commands.py

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import json
+import math
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -18,6 +20,8 @@ from vpd_mlx.algos import ALGORITHMS
 from vpd_mlx.algos.base import Step
 from vpd_mlx.commands.app import app
 from vpd_mlx.common.stats import Clock
+from vpd_mlx.engine.blueprint import Blueprint
+from vpd_mlx.engine.settings import LoraSettings, MemorySettings
 from vpd_mlx.errors import ConfigError, ModelError
 from vpd_mlx.recipe import load_recipe
 from vpd_mlx.run.loop import train
@@ -143,6 +147,52 @@ def test_what_cannot_fit_is_refused_with_the_key_to_lower(small, tmp_path: Path)
             train(small(memory__limit_gb=limit), tmp_path / "run")
         assert caught.value.exit_code == 2
         assert not (tmp_path / "run").exists()
+
+
+CONFIGS = Path(__file__).parent / "data" / "configs"
+
+
+def test_a_hub_model_is_checked_by_its_config_alone(small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[tuple[str, str]] = []
+
+    def download(repository: str, name: str, revision: str | None = None) -> str:
+        asked.append((repository, name))
+        return str(CONFIGS / "qwen3-0.6b-4bit.json")
+
+    monkeypatch.setattr("vpd_mlx.run.plan.hf_hub_download", download)
+    recipe = small(model="some/Qwen3-0.6B-4bit", memory__limit_gb=0.35)
+    with pytest.raises(ConfigError) as caught:
+        train(recipe, tmp_path / "run")
+    text = str(caught.value)
+    for words in (
+        "the update phase",
+        "the rollout phase",
+        "memory.gradient_checkpointing",
+        "lora.rank",
+        "rollout_rows",
+    ):
+        assert words in text
+    assert set(asked) == {("some/Qwen3-0.6B-4bit", "config.json")}
+    assert not (tmp_path / "run").exists()
+    checkpointing = recipe.memory.model_copy(update={"gradient_checkpointing": True})
+    spared = plan(recipe.model_copy(update={"memory": checkpointing}))
+    assert spared.phases["update"] < plan(recipe).phases["update"]
+
+
+def test_weights_and_keys_are_counted_from_a_published_config(small):
+    """Against the sizes of the published files, without allocating any of it."""
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    planned = plan(small(model=str(CONFIGS / "gpt-oss-20b.json"), lora__keys=["self_attn.q_proj"]))
+    assert planned.weights == pytest.approx(13.76e9, rel=0.02)
+    assert planned.blocks == 24
+    assert mx.get_peak_memory() < mx.get_active_memory() + 2**24
+    layers = Blueprint.of(
+        json.loads((CONFIGS / "gpt-oss-20b.json").read_text()),
+        LoraSettings(keys=["self_attn.q_proj"]),
+        MemorySettings(),
+    ).layers()
+    assert layers[:2] == [(2 * 8 * 64 * 2, 128), (2 * 8 * 64 * 2, math.inf)]  # window, full
 
 
 def test_the_command(tmp_path: Path):

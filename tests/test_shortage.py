@@ -13,10 +13,13 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from fakes import tiny_policy
+from mlx_lm.sample_utils import apply_top_p
 
+from vpd_mlx.engine import nucleus as nuclei
 from vpd_mlx.engine import sampling
+from vpd_mlx.engine.live_rows import LiveRows
 from vpd_mlx.engine.policy import Policy
-from vpd_mlx.engine.sampling import Sampling, _Rows, generate
+from vpd_mlx.engine.sampling import Sampling, generate
 from vpd_mlx.recipe import Recipe
 from vpd_mlx.run.awake import awake
 from vpd_mlx.run.loop import train
@@ -128,7 +131,7 @@ class Layer:
 
 def test_finished_rows_leave_the_cache_now_and_then():
     layer = Layer(64)
-    rows, live = _Rows([layer], [9] * 64), list(range(64))
+    rows, live = LiveRows([layer], [9] * 64), list(range(64))
     while len(live) > 1:
         out = (7 * len(live)) % len(live)
         rows.keep([i for i in range(len(live)) if i != out])
@@ -138,9 +141,21 @@ def test_finished_rows_leave_the_cache_now_and_then():
         assert rows.live(rows.spread(tokens)).tolist() == live
         assert len(layer.rows) <= -(-len(live) * 8 // 7) + 1
     assert layer.copies < 30
-    longer = _Rows([layer := Layer(64)], [9] * 63 + [10])
+    longer = LiveRows([layer := Layer(64)], [9] * 63 + [10])
     longer.keep(list(range(63)))  # without the one long prompt the cache is shorter
     assert layer.copies == 1
+
+
+@pytest.mark.parametrize("spread", [1.0, 6.0])
+def test_the_nucleus_is_mlx_lms_without_a_sort_of_the_vocabulary(spread: float, monkeypatch: pytest.MonkeyPatch):
+    """A flat distribution's nucleus is wider than the likeliest tokens: then mlx-lm's own function finds it."""
+    mx.random.seed(0)
+    scores = spread * mx.random.normal((3, 8192))
+    logps = scores - mx.logsumexp(scores, axis=-1, keepdims=True)
+    asked: list[float] = []
+    monkeypatch.setattr(nuclei, "apply_top_p", lambda x, p: asked.append(p) or apply_top_p(x, p))
+    assert mx.array_equal(nuclei.nucleus(logps, 0.9), apply_top_p(logps, 0.9))
+    assert asked == ([0.9] if spread == 1.0 else [])
 
 
 def test_a_mac_is_kept_awake_for_as_long_as_a_run_lasts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

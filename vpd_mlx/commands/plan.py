@@ -1,4 +1,4 @@
-"""`vpd-mlx plan`: a run's memory, and its time on request, before it starts."""
+"""`vpd-mlx plan`: a run's memory before it starts, and on request its time and memory as measured."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ __all__ = ["plan"]
 def plan(
     recipe: Annotated[str, typer.Argument(help="A built-in recipe's name or a .yaml file.")] = "quickstart",
     sets: SetOption = None,
-    probe_time: Annotated[bool, typer.Option("--time", help="Also load the model and time two steps.")] = False,
+    probe_time: Annotated[bool, typer.Option("--time", help="Also load the model and measure two steps.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Predict peak memory per phase from the model's config, without loading its weights; with --time, the run's duration.
+    """Predict peak memory per phase from the model's config.json alone; with --time, measure duration and memory of two steps.
 
-    The figures are for prompts and completions as long as the recipe allows. Exit code 2 if the run cannot fit.
+    `model` may be a folder, a config.json or a hub id, of which only this file is fetched. The figures are for prompts and
+    completions as long as the recipe allows. Exit code 2 if the run cannot fit.
     """
     from vpd_mlx.run.plan import check_fits, memory_limit
     from vpd_mlx.run.plan import plan as make
@@ -42,8 +43,9 @@ def plan(
         from vpd_mlx.run.step import Trainer
 
         trainer = Trainer.build(cfg)
-        seconds = [trainer.step(n)[0]["seconds"]["total"] for n in (1, 2)]
-        out |= {"seconds_per_step": seconds[-1], "seconds": seconds[-1] * cfg.steps}
+        rows = [trainer.step(n)[0] for n in (1, 2)]
+        seconds, measured = rows[-1]["seconds"]["total"], int(rows[-1]["peak_memory_mb"] * 2**20)
+        out |= {"seconds_per_step": seconds, "seconds": seconds * cfg.steps, "measured_bytes": measured}
     if as_json:
         typer.echo(json.dumps(out, indent=2))
     else:
@@ -51,11 +53,13 @@ def plan(
             f"{planned.rows} sequences a step, prompts to {planned.prompt} tokens (teacher's to {planned.teacher_prompt}), "
             f"completions to {planned.completion}"
         )
-        typer.echo(f"weights  {size(planned.weights)}   adapter  {size(planned.adapter)}")
+        typer.echo(f"weights    {size(planned.weights)}   adapter  {size(planned.adapter)}")
         for phase, peak in planned.phases.items():
-            typer.echo(f"{phase:8} {size(peak)} at most")
-        typer.echo(f"limit    {size(limit)}")
+            typer.echo(f"{phase:10} {size(peak)} at most")
+        typer.echo(f"limit      {size(limit)}")
         if probe_time:
-            time = duration(float(seconds[-1]) * cfg.steps)
-            typer.echo(f"time     {time} for {cfg.steps} steps, without evaluations")
+            time = duration(float(seconds) * cfg.steps)
+            typer.echo(
+                f"time       {time} for {cfg.steps} steps, without evaluations; {size(measured)} measured in the second"
+            )
     check_fits(cfg, planned, limit)

@@ -63,15 +63,19 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def outer_and_inner(model: nn.Module) -> tuple[Any, Any]:
+    """The module with the head, and the one below, which holds the embedding and the blocks; None where there is none."""
+    outer = getattr(model, "language_model", model)  # some architectures wrap it once more
+    return outer, getattr(outer, "model", None) or getattr(outer, "transformer", None)
+
+
 def split_head(model: nn.Module) -> tuple[Any, Head | None, int]:
     """(body, head, vocabulary) such that head(body(x)) is model(x); (model, None, vocabulary) where none is found."""
-    # inner holds embed_tokens; some architectures wrap it once more
-    outer = getattr(model, "language_model", model)
-    inner: Any = getattr(outer, "model", None) or getattr(outer, "transformer", None)
+    outer, inner = outer_and_inner(model)
     probe = mx.array([PROBE])
     full = model(probe).astype(mx.float32)  # (1, T, V)
     tolerance = 1e-4 * float(mx.abs(full).max()) + 1e-6
-    for head in _heads(outer, inner) if callable(inner) else []:
+    for head in heads(outer, inner) if callable(inner) else []:
         try:
             logits = head(inner(probe)).astype(mx.float32)
         except (TypeError, ValueError, AttributeError):
@@ -81,7 +85,7 @@ def split_head(model: nn.Module) -> tuple[Any, Head | None, int]:
     return model, None, int(full.shape[-1])
 
 
-def _heads(outer: Any, inner: Any) -> list[Head]:
+def heads(outer: Any, inner: Any) -> list[Head]:
     """What may turn the body's states into logits: the projection or the embedding, scaled or capped as the arguments say."""
     projection = getattr(outer, "lm_head", None)
     embedding = getattr(inner, "embed_tokens", None) or getattr(inner, "wte", None)

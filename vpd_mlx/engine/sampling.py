@@ -18,18 +18,19 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import BatchGenerator, generation_stream, stream_generate
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.sample_utils import make_sampler
+from mlx_lm.sample_utils import categorical_sampling, make_sampler
 
 from vpd_mlx import losses
 from vpd_mlx.engine.device import gpu_ways
+from vpd_mlx.engine.live_rows import LiveRows
 from vpd_mlx.engine.memory import free, out_of_memory
+from vpd_mlx.engine.nucleus import nucleus
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.types import FinishReason, Rollout
 
 __all__ = ["Finished", "Reply", "Sampling", "default_streams", "generate", "probe_batches", "stream"]
 
 PREFILL = 2048  # prompt tokens read at once
-DEAD_ROWS = 8  # one in so many may have finished before the cache is copied without them
 PATIENCE = 5.0  # seconds for the decoding threads to end with the process
 CPU_STREAMS = 2  # one mlx stream keeps one core busy; a constant, so that a run is the same on any number of cores
 
@@ -238,7 +239,10 @@ def _steps(
 
 
 def _sampler(how: Sampling) -> Any:
-    return make_sampler(temp=how.temperature, top_p=how.top_p if how.top_p < 1.0 else 0.0)
+    if how.temperature == 0.0 or how.top_p == 1.0 or gpu_ways():
+        # On a GPU mlx sorts to find the largest, too.
+        return make_sampler(temp=how.temperature, top_p=how.top_p if how.top_p < 1.0 else 0.0)
+    return lambda logps: categorical_sampling(nucleus(logps, how.top_p), how.temperature)
 
 
 def _at(temperature: float, logps: mx.array, tokens: mx.array) -> mx.array:
@@ -246,39 +250,6 @@ def _at(temperature: float, logps: mx.array, tokens: mx.array) -> mx.array:
     if temperature in (0.0, 1.0):
         return mx.take_along_axis(logps, tokens[..., None], axis=-1)[..., 0].astype(mx.float32)
     return losses.token_logps(logps.astype(mx.float32) / temperature, tokens)
-
-
-class _Rows:
-    """The rows of a cache: those that still draw, and those that have finished and wait to be dropped.
-
-    To drop a row copies the keys and values of all others. So it waits until one row in `DEAD_ROWS` has finished, or the longest
-    prompts are done, without which the cache gets shorter.
-    """
-
-    def __init__(self, cache: list[Any], prompts: Sequence[int]) -> None:
-        self.cache = cache
-        self._prompts = list(prompts)  # tokens of each row's prompt
-        self._live = list(range(len(prompts)))
-
-    def spread(self, tokens: mx.array) -> mx.array:
-        """The live rows' tokens as those of all rows; finished ones get any."""
-        if len(self._live) == len(self._prompts):
-            return tokens
-        return mx.zeros(len(self._prompts), tokens.dtype).at[mx.array(self._live)].add(tokens)
-
-    def live(self, logits: mx.array) -> mx.array:
-        """Of all rows' logits those of the live ones. Only they may draw: others would shift their random numbers."""
-        return logits if len(self._live) == len(self._prompts) else logits[mx.array(self._live)]
-
-    def keep(self, indices: Sequence[int]) -> None:
-        """Of the live rows only these go on."""
-        self._live = [self._live[i] for i in indices]
-        left = [self._prompts[i] for i in self._live]
-        finished = len(self._prompts) - len(left)
-        if finished * DEAD_ROWS >= len(self._prompts) or max(left) < max(self._prompts):
-            for layer in self.cache:
-                layer.filter(self._live)
-            self._prompts, self._live = left, list(range(len(left)))
 
 
 def _all_at_once(
@@ -291,7 +262,7 @@ def _all_at_once(
     """
     sampler, stops = _sampler(how), set(policy.tokenizer.eos_token_ids)
     rows = [(p, n) for p in range(len(prompts)) for n in range(samples)]
-    held = _Rows(cache, [len(prompts[p]) for p, _ in rows])
+    held = LiveRows(cache, [len(prompts[p]) for p, _ in rows])
     done: dict[tuple[int, int], tuple[list[int], list[float]]] = {at: ([], []) for at in rows}
     # mlx lets few tasks wait, counted over all streams: beside another thread, async_eval waits for that one's.
     start: Callable[..., None] = mx.async_eval if how.streams == 1 else mx.eval

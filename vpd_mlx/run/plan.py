@@ -1,8 +1,7 @@
-"""How much memory a run will take at most, phase by phase, from the model's config alone.
+"""How much memory a run will take at most, phase by phase, from the model's config.json alone.
 
-The model itself is not loaded. Networks of two and of three of its blocks, with random weights of its shapes, type and bits, take
-a step of the recipe's own algorithm on made-up rollouts, at the longest prompts and completions. Every further block adds what
-the third one adds; the caches of the rollout phase follow from the shapes of keys and values.
+The model is put together from its shapes (`engine.blueprint`), and the graphs of its passes are walked, at the longest prompts
+and completions: nothing is loaded, and nothing is computed.
 """
 
 from __future__ import annotations
@@ -11,22 +10,18 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from huggingface_hub import hf_hub_download
-from mlx.utils import tree_flatten
-from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.utils import _get_classes
 
-from vpd_mlx.algos.base import Algorithm, Step, save_parts
-from vpd_mlx.common.stats import Clock
+from vpd_mlx.algos.demand import demand
 from vpd_mlx.common.text import size
+from vpd_mlx.engine.blueprint import Blueprint
+from vpd_mlx.engine.device import compiles
 from vpd_mlx.engine.models import first_line
-from vpd_mlx.engine.policy import Policy
+from vpd_mlx.engine.sampling import PREFILL, Sampling, default_streams
 from vpd_mlx.errors import ConfigError, Fault, ModelError, config_error
 from vpd_mlx.recipe import Recipe
 from vpd_mlx.types import Context, Group, Problem, Rollout, TokenRow, Verdict
@@ -34,6 +29,8 @@ from vpd_mlx.types import Context, Group, Problem, Rollout, TokenRow, Verdict
 __all__ = ["Plan", "check_fits", "memory_limit", "plan", "read_model_config"]
 
 CACHE_STEP = 256  # mlx-lm's caches grow by so many positions
+READ_MIDWAY = 2  # times a gradient's bytes, see `learner.accumulate_weighed`; measured are 1.7 to 2.2
+MARGIN = 0.05  # of what is not weights: buffers are handed back late, and come in sizes of their own
 
 
 @dataclass(frozen=True)
@@ -51,41 +48,21 @@ class Plan:
 
 
 def read_model_config(recipe: Recipe) -> dict[str, Any]:
-    """The model's config.json, from its folder or alone from the hub.
+    """The model's config.json, itself or from its folder, or alone from the hub.
 
     Raises:
         ModelError: there is none, or it cannot be read.
     """
     local, name = Path(recipe.model), "config.json"
     try:
-        path = local / name if local.is_dir() else hf_hub_download(recipe.model, name, revision=recipe.model_revision)
-        config: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        path = local / name if local.is_dir() else local
+        if not local.exists():
+            path = Path(hf_hub_download(recipe.model, name, revision=recipe.model_revision))
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return config
     except (OSError, ValueError) as error:
         problem = f"no config.json of {recipe.model!r} ({first_line(error)})"
-        raise ModelError(f"model: {problem}; give a model folder or a hub id") from None
-
-
-def _build(config: dict[str, Any], blocks: int) -> nn.Module:
-    kind, arguments = _get_classes(config)
-    whole = config["num_hidden_layers"]
-    # a list with one entry per block says what kind of block each one is
-    few = {k: v[:blocks] if isinstance(v, list) and len(v) == whole else v for k, v in config.items()}
-    model = kind(arguments.from_dict({**few, "num_hidden_layers": blocks}))
-    model.set_dtype(getattr(mx, str(config.get("torch_dtype", config.get("dtype", "float32"))), mx.float32))
-    if (quantisation := config.get("quantization")) is not None:
-        width, bits = quantisation["group_size"], quantisation["bits"]
-
-        def fits(_path: str, module: nn.Module) -> bool:
-            return hasattr(module, "to_quantized") and module.weight.shape[-1] % width == 0
-
-        nn.quantize(model, group_size=width, bits=bits, class_predicate=fits)
-    mx.eval(model.parameters())
-    return model
-
-
-def _bytes(tree: Any) -> int:
-    return sum(int(v.nbytes) for _, v in tree_flatten(tree))
+        raise ModelError(f"model: {problem}; give a model folder, its config.json or a hub id") from None
 
 
 def _groups(
@@ -112,6 +89,15 @@ def _grown(positions: int) -> int:
     return -(-positions // CACHE_STEP) * CACHE_STEP
 
 
+@dataclass(frozen=True)
+class _Lengths:
+    """Longest prompt, teacher's prompt and completion, in tokens."""
+
+    prompt: int
+    teacher: int
+    completion: int
+
+
 def plan(recipe: Recipe, *, prompt: int | None = None, context: int | None = None) -> Plan:
     """Peak memory of each phase when prompts and completions are as long as the recipe lets them be.
 
@@ -120,82 +106,96 @@ def plan(recipe: Recipe, *, prompt: int | None = None, context: int | None = Non
     Raises:
         ModelError: no config, or an architecture that mlx-lm does not know.
     """
-    config = read_model_config(recipe)
-    rollout = recipe.rollout
+    config, rollout = read_model_config(recipe), recipe.rollout
     longest = min(prompt or rollout.max_prompt_tokens, rollout.max_prompt_tokens)
     teacher_prompt = min(longest + (context or recipe.feedback.max_tokens), recipe.max_teacher_tokens)
-    rows = rollout.prompts * rollout.group_size
+    lengths = _Lengths(longest, teacher_prompt, rollout.max_completion_tokens)
+    mx.disable_compile()  # a compiled part of a graph hides what it holds
     try:
-        blocks = int(config["num_hidden_layers"])
-        vocabulary = int(config["vocab_size"])
-        few = 2 if blocks > 2 else 1  # the first block hides behind the head's own peak
-        found = [_probe(recipe, config, n, longest, teacher_prompt, vocabulary) for n in (few, few + 1)]
+        blueprint = Blueprint.of(config, recipe.lora, recipe.memory)
+        blueprint.temper(recipe.rollout.temperature)
+        update, held = _update(recipe, config, blueprint, lengths)
+        moments = {**_decoding(recipe, blueprint, lengths), "update": update}
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"model: {recipe.model!r} cannot be planned for ({type(error).__name__}: {error}); it needs a dense architecture "
-            "that mlx-lm knows"
-        ) from error
-
-    def whole(key: str) -> int:
-        one, two = found[0][key], found[1][key]
-        return int(one + (blocks - few) * (two - one))
-
-    weights, adapter = whole("weights"), whole("adapter")
-    decoded = min(rows, recipe.memory.rollout_rows or rows)
-    length = _grown(longest + rollout.max_completion_tokens)
-    cache = whole("cache_per_token") * length * decoded
-    # a prompt's own cache, from which its rows' are made
-    prompts = whole("cache_per_token") * _grown(longest) * -(-decoded // rollout.group_size)
-    # while one block's cache grows, its old and its new copy are held side by side
-    growth = (found[1]["cache_per_token"] - found[0]["cache_per_token"]) * length * decoded
-    logits = 3 * 4 * vocabulary * decoded
-    sampling = weights + adapter + whole("held") + cache + prompts + growth + logits
-    phases = {"rollout": sampling, "update": whole("update")}
-    return Plan(weights, adapter, phases, blocks, rows, longest, teacher_prompt, rollout.max_completion_tokens)
+        problem = f"{recipe.model!r} cannot be planned for ({type(error).__name__}: {first_line(error)})"
+        raise ModelError(f"model: {problem}; it needs a dense architecture that mlx-lm knows") from error
+    finally:
+        if compiles():
+            mx.enable_compile()
+    weights, adapter = blueprint.weights, blueprint.adapter_bytes
+    phases = {name: weights + adapter + held + int((1 + MARGIN) * more) for name, more in moments.items()}
+    blocks, rows = len(blueprint.model.layers), rollout.prompts * rollout.group_size
+    return Plan(weights, adapter, phases, blocks, rows, longest, teacher_prompt, lengths.completion)
 
 
-def _probe(
-    recipe: Recipe, config: dict[str, Any], blocks: int, prompt: int, teacher_prompt: int, vocabulary: int
-) -> dict[str, int]:
-    model = _build(config, blocks)
-    model.freeze()
-    before = mx.get_active_memory()
-    policy = Policy(model, SimpleNamespace(eos_token_ids={0}), recipe.model, recipe.memory)
-    policy.temper(recipe.rollout.temperature)
-    # `lora.layers` counts from the last block; of two or three blocks all are adapted, as all would be.
-    policy.adapt(recipe.lora.model_copy(update={"layers": -1}), 0)
-    cache = make_prompt_cache(model)
-    model(mx.array([[1, 2, 3, 4]]), cache=cache)
-    per_token = sum(
-        int(np.prod(c.keys.shape[:2])) * (c.keys.shape[-1] + c.values.shape[-1]) * c.keys.dtype.size for c in cache
-    )
-    del cache
-    completion = recipe.rollout.max_completion_tokens
+def _update(recipe: Recipe, config: dict[str, Any], blueprint: Blueprint, lengths: _Lengths) -> tuple[int, int]:
+    """Bytes of an update's fullest moment beside weights, adapter and what the algorithm holds; and the latter."""
+    rollout, memory = recipe.rollout, recipe.memory
     # Peak memory is that of the fullest micro-batch: two micro-batches' worth of groups find it.
-    tokens = recipe.rollout.group_size * (teacher_prompt + completion)
-    count = min(recipe.rollout.prompts, 2 + 2 * recipe.memory.micro_batch_tokens // tokens)
-    groups = _groups(recipe, count, prompt, teacher_prompt, completion, vocabulary)
-    trained = _bytes(model.trainable_parameters())
-    # Active memory that is not this network's: what else the process holds.
-    foreign = max(0, before - _bytes(model.parameters()) + trained)
-    algorithm: Algorithm = recipe.entry.load()(recipe, policy)
-    # A first step, of few tokens, makes the optimizers' moments and the teacher's weights.
-    algorithm(policy, _groups(recipe, count, 2, 3, 2, vocabulary), Step(0, 0, Clock()))
-    mx.clear_cache()
-    mx.reset_peak_memory()
-    algorithm(policy, groups, Step(0, 0, Clock()))
-    peak = int(mx.get_peak_memory()) - foreign
-    if recipe.entry.contexts:
-        # The teacher's hidden states of the whole batch stay until the update is through.
-        states, _ = policy.hidden([TokenRow(groups[0].prompt, groups[0].rollouts[0].tokens)])
-        peak += (recipe.rollout.prompts - count) * recipe.rollout.group_size * int(states.nbytes)
-    return {
-        "weights": _bytes(model.parameters()) - trained,
-        "adapter": trained,
-        "held": _bytes(save_parts(algorithm.parts)[0]),
-        "update": peak,
-        "cache_per_token": per_token,
-    }
+    tokens = rollout.group_size * (lengths.teacher + lengths.completion)
+    count = min(rollout.prompts, 2 + 2 * memory.micro_batch_tokens // tokens)
+    groups = _groups(recipe, count, lengths.prompt, lengths.teacher, lengths.completion, blueprint.vocabulary)
+    needs = demand(recipe, blueprint, groups, blueprint.adapter_bytes)
+    batches = []
+    for update in needs.updates:
+        parts = [[update.rows[i] for i in part] for part in blueprint.split(update.rows)]
+        fullest = max(parts, key=blueprint.positions)
+        midway = update.read_midway and not blueprint.has_dropout and len(blueprint.split(update.rows, 2)) == 1
+        loss = blueprint.loss(update.loss, update.needs, sum(len(r.completion) for r in fullest))
+        batches.append((blueprint.positions(fullest), READ_MIDWAY if midway else 1, loss, fullest, len(parts)))
+    # The graph of the largest alone: that of a whole model takes a second.
+    positions, factor, _, rows, parts_of_it = max(batches, key=lambda batch: batch[0] * batch[1])
+    highest, first = _gradient(recipe, config, blueprint, rows)
+    most = max(factor * highest, *(first * n // positions + loss for n, _, loss, *_ in batches))
+    if parts_of_it > 1:
+        most += blueprint.adapter_bytes  # the sum of gradients so far
+    states = needs.states * blueprint.state_bytes(rollout.prompts * rollout.group_size * lengths.completion)
+    # New weights and moments are made beside the old ones.
+    return max(most + states, 5 * blueprint.adapter_bytes), needs.held
+
+
+def _gradient(recipe: Recipe, config: dict[str, Any], blueprint: Blueprint, rows: list[TokenRow]) -> tuple[int, int]:
+    """`Blueprint.gradient`; if blocks are recomputed, of each only its input stays, and one at a time is whole."""
+    adapted = recipe.lora.layers if recipe.lora.layers > 0 else len(blueprint.model.layers)
+    if not recipe.memory.gradient_checkpointing or adapted == 1:
+        return blueprint.gradient(rows)
+    last = Blueprint.of(config, recipe.lora.model_copy(update={"layers": 1}), recipe.memory)
+    highest, first = last.gradient(rows)
+    others = (adapted - 1) * blueprint.state_bytes(blueprint.positions(rows))
+    others += blueprint.adapter_bytes - last.adapter_bytes
+    return highest + others, first + others
+
+
+def _decoding(recipe: Recipe, blueprint: Blueprint, lengths: _Lengths) -> dict[str, int]:
+    """Bytes of the fullest moments of rollouts and evaluations, beside weights, adapter and what the algorithm holds."""
+    rollout, cfg = recipe.rollout, recipe.evaluation
+    total = rollout.prompts * rollout.group_size
+    rows = min(total, recipe.memory.rollout_rows or total)
+    layers = blueprint.layers()
+
+    def kept(count: int, tokens: int) -> int:
+        return int(count * sum(each * min(tokens, most) for each, most in layers))
+
+    def decoding(count: int, prompt: int, how: Sampling) -> int:
+        length = prompt + _grown(lengths.completion)
+        # While a layer's keys grow or lose rows, and then its values, the old and the new ones are held side by side.
+        one = int(count * max(each * min(length, most) for each, most in layers)) // 2
+        # Where rows wait for places, mlx-lm's generator keeps two tokens' log-probabilities, and we a third copy.
+        waiting = 0 if count == total else 3 * 4 * blueprint.vocabulary * count
+        return kept(count, length) + one + waiting + blueprint.sampling(count, how)
+
+    # Prompts with several samples are read one by one, and their keys copied to the rows' own.
+    first = kept(-(-rows // rollout.group_size), _grown(lengths.prompt)) + kept(rows, lengths.prompt + 1)
+    own = max(first, decoding(rows, lengths.prompt, Sampling(rollout.temperature, rollout.top_p, lengths.completion)))
+    # Evaluations read as many side by side as there are problems, or places.
+    tokens = lengths.teacher if recipe.entry.contexts else lengths.prompt
+    width = min(rows, cfg.problems)
+    # mlx-lm's generator copies their keys when they begin to decode.
+    part = -(-width // (recipe.memory.rollout_streams or default_streams()))
+    reading = kept(width + part, _grown(tokens)) + blueprint.prefill(part, min(tokens, PREFILL))
+    wide = min(rows, cfg.problems * cfg.samples)
+    how = Sampling(cfg.temperature, cfg.top_p, lengths.completion)
+    return {"rollout": own, "evaluation": max(reading, decoding(wide, tokens, how))}
 
 
 def memory_limit(recipe: Recipe) -> int:
@@ -216,16 +216,24 @@ def check_fits(recipe: Recipe, planned: Plan, limit: int) -> None:
     if planned.weights > limit:
         problem = f"its weights take {size(planned.weights)} of {size(limit)}"
         raise config_error("model", problem, "use a smaller model or fewer bits")
-    sequences = "rollout.max_prompt_tokens, rollout.max_completion_tokens or lora.rank"
-    keys = {
-        "update": ("micro_batch_tokens", f"lower it (not below the longest sequence), or lower {sequences}"),
-        "rollout": ("rollout_rows", f"set it below {planned.rows}, or lower rollout.max_completion_tokens"),
-    }
     faults = []
     for phase, peak in planned.phases.items():
         if peak > limit:
-            key, remedy = keys[phase]
+            key, remedy = _remedy(recipe, planned, phase)
             problem = f"{getattr(recipe.memory, key)}: the {phase} phase would take {size(peak)} of {size(limit)}"
             faults.append(Fault(f"memory.{key}", problem, remedy))
     if faults:
         raise ConfigError(faults, "memory")
+
+
+def _remedy(recipe: Recipe, planned: Plan, phase: str) -> tuple[str, str]:
+    """The key of `memory` that helps first in this phase, and what to do with it and with all others that help."""
+    lengths = "rollout.max_prompt_tokens or rollout.max_completion_tokens"
+    memory = recipe.memory
+    if phase != "update":
+        rows = min(planned.rows, memory.rollout_rows or planned.rows)
+        return "rollout_rows", f"set it below {rows}, or lower {lengths}" if rows > 1 else f"lower {lengths}"
+    longest = recipe.rollout.max_prompt_tokens + recipe.rollout.max_completion_tokens
+    ways = [f"lower it (not below the longest sequence, {longest})"] if memory.micro_batch_tokens > longest else []
+    ways += [] if memory.gradient_checkpointing else ["set memory.gradient_checkpointing to true"]
+    return "micro_batch_tokens", ", or ".join([*ways, f"lower {lengths}, lora.rank or lora.layers"])

@@ -18,13 +18,13 @@ from vpd_mlx.common.seeds import phase_seed
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.ranks import ALONE, Ranks
 from vpd_mlx.engine.sampling import Sampling, generate, probe_batches
-from vpd_mlx.errors import ConfigError, DataError, Fault, config_error
+from vpd_mlx.errors import ConfigError, DataError, Fault, ModelError, config_error
 from vpd_mlx.feedback import SOURCES, Sources, build_sources
 from vpd_mlx.feedback.base import Generate, Host
 from vpd_mlx.feedback.prompts import Prompter
 from vpd_mlx.recipe import Recipe
 from vpd_mlx.run.collect import rows_at_once, student_prompts
-from vpd_mlx.run.plan import check_fits, memory_limit, plan
+from vpd_mlx.run.plan import check_fits, memory_limit, plan, read_model_config
 from vpd_mlx.run.progress import Progress, Silent, Stop
 from vpd_mlx.tasks import Task, build_task, fingerprint, prove
 from vpd_mlx.types import Problem
@@ -111,16 +111,24 @@ def _host(progress: Progress, stop: Stop) -> Host:
 def refuse_what_cannot_fit(recipe: Recipe) -> None:
     """Plan the run's memory before anything is loaded; a tiny local model on a machine of some size is let through.
 
+    Of a model on the hub only its config.json is fetched.
+
     Raises:
-        ConfigError: a phase needs more memory than there is, with the key to lower.
+        ConfigError: a phase needs more memory than there is, with the keys that help.
+        ModelError: the model cannot be planned for.
     """
     if recipe.algorithm.startswith(PREFIX):
         return  # a function of a Python program: only a run of it would tell
     limit, folder = memory_limit(recipe), Path(recipe.model)
     size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
     tiny = size and size * 50 < limit and limit > 2**30
-    if folder.is_dir() and not tiny:  # a hub model is planned for by `vpd-mlx plan`; here it is not fetched twice
-        check_fits(recipe, plan(recipe), limit)
+    if tiny:
+        return
+    try:
+        read_model_config(recipe)
+    except ModelError:
+        return  # there is no such model: loading it says so, and what to do
+    check_fits(recipe, plan(recipe), limit)
 
 
 def _wire(limit_gb: float | None) -> None:
