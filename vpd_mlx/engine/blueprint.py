@@ -24,11 +24,12 @@ from vpd_mlx.engine.heads import Head, TokenLoss
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.sampling import Sampling
 from vpd_mlx.engine.settings import LoraSettings, MemorySettings
-from vpd_mlx.engine.shapes import Peak, build, nbytes, peak
+from vpd_mlx.engine.shapes import LATE, Peak, build, nbytes, peak
 from vpd_mlx.types import TokenRow
 
 __all__ = ["Blueprint"]
 
+WHOLE = 1 << 30  # primitives: more than any graph has
 MASKED = ("KVCache", "RotatingKVCache")
 
 
@@ -92,7 +93,7 @@ class Blueprint(Policy):
     def _inputs(self) -> dict[str, mx.array]:
         return dict(tree_flatten(self.model.parameters()))
 
-    def _peak(self, results: Any) -> Peak:
+    def _peak(self, results: Any, late: int = LATE) -> Peak:
         """`shapes.peak` of what `results` returns, as a function of all weights."""
         weights = self._inputs()
 
@@ -102,7 +103,7 @@ class Blueprint(Policy):
             return found
 
         try:
-            return peak(function, weights)
+            return peak(function, weights, late)
         finally:
             self.model.update(tree_unflatten(list(weights.items())))
 
@@ -163,7 +164,8 @@ class Blueprint(Policy):
             found, gradient = mx.value_and_grad(total)(mx.zeros((count, width), self.dtype))
             return [gradient, *found]
 
-        return self._peak(results).highest + self.state_bytes(tokens)
+        # Nothing comes back before a chunk is through.
+        return self._peak(results, WHOLE).highest + self.state_bytes(tokens)
 
     def _long(self, rows: Sequence[TokenRow]) -> bool:
         return max(len(r.prompt) + len(r.completion) for r in rows) > LONG

@@ -118,8 +118,8 @@ class Peak:
 Function = Callable[[dict[str, mx.array]], list[mx.array]]
 
 
-def peak(function: Function, inputs: Mapping[str, mx.array]) -> Peak:
-    """What `function` takes at `inputs`, which are never evaluated."""
+def peak(function: Function, inputs: Mapping[str, mx.array], late: int = LATE) -> Peak:
+    """What `function` takes at `inputs`, which are never evaluated, if memory comes back so many primitives late."""
     events: list[dict[str, Any]] = []
     names = list(inputs)
 
@@ -129,7 +129,7 @@ def peak(function: Function, inputs: Mapping[str, mx.array]) -> Peak:
     mx.export_function(events.append, of_arrays, tuple(inputs.values()))
     steps = [e for e in events if e["type"] == "primitive"]
     results: list[Edge] = next(e["outputs"] for e in events if e["type"] == "outputs")
-    return _walk(steps, results)
+    return _walk(steps, results, late)
 
 
 class _Buffers:
@@ -163,7 +163,7 @@ def _bytes(edge: Edge) -> int:
     return math.prod(edge[1]) * int(edge[2].size)
 
 
-def _walk(steps: list[dict[str, Any]], results: list[Edge]) -> Peak:
+def _walk(steps: list[dict[str, Any]], results: list[Edge], most_late: int) -> Peak:
     buffers = _Buffers(steps, results)
     size, uses = buffers.size, buffers.uses
     live = highest = first = 0
@@ -183,7 +183,7 @@ def _walk(steps: list[dict[str, Any]], results: list[Edge]) -> Peak:
             live -= over
         else:
             live -= sum(size[name] for name in done)
-        while len(late) > LATE:
+        while len(late) > most_late:
             live -= late.popleft()
         if any(name == results[0][0] for name, *_ in step["outputs"]):
             first = live
