@@ -1,4 +1,4 @@
-"""Write docs/recipe.md from the config model and docs/run-folder.md from the rows' declarations.
+"""Write docs/recipe.md and recipes/recipe.schema.json from the config model, and docs/run-folder.md from the rows' declarations.
 
 python docs/make_reference.py            # writes them
 python docs/make_reference.py --check    # fails if one is not up to date
@@ -6,6 +6,7 @@ python docs/make_reference.py --check    # fails if one is not up to date
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -167,11 +168,13 @@ def rows() -> str:
 
 def main() -> None:
     """Write or check."""
-    for path, text in ((HERE / "recipe.md", reference()), (HERE / "run-folder.md", rows())):
+    schema = json.dumps(recipe.json_schema(), indent=1) + "\n"
+    pages = ((HERE / "recipe.md", reference()), (HERE / "run-folder.md", rows()), (recipe.schema_file(), schema))
+    for path, text in pages:
         if "--check" not in sys.argv:
             path.write_text(text, encoding="utf-8")
         elif not path.exists() or path.read_text(encoding="utf-8") != text:
-            raise SystemExit(f"docs/{path.name} is not up to date: run python docs/make_reference.py")
+            raise SystemExit(f"{path.name} is not up to date: run python docs/make_reference.py")
 
 
 if __name__ == "__main__":

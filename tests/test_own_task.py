@@ -14,13 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from jsonschema import Draft202012Validator
 from typer.testing import CliRunner
 
 import vpd_mlx
 from vpd_mlx.commands.app import app
 from vpd_mlx.common.files import read_rows
+from vpd_mlx.common.settings import parse_yaml
 from vpd_mlx.errors import ConfigError, DataError
-from vpd_mlx.recipe import load_recipe
+from vpd_mlx.recipe import builtin_recipes, json_schema, load_recipe
 from vpd_mlx.tasks import build_task
 from vpd_mlx.tasks.python_file import Function, FunctionSettings
 from vpd_mlx.types import MOST_TEXT, Verdict
@@ -46,6 +48,23 @@ def test_new_runs_as_it_is(mine: Path):
     assert isinstance(again.exception, ConfigError)
     assert "holds something already" in str(again.exception)
     assert isinstance(RUNNER.invoke(app, ["new", "a b"]).exception, ConfigError)
+
+
+def test_the_recipe_names_a_schema_by_which_an_editor_checks_it(mine: Path):
+    first, text = mine.read_text().splitlines()[0], mine.read_text()
+    named = mine.parent / first.removeprefix("# yaml-language-server: $schema=")
+    check = Draft202012Validator(json.loads(named.read_text()))
+    assert not [*check.iter_errors(parse_yaml(text, ""))]
+    for wrong in ("steps: 20", "group_size: 4", "kind: python"):
+        broken = parse_yaml(text.replace(wrong, f"{wrong}x"), "")
+        assert [*check.iter_errors(broken)], wrong
+    assert [*check.iter_errors(parse_yaml(text.replace("optimizer:", "optimiser:"), ""))]
+
+
+@pytest.mark.parametrize("name", builtin_recipes())
+def test_every_recipe_that_ships_fits_the_schema(name: str):
+    check = Draft202012Validator(json_schema())
+    assert not [*check.iter_errors(parse_yaml(builtin_recipes()[name].read_text(), name))]
 
 
 def test_verify_prints_verdict_and_context(mine: Path, tmp_path: Path):

@@ -30,10 +30,12 @@ __all__ = [
     "builtin_recipes",
     "check_recipe",
     "dump",
+    "json_schema",
     "load_recipe",
     "model_fields",
     "preset_faults",
     "resolve_recipe_path",
+    "schema_file",
 ]
 
 RECIPE_VERSION = 2
@@ -202,12 +204,29 @@ else:
 # --- reading
 
 
-def builtin_recipes() -> dict[str, Path]:
-    """Name -> file of every recipe that comes with the package."""
+def _shipped() -> Path:
     package = Path(__file__).parent
     # A wheel carries the recipes inside the package; in a checkout they stand beside it.
-    root = package / "_recipes" if (package / "_recipes").is_dir() else package.parent / "recipes"
-    files = sorted(root.glob("*/*.yaml"))
+    return package / "_recipes" if (package / "_recipes").is_dir() else package.parent / "recipes"
+
+
+def schema_file() -> Path:
+    """The file of `json_schema` that comes with the package."""
+    return _shipped() / "recipe.schema.json"
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a recipe's file, by which editors complete and check; what keys say of each other only loading tells."""
+    schema = Recipe.model_json_schema()
+    version = schema["properties"]["version"]
+    del version["const"]
+    version["enum"] = [*EARLIER, RECIPE_VERSION]  # loading turns the earlier ones into this one
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def builtin_recipes() -> dict[str, Path]:
+    """Name -> file of every recipe that comes with the package."""
+    files = sorted(_shipped().glob("*/*.yaml"))
     return {f.parent.name if f.stem == f.parent.name else f"{f.parent.name}/{f.stem}": f for f in files}
 
 

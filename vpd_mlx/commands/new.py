@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from vpd_mlx.errors import wrong_option
-from vpd_mlx.recipe import builtin_recipes
+from vpd_mlx.recipe import builtin_recipes, schema_file
 
 __all__ = ["new"]
 
@@ -28,6 +28,7 @@ def verify(problem, completion):
     return 0.0, "tens too low"
 '''
 
+SCHEMA = "recipe.schema.json"  # named in the recipe's first line, for editors
 SUMS = ((47, 38), (56, 27), (88, 14), (19, 73), (65, 28), (34, 59), (77, 16), (48, 48), (29, 83), (91, 45))
 
 
@@ -46,7 +47,8 @@ def new(name: Annotated[str, typer.Argument(help="Name of the folder, and of the
         (folder / "verifier.py").write_text(VERIFIER, encoding="utf-8")
         rows = "".join(json.dumps({"prompt": f"{a}+{b}=", "answer": str(a + b)}) + "\n" for a, b in SUMS)
         (folder / "rows.jsonl").write_text(rows, encoding="utf-8")
+        (folder / SCHEMA).write_text(schema_file().read_text(encoding="utf-8"), encoding="utf-8")
     except OSError as error:
         raise wrong_option("NAME", f"{folder} cannot be written ({error.strerror})", "choose another place") from None
-    typer.echo(f"written: {folder}/{folder.name}.yaml, verifier.py, rows.jsonl")
+    typer.echo(f"written: {folder}/{folder.name}.yaml, verifier.py, rows.jsonl, {SCHEMA}")
     typer.echo(f"try it: vpd-mlx train {folder}/{folder.name}.yaml")
