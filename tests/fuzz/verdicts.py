@@ -29,6 +29,7 @@ from vpd_mlx.types import MOST_TEXT, Verdict
 LIMIT = 0.3  # seconds of processor time: `task.timeout`
 # Seconds by the clock, on a machine that may be busy: two calls, and a process to start for each.
 SLOW = 2 * CLOCK * (LIMIT + 1) + 2 * LOAD_SECONDS
+MOST = 320_000  # characters of a completion
 OURS = 1.0  # seconds of our own processor time
 
 ATOMS = [
@@ -170,7 +171,7 @@ def fuzz(cases: int, seed: int, kinds: list[str]) -> dict[str, dict[str, float]]
     with tempfile.TemporaryDirectory() as folder:
         built = tasks(Path(folder), kinds, lambda problem, completion: r.choice(RETURNED)(r))
         for kind in r.choices(kinds, [SETTINGS[k][2] for k in kinds], k=cases):
-            task, completion = built[kind], completion_for(kind, r)
+            task, completion = built[kind], completion_for(kind, r)[:MOST]
             clock, ours = time.monotonic(), time.process_time()
             verdict = r.choice([task.verify, lambda p, c, t=task: examine(t, p, c)])(task.train[0], completion)
             vote = answer_of(task, completion)
