@@ -287,13 +287,14 @@ def test_a_session_ends_with_its_program() -> None:
 
 
 def test_runs_from_many_threads(box: Sandbox) -> None:
+    threads = threading.active_count()
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(lambda i: box.run("print(int(input()) * 2)", f"{i}\n").stdout, range(40)))
     assert results == [f"{2 * i}\n" for i in range(40)]
     handles = len(os.listdir("/dev/fd"))
     box.run("print(1)")
     assert len(os.listdir("/dev/fd")) == handles
-    assert threading.active_count() == 1
+    assert threading.active_count() <= threads
 
 
 def test_what_is_missing_is_said_and_refused() -> None:
