@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from vpd_mlx import losses
 from vpd_mlx.algos.e_step import crossed
 from vpd_mlx.algos.grpo import GrpoLoss
+from vpd_mlx.algos.hybrids import Reshape
 from vpd_mlx.algos.m_step import Distillation
 from vpd_mlx.algos.samples import gather, minibatches
 from vpd_mlx.algos.settings import EStepSettings, GrpoSettings, MStepSettings, TeacherSettings
@@ -56,7 +58,7 @@ def demand(recipe: Recipe, policy: Policy, groups: Sequence[Group], adapter: int
     algorithm = recipe.entry.load()(recipe, policy)
     sizes = {name: getattr(getattr(recipe, name), "minibatch_prompts", None) for name in sections}
     own = next((n for name, n in sizes.items() if name != "e_step" and n is not None), None)
-    loss, needs = _student_loss(recipe, getattr(algorithm, "teacher", None))
+    loss, needs = _student_loss(recipe, algorithm)
     updates = [Update([samples[i].student for i in minibatches(samples, own)[0]], loss, needs)]
     if "e_step" in sections:
         taught = crossed(samples) if recipe.section(EStepSettings).contexts == "crossed" else samples
@@ -73,13 +75,22 @@ def demand(recipe: Recipe, policy: Policy, groups: Sequence[Group], adapter: int
     return Demand(updates, states, held)
 
 
-def _student_loss(recipe: Recipe, teacher: Teacher | None) -> tuple[TokenLoss, list[str]]:
+def _teacher_logps(teacher: Teacher) -> TokenLoss:
+    def loss(_logits: mx.array, fixed: Mapping[str, mx.array], head: Head) -> LossAndMetrics:
+        return mx.stop_gradient(losses.token_logps(teacher.logits(fixed, head), fixed["targets"])), {}
+
+    return loss
+
+
+def _student_loss(recipe: Recipe, algorithm: Any) -> tuple[TokenLoss, list[str]]:
     """The token loss of the student's update, put together from its sections, and the names of its constants."""
+    teacher: Teacher | None = getattr(algorithm, "teacher", None)
     parts: list[TokenLoss] = []
     needs = []
     if "m_step" in recipe.entry.sections and teacher is not None:
         cfg = recipe.section(MStepSettings)
-        parts.append(Distillation(cfg, teacher))
+        # The hybrids that shape advantages look at the sampled tokens alone.
+        parts.append(_teacher_logps(teacher) if isinstance(algorithm, Reshape) else Distillation(cfg, teacher))
         needs += ["teacher", *(["initial"] if teacher.kind == "trust_region" else [])]
         needs += [] if cfg.importance_clip is None else ["old"]
     if "grpo" in recipe.entry.sections:
