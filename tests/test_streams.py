@@ -125,6 +125,15 @@ def test_ctrl_c_in_the_row_check_is_one_line_at_once(own_task, tmp_path: Path):
     assert not (tmp_path / "run").exists()
 
 
+def test_an_interrupt_that_passed_through_exec_leaves_the_status_alone(tmp_path: Path):
+    (tmp_path / "interrupted.py").write_text(
+        "from vpd_mlx import __main__\n\ndef command():\n    try:\n        exec('raise KeyboardInterrupt')\n"
+        "    except KeyboardInterrupt:\n        raise SystemExit(129) from None\n\n__main__._command = command\n__main__.main()\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-m", "interrupted"], cwd=tmp_path, env=env, check=False).returncode == 129
+
+
 def test_ctrl_c_while_the_command_line_loads_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys):
     from vpd_mlx import __main__
 

@@ -11,6 +11,10 @@ def main() -> None:
         sys.stderr.write("\nvpd-mlx: stopped by SIGINT\n")
         _end_soon()
         raise SystemExit(130) from None
+    finally:
+        # CPython remembers an interrupt that passed through `exec`, as it may while a module loads, and `python -m` would end by
+        # SIGINT whatever its status. Another `exec` makes it forget.
+        exec("")
 
 
 def _end_soon() -> None:

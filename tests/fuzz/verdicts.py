@@ -116,15 +116,15 @@ def text(r: random.Random) -> str:
     return "".join(r.choice(ATOMS) * r.choice([1, 1, 1, 1, 2, 3, 60]) for _ in range(r.randint(0, 12)))
 
 
-def value(r: random.Random, depth: int = 0) -> Any:
-    """A JSON value, some of which a schema takes long to check."""
+def value(r: random.Random, depth: int = 0, wide: int | None = None) -> Any:
+    """A JSON value, some of which a schema takes long to check. Lists are wide at one depth alone: the text stays short."""
+    wide = r.randrange(4) if wide is None else wide
     kind = r.randrange(9 if depth < 4 else 5)
     if kind < 5:
         return r.choice([None, True, 0.1, 10**30, -1e300, "", "a", "aab", "a" * 40 + "b", text(r)[:50]])
-    items = [value(r, depth + 1) for _ in range(r.randint(0, 4))]
-    return r.choice(
-        [items, items * 300, {str(v)[:9]: v for v in items}, {"a" * (i % 40): v for i, v in enumerate(items)}]
-    )
+    items = [value(r, depth + 1, wide) for _ in range(r.randint(0, 4))]
+    many = items * (300 if depth == wide else 1)
+    return r.choice([items, many, {str(v)[:9]: v for v in items}, {"a" * (i % 40): v for i, v in enumerate(items)}])
 
 
 def completion_for(kind: str, r: random.Random) -> str:
