@@ -166,7 +166,7 @@ def disturbed(case: str, folder: Path, rng: random.Random, seconds: float, most:
     while True:
         processes, ways = start(case, folder), []
         while kills < most and wait_for_moment(processes, folder, rng, seconds):
-            ways.append(rng.choice(WAYS))
+            ways.append(rng.choice([w for w in WAYS if w != "SIGPIPE" or w not in ways]))  # a reader leaves once
             hurt(processes, ways[-1], rng)
             kills, died[ways[-1]] = kills + 1, died[ways[-1]] + 1
             print(f"  {case}: {ways[-1]} ({phase_of(folder)})", flush=True)

@@ -69,7 +69,10 @@ def mbpp_plus_inputs(rows: list[Row]) -> Iterator[Row]:
                 else:
                     equal = "same_items" if name in UNORDERED else "same"
                     tests.append(f"assert {equal}({call}, {got})")
-        yield {**_program(r), "tests": tests, "setup": SAME}
+        if tests:
+            yield {**_program(r), "tests": tests, "setup": SAME}
+        else:
+            print(f"{r['task_id']} has no input that its canonical program takes: left out", flush=True)
     print(f"{calls} inputs, of which the canonical programs refuse {refused}", flush=True)
 
 
