@@ -24,6 +24,7 @@ from vpd_mlx.sandbox.results import Ended, Failure, Limits, Outcome, Result, Val
 __all__ = ["Library", "LibraryError", "LoadedProgram", "Sandbox"]
 
 LOAD_SECONDS = 120.0  # for a program that stays: it may import a library from a cold disk
+MOST_SHOWN = 400  # characters of a test in a message
 SELF_TEST = "import collections, heapq, json, math, random, re, sys, threading\nprint(sys.stdin.read()[::-1])\n"
 # numpy and sympy map much memory. The CPU limit counts for the whole life of the process, wall time for each call.
 LIBRARY_LIMITS = {"memory_mb": 4096, "cpu_s": 1_000_000, "output_kb": 1024, "threads": 32}
@@ -312,7 +313,8 @@ def _outcome(
     if failed is not None and failure.kind in (failed.kind, "CallFailed"):
         return Outcome(False, True, failed, call, source)
     if not report.called:
-        raise SourceError(f"the test {source!r} failed before it called the program ({failure}); fix the row's tests")
+        shown = source if len(source) <= MOST_SHOWN else f"{source[:MOST_SHOWN]}…"
+        raise SourceError(f"the test {shown!r} failed before it called the program ({failure}); fix the row's tests")
     return Outcome(False, False, replace(failure, line=0), call, source)
 
 
