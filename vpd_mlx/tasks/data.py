@@ -76,7 +76,9 @@ def read_rows(source: str, revision: str | None = None) -> list[tuple[str, dict[
         suffix = path.suffix or "nameless"
         raise DataError(f"{source}: cannot tell what is in a {suffix} file; use {', '.join(READERS)}")
     if not path.is_file():
-        raise DataError(f"{source}: no such data file; give its path, relative to the recipe")
+        raise DataError(
+            f"{source}: no such data file; give its path, relative to the recipe, or make it as its README says"
+        )
     try:
         rows = READERS[path.suffix](source, path.read_bytes())
     except OSError as error:
