@@ -24,13 +24,11 @@ from vpd_mlx.engine.heads import Head, TokenLoss
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.sampling import Sampling
 from vpd_mlx.engine.settings import LoraSettings, MemorySettings
-from vpd_mlx.engine.shapes import LATE, Peak, build, nbytes, peak
+from vpd_mlx.engine.shapes import Peak, build, nbytes, peak
 from vpd_mlx.types import TokenRow
 
 __all__ = ["Blueprint"]
 
-NEXT_CHUNK = 0.07  # of a chunk, as measured: the divergences show more of it, plain log-probabilities none
-WHOLE = 1 << 30  # primitives: more than any graph has
 MASKED = ("KVCache", "RotatingKVCache")
 
 
@@ -94,7 +92,7 @@ class Blueprint(Policy):
     def _inputs(self) -> dict[str, mx.array]:
         return dict(tree_flatten(self.model.parameters()))
 
-    def _peak(self, results: Any, late: int = LATE) -> Peak:
+    def _peak(self, results: Any) -> Peak:
         """`shapes.peak` of what `results` returns, as a function of all weights."""
         weights = self._inputs()
 
@@ -104,7 +102,7 @@ class Blueprint(Policy):
             return found
 
         try:
-            return peak(function, weights, late)
+            return peak(function, weights)
         finally:
             self.model.update(tree_unflatten(list(weights.items())))
 
@@ -156,7 +154,9 @@ class Blueprint(Policy):
 
         def results() -> list[mx.array]:
             fixed = {"targets": mx.zeros(count, mx.int32)}
-            fixed |= {k: mx.zeros(s, self.dtype if len(s) == 2 else mx.float32) for k, s in shapes.items()}
+            # Values of their own: mlx merges what is computed twice, and a teacher equal to the student would cost nothing.
+            for value, (name, shape) in enumerate(shapes.items(), 1):
+                fixed[name] = mx.full(shape, value, self.dtype if len(shape) == 2 else mx.float32)
 
             def total(x: mx.array) -> tuple[mx.array, ...]:
                 each, metrics = token_loss(self.head(x), fixed, self.head)
@@ -165,9 +165,7 @@ class Blueprint(Policy):
             found, gradient = mx.value_and_grad(total)(mx.zeros((count, width), self.dtype))
             return [gradient, *found]
 
-        # Nothing comes back before a chunk is through.
-        chunks = min(1 + NEXT_CHUNK, tokens / count)  # the next one begins before that
-        return int(chunks * self._peak(results, WHOLE).highest) + self.state_bytes(tokens)
+        return self._peak(results).highest + self.state_bytes(tokens)
 
     def _long(self, rows: Sequence[TokenRow]) -> bool:
         return max(len(r.prompt) + len(r.completion) for r in rows) > LONG
