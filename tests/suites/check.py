@@ -28,6 +28,10 @@ from vpd_mlx.tasks.suites import imports_for
 Row = dict[str, Any]
 GENEROUS = 120  # seconds: some inputs are large
 OUTPUT_KB = 16384  # and so are some results
+MEMORY_MB = (
+    2048  # of the judge, too: an expected value of 2 MB is source text, which takes Python a hundred times that to read
+)
+GENEROUS_LIMITS = {"wall": GENEROUS, "cpu": GENEROUS, "output_kb": OUTPUT_KB, "memory_mb": MEMORY_MB}
 
 
 def humaneval(rows: list[Row]) -> Iterator[Row]:
@@ -51,7 +55,7 @@ def mbpp_plus(rows: list[Row]) -> Iterator[Row]:
 def mbpp_plus_inputs(rows: list[Row]) -> Iterator[Row]:
     """The inputs that evalplus added. JSON has made lists of tuples, and text of complex numbers: the first form counts that
     the canonical program accepts."""
-    limits = Limits(wall_s=20, cpu_s=GENEROUS, output_kb=OUTPUT_KB)
+    limits = Limits(wall_s=20, cpu_s=GENEROUS, output_kb=OUTPUT_KB, memory_mb=MEMORY_MB)
     sandbox, refused, calls = Sandbox(limits), 0, 0
     for r in rows:
         name, tests = r["entry_point"], []
@@ -146,8 +150,7 @@ def check(name: str, data: Path, out: Path) -> bool:
     recipe = {
         "name": name,
         "model": str(builtin_recipes()["quickstart"].parent / "model"),
-        "task": {"kind": kind, "data": f"{name}.jsonl"}
-        | ({"wall": GENEROUS, "cpu": GENEROUS, "output_kb": OUTPUT_KB} if kind == "code" else {}),
+        "task": {"kind": kind, "data": f"{name}.jsonl"} | (GENEROUS_LIMITS if kind == "code" else {}),
         "rollout": {"max_prompt_tokens": 7000},
     }
     (out / f"{name}.yaml").write_text(json.dumps(recipe))
