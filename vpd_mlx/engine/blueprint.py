@@ -19,6 +19,7 @@ from vpd_mlx.engine import lora as adapters
 from vpd_mlx.engine import models
 from vpd_mlx.engine.attention import BLOCK_BYTES, GPU_FACTOR, LONG, NAME, PLAIN
 from vpd_mlx.engine.batching import pad, shared_prompts
+from vpd_mlx.engine.caches import layout
 from vpd_mlx.engine.device import gpu_ways
 from vpd_mlx.engine.heads import Head, TokenLoss
 from vpd_mlx.engine.policy import Policy
@@ -28,8 +29,6 @@ from vpd_mlx.engine.shapes import Peak, build, nbytes, peak
 from vpd_mlx.types import TokenRow
 
 __all__ = ["Blueprint"]
-
-MASKED = ("KVCache", "RotatingKVCache")
 
 
 class Blueprint(Policy):
@@ -81,7 +80,8 @@ class Blueprint(Policy):
         states = self._body(mx.array([[1, 2]]))
         self.width, self.dtype = int(states.shape[-1]), states.dtype
         self.vocabulary = int(self._plain_head(states).shape[-1])
-        self.shares_prompts = all(type(c).__name__ in MASKED for c in make_prompt_cache(self.model))
+        found = layout(make_prompt_cache(self.model))
+        self._layout, self.shares_prompts = found or [], found is not None
         if self.shares_prompts:
             rows = [TokenRow((1, 2, 3, 4, 5), (1, 2, 3)), TokenRow((1, 2, 3), (1, 2))]
             try:

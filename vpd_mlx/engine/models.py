@@ -18,9 +18,10 @@ import mlx.nn as nn
 import mlx_lm
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import CacheList, make_prompt_cache
 
 from vpd_mlx.engine.attention import bounded
+from vpd_mlx.engine.caches import layout
 from vpd_mlx.engine.device import gpu_ways
 from vpd_mlx.engine.heads import Head
 from vpd_mlx.engine.settings import LoraSettings
@@ -118,9 +119,8 @@ def can_share_prompts(model: nn.Module, hidden: Callable[..., tuple[mx.array, mx
     `hidden` shares when it is told to, whatever that saves. A GPU has kernels by length and for gradients, and may multiply
     float32 in TF32: there the rows are longer than 64 tokens, the adapter's gradient is compared too, and tolerances are wider.
     """
-    caches = make_prompt_cache(model)
-    if any(type(c).__name__ not in ("KVCache", "RotatingKVCache") for c in caches):
-        return False  # recurrent layers keep no keys to share
+    if layout(make_prompt_cache(model)) is None:
+        return False  # a layer keeps what we know no way to hand on
     long, short = (PROBE * 9 if gpu_ways() else PROBE[:5]), PROBE[2:4]
     rows = [TokenRow(long, PROBE[:3]), TokenRow(long, PROBE[2:6]), TokenRow(short, PROBE[:2]), TokenRow(short, (1,))]
 
@@ -151,7 +151,7 @@ def can_bound_attention(model: nn.Module, hidden: Callable[..., tuple[mx.array, 
 
     `shares` says whether completions share their prompt.
     """
-    attending = sum(type(c).__name__ in ("KVCache", "RotatingKVCache") for c in make_prompt_cache(model))
+    attending = sum(_attends(c) for c in make_prompt_cache(model))
     rows = [TokenRow(PROBE[2:4], PROBE[:6]), TokenRow(PROBE[2:4], PROBE[3:5])]
     plain, _ = hidden(rows, shared=False)
     try:
@@ -162,6 +162,13 @@ def can_bound_attention(model: nn.Module, hidden: Callable[..., tuple[mx.array, 
         return False  # this architecture handles masks or caches in its own way
     passes = 2 if shares else 1
     return use.calls >= attending * passes and _close(found, plain)
+
+
+def _attends(cache: Any) -> bool:
+    """Whether this cache, or one in it, is for attention."""
+    if isinstance(cache, CacheList):
+        return any(_attends(part) for part in cache.caches)
+    return type(cache).__name__ in ("KVCache", "RotatingKVCache")
 
 
 def _close(found: mx.array, wanted: mx.array, half: float = 3e-2) -> bool:

@@ -18,12 +18,14 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.cache import make_prompt_cache
 
 from vpd_mlx.common.seeds import phase_seed
 from vpd_mlx.engine import lora as adapters
 from vpd_mlx.engine import models
 from vpd_mlx.engine.attention import LONG, bounded
 from vpd_mlx.engine.batching import by_row, micro_batches, pad, shared_prompts
+from vpd_mlx.engine.caches import layout
 from vpd_mlx.engine.device import compiles, gpu_ways
 from vpd_mlx.engine.heads import Head, chunk_size, map_tokens, target_logps, tempered
 from vpd_mlx.engine.memory import out_of_memory
@@ -122,6 +124,7 @@ class Policy:
     def _probe(self) -> None:
         """Find out, on a few tokens, what this architecture allows, and note what it does not."""
         self.notes, self.shares_prompts = [], False
+        self._layout = layout(make_prompt_cache(self.model)) or []
         self.long: int | None = None
         self._body, head, self.vocabulary = models.split_head(self.model)
         self._plain_head: Head = head or (lambda logits: logits)
@@ -133,7 +136,7 @@ class Policy:
         self.shares_prompts = models.can_share_prompts(self.model, self.hidden)
         if not self.shares_prompts:
             self.notes.append(
-                f"{self.architecture}: completions cannot share their prompt's keys, so updates read it for each (slower, "
+                f"{self.architecture}: completions cannot share their prompt's pass, so updates read it for each (slower, "
                 "same numbers)"
             )
         self.long = LONG if models.can_bound_attention(self.model, self.hidden, shares=self.shares_prompts) else None
@@ -186,7 +189,7 @@ class Policy:
         together = None if apart else shared_prompts(rows, self._multiple, always=bool(shared))
         tokens = together or pad(rows, self._multiple)
         with contextlib.nullcontext() if long is None else bounded(self.model, long):
-            return states_of(self._body, len(self.model.layers), tokens, long, banded=self.shares_prompts)
+            return states_of(self._body, self._layout, tokens, long, banded=self.shares_prompts)
 
     def logps(self, rows: Sequence[TokenRow]) -> list[npt.NDArray[np.float32]]:
         """Log-probability of every completion token, float32, by a forward pass without gradient: per row (T_i,)."""

@@ -8,9 +8,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.cache import _BaseCache
 
 from vpd_mlx.engine.attention import bounded, in_use
-from vpd_mlx.engine.caches import Rows
+from vpd_mlx.engine.caches import Held
 
 __all__ = ["recompute_blocks"]
 
@@ -20,7 +21,7 @@ Call = Callable[..., Any]
 def recompute_blocks(model: nn.Module) -> None:
     """Have this model's blocks recomputed: each gets a class of its own, so that other models stay as they are.
 
-    A cache in which a pass reads or leaves arrays (`caches.Rows`) goes through the checkpointed function as these arrays, in and
+    A cache in which a pass reads or leaves arrays (`caches.Held`) goes through the checkpointed function as these arrays, in and
     out, so that their gradient flows. Blocks that decode, with caches of mlx-lm's, are called as before.
     """
     own: dict[type, type] = {}
@@ -35,8 +36,8 @@ def recompute_blocks(model: nn.Module) -> None:
 
 def _recomputed(plain: Call) -> Call:
     def call(block: Any, *args: Any, **kwargs: Any) -> Any:
-        caches = [a for a in (*args, *kwargs.values()) if hasattr(a, "update_and_fetch")]
-        if not all(isinstance(c, Rows) for c in caches):
+        caches = [a for a in (*args, *kwargs.values()) if isinstance(a, Held | _BaseCache)]
+        if not all(isinstance(c, Held) for c in caches):
             return plain(block, *args, **kwargs)
         use = in_use(block)
         key = _random_key() if block.training else None  # dropout must draw the same masks again
