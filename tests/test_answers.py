@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +22,8 @@ from vpd_mlx.report.page import run_page
 from vpd_mlx.run.answers import CHANGES, Answered, choose, pairs, rule
 from vpd_mlx.run.folder import Run, load_run
 from vpd_mlx.run.loop import train
+from vpd_mlx.tasks import expected
+from vpd_mlx.types import Problem
 
 HOSTILE = "</div><script>hacked()</script>[bold]x[/bold]\x1b[2J\u202eabc"
 
@@ -107,6 +111,12 @@ def test_answers_are_those_that_the_figures_count(run: Run):
         found = [r for r in rows if r["step"] == evaluation["step"]]
         assert {r["problem"]: r["score"] for r in found} == evaluation["greedy_by_problem"]
         assert sum(r["teacher_prompt"] is not None for r in found) == evaluation["teacher_problems"]
+    for r in rows + (rollouts := read_rows(run.path / "rollouts.jsonl")):
+        a, b = r["prompt"].removesuffix("=").split("+")
+        assert r["expected"] == str(int(a) + int(b))
+        assert r["success"] == (r["completion"].strip() == r["expected"])
+    for r in rollouts:
+        assert r["student_prompt"] == f"<|user|>{r['prompt']}<|end|><|assistant|>"
     for r in rows:
         assert (r["context"] is None) == (r["teacher_prompt"] is None)
         assert r["teacher_prompt"] is None or f"<|user|>{r['prompt']}" in r["teacher_prompt"]
@@ -143,6 +153,7 @@ def test_train_ends_with_answers_unless_it_is_to_be_quiet(tmp_path: Path):
     found = load_run(tmp_path / "loud")
     assert rule(found.answers, choose(found.answers))[:30] in loud.output
     assert choose(found.answers)[0].before["verdict"] in loud.output
+    assert re.search(rf"expected +{choose(found.answers)[0].expected} *\n", loud.output)
     quiet = CliRunner().invoke(app, [*arguments, str(tmp_path / "quiet"), "--quiet"])
     assert (quiet.exit_code, quiet.stdout) == (0, "")
     alone = CliRunner().invoke(app, [*arguments, str(tmp_path / "json"), "--json"])
@@ -199,3 +210,14 @@ def test_the_page_shows_them_with_what_the_teacher_read(own: Path, monkeypatch: 
     )
     assert "<script>hacked" not in page
     assert page.count("&lt;script&gt;hacked()") == 2 * 4
+
+
+def test_the_expected_answer_is_the_datas_or_a_right_completion_and_never_endless():
+    task = SimpleNamespace(reference_completion=lambda problem: problem.reference and f"<b>{problem.reference}</b>")
+
+    def of(answer: str | None, reference: str | None) -> str | None:
+        return expected(task, Problem("p", ({"role": "user", "content": "?"},), answer, reference))  # type: ignore[arg-type]
+
+    assert [of("7", "3+4=7"), of("", "7"), of(None, "7"), of(None, None)] == ["7", "", "<b>7</b>", None]
+    long = of("x" * 10_000, None)
+    assert long == "x" * 4000 + " …"

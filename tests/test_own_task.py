@@ -75,7 +75,7 @@ def test_verify_prints_verdict_and_context(mine: Path, tmp_path: Path):
     bad = RUNNER.invoke(app, ["verify", "-r", str(mine), "--problem", name, "--completion", "-"], input="75")
     out = json.loads(bad.output)
     assert row["prompt"] == "47+38="
-    assert out["score"] == 0.0
+    assert (out["score"], out["completion"], out["expected"]) == (0.0, "75", "85")
     assert out["context"] == {"kind": "verifier", "text": "tens too low"}
     assert out["left_out"] == {"sibling": "needs the other completions of the group"}
     (tmp_path / "answer.txt").write_text("85\n")

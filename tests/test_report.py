@@ -363,6 +363,7 @@ def test_show_command(runs):
     logged = read_rows(runs["vpd"] / "rollouts.jsonl")
     everything = shown("--limit", "1000")
     assert everything.count("feedback:") == len(logged)
+    assert len(re.findall(r"^expected +\d+ *$", everything, re.MULTILINE)) == len(logged)
     assert shown().count("step 2") == 5  # newest first
     assert "WRONG" not in shown("--right", "--limit", "1000")
     wrong = shown("--wrong", "--step", "1", "--limit", "1000")

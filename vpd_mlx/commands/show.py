@@ -35,7 +35,7 @@ def show(
     limit: Annotated[int, typer.Option(min=1, help="Maximum number of rollouts.")] = 5,
     full: Annotated[bool, typer.Option("--full", help="Show long texts in full instead of their two ends.")] = False,
 ) -> None:
-    """Show rollouts of a run: prompt, completion, verdict, and how the teacher, given the feedback, rates each token."""
+    """Show rollouts of a run: prompt, completion, expected answer, verdict, and how the teacher rates each token."""
     if right and wrong:
         raise wrong_option("--right", "contradicts --wrong", "leave one out, or both for all")
     found = load_run(run)
@@ -83,6 +83,7 @@ def _rollout(console: Console, row: Mapping[str, Any], full: bool) -> None:
     for name, text in (
         ("prompt", Text(visible(row.get("prompt")))),
         ("completion", completion),
+        ("expected", Text(visible(row.get("expected")))),
         ("verdict", Text(visible(row.get("verdict")))),
         ("teacher prompt", Text(visible(row.get("teacher_prompt")))),
     ):

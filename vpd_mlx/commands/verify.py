@@ -15,7 +15,7 @@ from vpd_mlx.common.text import json_text
 from vpd_mlx.errors import DataError
 from vpd_mlx.feedback import SOURCES, build_sources, choose_contexts
 from vpd_mlx.recipe import Recipe, load_recipe, resolve_recipe_path
-from vpd_mlx.tasks import build_task, examine
+from vpd_mlx.tasks import build_task, examine, expected
 from vpd_mlx.types import Group, Problem, Rollout
 
 __all__ = ["verify"]
@@ -52,6 +52,7 @@ def verify(
         "problem": chosen.id,
         "split": "held-out" if held else "train",
         "completion": text,
+        "expected": expected(task, chosen),
         "score": None if verdict.error else verdict.score,
         "success": rollout.success,
         "text": verdict.text,

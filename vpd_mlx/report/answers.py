@@ -57,6 +57,8 @@ def print_answers(console: Console, answers: Sequence[Answered]) -> None:
 def _problem(answered: Answered, width: int) -> RenderableType:
     head = Text.assemble((answered.change, "bold"), f"  problem {visible(answered.problem)}")
     prompt = [(Text("prompt"), shortened(answered.before.get("prompt") or ""))]
+    if answered.expected:
+        prompt.append((Text("expected"), shortened(answered.expected)))
     answers = [_answer("base", answered.before), _answer("trained", answered.after)]
     read = [(Text("teacher read"), shortened(answered.taught))] if answered.taught else []
     return Group(head, _labelled(prompt), side_by_side(width, answers), _labelled(read))

@@ -24,19 +24,26 @@ __all__ = ["LiveView", "PlainView", "QuietView", "make_view", "step_line"]
 PLAIN_EVERY = 10.0  # seconds between two lines in a pipe
 WORTH_SAYING = 3.0  # seconds: a shorter phase gets no remaining time
 SAMPLE_LINES = 14
+RANGES = 56  # columns of a terminal from which curves have room for their range
 BARS = "▁▂▃▄▅▆▇█"
 CURVES = {"reward": "reward", "divergence": "student/divergence", "margin": "e_step/margin", "length": "length"}
 
 
-def spark(values: list[float], width: int) -> str:
-    """The last `width` values as a line of bars, scaled to their own range."""
+def spark(values: list[float], width: int) -> tuple[str, str]:
+    """The last `width` values as a line of bars, scaled to their own range; and this range in figures."""
     shown = values[-width:]
     if not shown:
-        return ""
+        return "", ""
     low, high = min(shown), max(shown)
     if high == low:
-        return BARS[0] * len(shown)
-    return "".join(BARS[round((v - low) / (high - low) * (len(BARS) - 1))] for v in shown)
+        return BARS[0] * len(shown), f"{_short(low)}"
+    bars = "".join(BARS[round((v - low) / (high - low) * (len(BARS) - 1))] for v in shown)
+    return bars, f"{_short(low)} … {_short(high)}"
+
+
+def _short(value: float) -> str:
+    """Three significant digits, without a power of ten where it can be."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _number(value: Any, digits: int = 3) -> str:
@@ -126,8 +133,9 @@ class LiveView(Progress):
         self._phase: tuple[str, int, int | None] = ("loading", 0, None)
         self._began = time.monotonic()
         self._took: dict[str, float] = {}  # seconds that each phase took when it was last through
-        self._sample: tuple[str, Rollout] | None = None
-        self._step: tuple[int, int, Mapping[str, Any], float] | None = None
+        self._sample: tuple[str, Rollout, str | None] | None = None
+        self._step: tuple[int, int, Mapping[str, Any]] | None = None
+        self._left: tuple[float, float] | None = None  # seconds, and when they were these
         self._curves: dict[str, list[float]] = {}
         self._live = Live(console=console, get_renderable=self._draw, refresh_per_second=8, transient=True)
 
@@ -151,13 +159,24 @@ class LiveView(Progress):
             self._began = now
         self._phase = (name, done, total)
 
-    def sample(self, prompt: str, rollout: Rollout) -> None:
+    def left(self, seconds: float) -> None:
+        """The time left, which runs down until the next step says better."""
+        self._left = (seconds, time.monotonic())
+
+    def _left_text(self) -> str:
+        if self._left is None:
+            return ""
+        seconds, at = self._left
+        return f"{duration(max(0.0, seconds - (time.monotonic() - at)))} left"
+
+    def sample(self, prompt: str, rollout: Rollout, expected: str | None) -> None:
         """What is shown below the curves until the next one comes."""
-        self._sample = (prompt, rollout)
+        self._sample = (prompt, rollout, expected)
 
     def step(self, step: int, steps: int, metrics: Mapping[str, Any], seconds_left: float) -> None:
         """New figures."""
-        self._step = (step, steps, metrics, seconds_left)
+        self._step = (step, steps, metrics)
+        self.left(seconds_left)
         for name, key in CURVES.items():
             if metrics.get(key) is not None:
                 self._curves.setdefault(name, []).append(float(metrics[key]))
@@ -196,33 +215,39 @@ class LiveView(Progress):
     def _draw(self) -> RenderableType:
         width = self._console.width
         if self._step is None:
-            return Text(f"{self._title}  {self._phase_text()}", style="bold", overflow="ellipsis", no_wrap=True)
-        step, steps, metrics, left = self._step
+            first = Text(f"{self._title}  {self._phase_text()}", style="bold", overflow="ellipsis", no_wrap=True)
+            return first if self._left is None else Group(first, Text(f"about {self._left_text()}", style="dim"))
+        step, steps, metrics = self._step
         head = Text(overflow="ellipsis", no_wrap=True)
         head.append(f"{self._title}  step {step}/{steps}", style="bold").append(f"  {self._phase_text()}")
         bar = Table.grid(padding=(0, 1))
-        bar.add_row(ProgressBar(total=steps, completed=step, width=max(10, width - 24)), f"{duration(left)} left")
+        bar.add_row(ProgressBar(total=steps, completed=step, width=max(10, width - 24)), self._left_text())
         table = Table.grid(padding=(0, 2))
+        ranges = width >= RANGES
         for curve, values in self._curves.items():
-            table.add_row(curve, f"{values[-1]:.3f}", spark(values, max(8, width - 30)))
+            bars, scale = spark(values, max(8, width - (46 if ranges else 30)))
+            table.add_row(curve, f"{values[-1]:.3f}", bars, *([Text(scale, style="dim")] if ranges else []))
         tokens, memory = (f"{metrics.get(key, 0):,.0f}" for key in ("tokens_per_s", "peak_memory_mb"))
         speed = Text(f"{tokens} tokens/s, peak memory {memory} MB", style="dim")
         sample = self._draw_sample(width, self._console.height - len(self._curves) - 5)
         return Group(head, bar, table, speed, *sample)
 
     def _draw_sample(self, width: int, height: int) -> list[RenderableType]:
-        """One completion with its prompt, verdict and feedback in at most `height` lines; nothing if there is no room."""
+        """A completion, its prompt, verdict, expected answer and feedback in at most `height` lines; nothing without room."""
         if self._sample is None or height < 4:
             return []
-        prompt, rollout = self._sample
+        prompt, rollout, expected = self._sample
         if rollout.verdict is None or rollout.verdict.error is not None:
             verdict = "none: the verifier failed"
         else:
             verdict = f"{'right' if rollout.success else 'wrong'}, score {rollout.verdict.score:.2f}"
         colour = "green" if rollout.success else "red"
         parts = [("prompt", prompt, "dim"), ("completion", rollout.text, ""), ("verdict", verdict, colour)]
+        if expected is not None:
+            parts.append(("expected", expected, "green"))
         if rollout.context is not None:
             parts.append(("feedback", f"{rollout.context.kind}: {rollout.context.text}", "cyan"))
+        parts = parts[: height - 1]  # the feedback is the first to go
         most = max(1, (min(height, SAMPLE_LINES) - 2) // (len(parts) - 1))
         table = Table.grid(padding=(0, 2))
         table.add_column(style="bold", no_wrap=True, min_width=len("teacher gap"))

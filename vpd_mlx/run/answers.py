@@ -31,6 +31,11 @@ class Answered:
         return str(self.before.get("problem", "?"))
 
     @property
+    def expected(self) -> str:
+        """The right answer, empty where the data have none."""
+        return str(self.before.get("expected") or self.after.get("expected") or "")
+
+    @property
     def change(self) -> str:
         """One of `CHANGES`."""
         return CHANGES[bool(self.before.get("success")), bool(self.after.get("success"))]

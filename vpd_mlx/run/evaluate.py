@@ -6,6 +6,7 @@ alone, so that two models are always compared problem by problem.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ from vpd_mlx.run.collect import Batch, collect, rows_at_once, student_prompts
 from vpd_mlx.run.pairing import fingerprints
 from vpd_mlx.run.records import AnswerRow, answer_row
 from vpd_mlx.run.setup import Parts
-from vpd_mlx.tasks import Task, answer_of, examine
+from vpd_mlx.tasks import Task, answer_of, examine, expected
 from vpd_mlx.types import Group, Problem, Rollout
 
 __all__ = ["Measured", "compared", "evaluate", "measure", "names", "sampled_figures", "summed"]
@@ -160,7 +161,10 @@ def measure(parts: Parts, problems: Sequence[Problem], *, greedy_only: bool = Fa
     mx.clear_cache()
     alone = {n: g.rollouts for n, g in zip(keys, greedy.groups, strict=True) if g.rollouts}
     decode = parts.policy.tokenizer.decode
-    answers = [answer_row(n, named[n].problem, r[0], _taught(named[n]), decode) for n, r in alone.items()]
+    answers = [
+        answer_row(n, (g := named[n]).problem, r[0], _taught(g), expected(task, g.problem), decode)
+        for n, r in itertools.islice(alone.items(), MOST_ANSWERS)
+    ]
     figures = {} if sampled is None else sampled_figures(task, named, k)
     figures |= {"student_greedy": {n: _scores(rollouts)[0] for n, rollouts in alone.items()}, "teacher": teacher}
     part = _Part(
@@ -170,7 +174,7 @@ def measure(parts: Parts, problems: Sequence[Problem], *, greedy_only: bool = Fa
         contexts_failed=sum(bool(r.source_errors) for g in groups for r in g.rollouts),
         failures=[*greedy.failures, *([] if sampled is None else sampled.failures)],
         completions=len(problems) * (1 if sampled is None else 1 + k),
-        answers=answers[:MOST_ANSWERS],
+        answers=answers,
     )
     return _whole(ranks.gather(part), k, greedy_only=greedy_only)
 

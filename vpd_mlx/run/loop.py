@@ -90,6 +90,7 @@ def _run(state: RunState, followers: Followers, resume: bool) -> Summary:
         if state.done == 0:
             _check_gap(state, state.evaluations[0])
             state.checkpoint()
+        trainer.progress.left(state.seconds_left())
         while state.done < recipe.steps and not state.stopped:
             trainer.check_stop()
             state.log.check_space()

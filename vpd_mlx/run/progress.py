@@ -41,11 +41,15 @@ class Progress:
     def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
         """A phase began or advanced: `done` of `total` sequences, if that is known."""
 
+    def left(self, seconds: float) -> None:
+        """How long the run will roughly take, before its first step, or before the first one after a resume."""
+
     def step(self, step: int, steps: int, metrics: Mapping[str, Any], seconds_left: float) -> None:
         """A step is complete."""
 
-    def sample(self, prompt: str, rollout: Rollout) -> None:
-        """A completion of the current step, graded and with its context, and the user message that it answers."""
+    def sample(self, prompt: str, rollout: Rollout, expected: str | None) -> None:
+        """A completion of the current step, graded and with its context; the user message that it answers, and the right
+        answer where the data have one."""
 
     def evaluation(self, step: int, result: Mapping[str, Any]) -> None:
         """An evaluation is complete."""

@@ -166,11 +166,13 @@ class RolloutRow(TypedDict, total=False):
     score: Annotated[Fraction, "0..1", "The verifier's score."]
     success: Annotated[bool, "", "Whether it is right: the score reaches `rollout.success_threshold`."]
     verdict: Annotated[str, "", "The verifier's words, empty if it has none."]
+    expected: Annotated[str | None, "", "The right answer where the data have one, or the beginning of a long one."]
     context: Annotated[FeedbackText | None, "", "The feedback: its `kind`, its `text`, and whether it was `cut`."]
     tokens: Annotated[int, "tokens", "Length of the completion, its stop token included."]
     prompt_tokens: Annotated[int, "tokens", "Length of the student's prompt."]
     teacher_prompt_tokens: Annotated[int | None, "tokens", "Length of the teacher's prompt."]
     finish: Annotated[str, "", "`stop`, or `length` if the completion was cut off."]
+    student_prompt: Annotated[str, "", "The student's prompt, decoded."]
     teacher_prompt: Annotated[str | None, "", "The teacher's prompt, decoded: the student's with the feedback in it."]
     pieces: Annotated[list[str], "", "The completion's tokens as text."]
     shift: Annotated[
@@ -229,6 +231,7 @@ class AnswerRow(TypedDict, total=False):
     score: Annotated[Fraction, "0..1", "The verifier's score of it."]
     success: Annotated[bool, "", "Whether it is right: the score reaches `rollout.success_threshold`."]
     verdict: Annotated[str, "", "The verifier's words, empty if it has none."]
+    expected: Annotated[str | None, "", "The right answer where the data have one, or the beginning of a long one."]
     finish: Annotated[str, "", "`stop`, or `length` if the completion was cut off."]
     context: Annotated[str | None, "", "Kind of the feedback that the teacher got on a sampled completion."]
     teacher_prompt: Annotated[str | None, "", "The teacher's prompt, decoded: the student's with the feedback in it."]
@@ -320,9 +323,10 @@ def rollout_metrics(batch: Batch, groups: Sequence[Group]) -> MetricsRow:
 
 
 def rollout_row(
-    step: int, group: Group, index: int, rollout: Rollout, decode: Callable[[list[int]], str]
+    step: int, group: Group, index: int, expected: str | None, decode: Callable[[list[int]], str]
 ) -> RolloutRow:
     """One line of `rollouts.jsonl`, without the `shift` that the algorithm finds."""
+    rollout = group.rollouts[index]
     verdict, context = rollout.verdict, rollout.context
     row: RolloutRow = {
         "step": step,
@@ -333,11 +337,13 @@ def rollout_row(
         "score": verdict.score if verdict else None,
         "success": rollout.success,
         "verdict": verdict.text if verdict else "",
+        "expected": expected,
         "context": None if context is None else {"kind": context.kind, "text": context.text, "cut": context.cut},
         "tokens": len(rollout.tokens),
         "prompt_tokens": len(group.prompt),
         "teacher_prompt_tokens": None if rollout.teacher_prompt is None else len(rollout.teacher_prompt),
         "finish": rollout.finish,
+        "student_prompt": decode(list(group.prompt)),
         "teacher_prompt": None if rollout.teacher_prompt is None else decode(list(rollout.teacher_prompt)),
         "pieces": [decode([t]) for t in rollout.tokens],
     }
@@ -347,7 +353,12 @@ def rollout_row(
 
 
 def answer_row(
-    name: str, problem: Problem, greedy: Rollout, taught: Rollout | None, decode: Callable[[list[int]], str]
+    name: str,
+    problem: Problem,
+    greedy: Rollout,
+    taught: Rollout | None,
+    expected: str | None,
+    decode: Callable[[list[int]], str],
 ) -> AnswerRow:
     """One line of `answers.jsonl`, without its `step`; `taught` is the rollout that the teacher read feedback on."""
     verdict, first = greedy.verdict, problem.messages[0]
@@ -360,6 +371,7 @@ def answer_row(
         "score": verdict.score if verdict else None,
         "success": greedy.success,
         "verdict": verdict.text if verdict else "",
+        "expected": expected,
         "finish": greedy.finish,
         "context": None if taught is None or taught.context is None else taught.context.kind,
         "teacher_prompt": None if prompt is None else decode(list(prompt)),

@@ -16,6 +16,7 @@ from vpd_mlx.errors import RunError
 from vpd_mlx.run.checkpoint import Checkpoint, find_checkpoint, write_checkpoint
 from vpd_mlx.run.log import RunLog
 from vpd_mlx.run.records import FORMAT, RolloutRow, SelectionRow, Summary, upgraded
+from vpd_mlx.run.remaining import seconds_left
 from vpd_mlx.run.step import FINITE, Trainer
 from vpd_mlx.tasks import fingerprint
 
@@ -113,10 +114,9 @@ class RunState:
         self.seconds["selection"] = self.seconds.get("selection", 0.0) + row["seconds"]
 
     def seconds_left(self) -> float:
-        """An estimate, by the steps so far and the newest evaluation."""
-        training = sum(seconds for phase, seconds in self.seconds.items() if phase != "evaluation")
-        left = self.trainer.recipe.steps - self.done
-        return training / self.done * left + float(self.evaluations[-1]["seconds"])
+        """An estimate, by the steps so far and the newest evaluation and selection."""
+        selection = self.selections[-1] if self.selections else None
+        return seconds_left(self.trainer.recipe, self.done, self.seconds, self.evaluations[-1], selection)
 
     def take_snapshot(self, sources: list[dict[str, Any]]) -> None:
         """Keep all of the run as it stands after a whole step. Arrays are immutable, so this copies nothing."""

@@ -24,6 +24,7 @@ from vpd_mlx.run.records import AnswerRow, RolloutRow, rollout_metrics, rollout_
 from vpd_mlx.run.selection import apart
 from vpd_mlx.run.setup import Parts
 from vpd_mlx.run.style import PROMPTS, Style
+from vpd_mlx.tasks import expected
 from vpd_mlx.types import Group, Problem
 
 __all__ = ["Trainer", "problems_of_step"]
@@ -179,7 +180,9 @@ class Trainer(Parts):
                 "peak_memory_mb": round(mx.get_peak_memory() / 2**20, 1),
             }
             decode = self.policy.tokenizer.decode
-            rows = [rollout_row(number, g, n, r, decode) for g in groups for n, r in enumerate(g.rollouts)]
+            wanted = [expected(self.task, g.problem) for g in groups]
+            both = list(zip(groups, wanted, strict=True))
+            rows = [rollout_row(number, g, n, want, decode) for g, want in both for n in range(len(g.rollouts))]
             openings = Counter(row["pieces"][0] for row in rows if row["pieces"])
             row["first_tokens"] = openings.most_common(OPENINGS)
             for i, tokens in step.tokens.items():
@@ -218,7 +221,7 @@ class Trainer(Parts):
         every = [(g, r) for g in groups for r in g.rollouts]
         failed = [(g, r) for g, r in every if r.context is not None and not r.success]
         for group, rollout in (failed or every)[:1]:
-            self.progress.sample(group.problem.messages[-1]["content"], rollout)
+            self.progress.sample(group.problem.prompt, rollout, expected(self.task, group.problem))
 
     def _note_source_errors(self, groups: Sequence[Group]) -> None:
         rollouts = [(g.problem.id, r.source_errors) for g in groups for r in g.rollouts]

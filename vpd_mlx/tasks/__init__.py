@@ -37,7 +37,18 @@ from vpd_mlx.tasks.reasoning_gym import ReasoningGym, ReasoningGymSettings
 from vpd_mlx.tasks.regex import Regex, RegexSettings
 from vpd_mlx.types import Problem, Verdict
 
-__all__ = ["TASKS", "Task", "answer_of", "build_task", "examine", "faulty_rows", "fingerprint", "notices", "prove"]
+__all__ = [
+    "TASKS",
+    "Task",
+    "answer_of",
+    "build_task",
+    "examine",
+    "expected",
+    "faulty_rows",
+    "fingerprint",
+    "notices",
+    "prove",
+]
 
 
 class Task(Protocol):
@@ -78,6 +89,7 @@ TASKS: list[tuple[type[Section], Callable[[Any], Task]]] = [
 ]
 """(section of the recipe, class of the task) for every kind of task."""
 MOST_SHOWN = 200  # characters of a reference answer in an error
+MOST_EXPECTED = 4000  # characters of one beside a verdict
 
 
 def build_task(recipe: Any, handed: Handed = NOTHING) -> Task:
@@ -103,6 +115,17 @@ def answer_of(task: Task, completion: str) -> str | None:
     """What a completion votes for in maj@k: its final answer, or its whole text if the task does not extract one."""
     answer_in: Callable[[str], str | None] = getattr(task, "answer_in", lambda text: spoken(text).strip())
     return answer_in(completion)
+
+
+def expected(task: Task, problem: Problem) -> str | None:
+    """What stands beside a verdict as the right answer: the data's, else a completion that scores 1, else None.
+
+    Of a longer one the first `MOST_EXPECTED` characters.
+    """
+    text = problem.answer if problem.answer is not None else task.reference_completion(problem)
+    if text is None or len(text) <= MOST_EXPECTED:
+        return text
+    return f"{text[:MOST_EXPECTED]} …"
 
 
 def notices(task: Task) -> tuple[str, ...]:
