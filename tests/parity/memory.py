@@ -3,8 +3,8 @@
     python tests/parity/memory.py [CONFIG ...] [--dtype float32]
 
 Widths become about a sixteenth, blocks a quarter; the kinds of blocks, heads a group, experts and bits stay. Each model has a
-process of its own, rolls out, reads and decodes an evaluation, and takes an update of the default algorithm, all at the longest.
-Fails where a phase is planned more than a fifth off. Takes some minutes.
+process of its own, rolls out, reads and decodes an evaluation, and takes an update of the default algorithm, all at the longest;
+of each, the highest peak of three counts. Fails where a phase is planned more than a fifth off. Takes some minutes.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ CONFIGS = ROOT / "tests" / "data" / "configs"
 PROMPT, CONTEXT, COMPLETION = 32, 32, 32
 PROMPTS, GROUP = 2, 4
 TOLERANCE = 0.2
+REPEATS = 3
 
 
 def scaled(config: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -81,10 +82,14 @@ def compared(path: str, dtype: str) -> dict[str, tuple[int, int]]:
         planned = plan(recipe, prompt=PROMPT, context=CONTEXT)
 
     def highest(work: Any) -> int:
-        mx.clear_cache()
-        mx.reset_peak_memory()
-        work()
-        return int(mx.get_peak_memory())
+        # How far queueing runs ahead of computing, and so how much is held, is another matter each time.
+        peaks = []
+        for _ in range(REPEATS):
+            mx.clear_cache()
+            mx.reset_peak_memory()
+            work()
+            peaks.append(int(mx.get_peak_memory()))
+        return max(peaks)
 
     model = build(config)
     mx.eval(model.parameters())

@@ -132,10 +132,14 @@ class Blueprint(Policy):
             return [states, value, *(g for _, g in tree_flatten(gradient))]
 
         # mlx does not hand out the graph of a gradient of experts' matrices: what that keeps is counted by hand.
-        experts = [m for m in self.model.modules() if isinstance(m, LoRASwitchLinear)]
+        named = {k: m for k, m in self.model.named_modules() if isinstance(m, LoRASwitchLinear)}
+        experts = list(named.values())
         kept = sum(nbytes(m.trainable_parameters()) for m in experts)
-        each = 4 * self.positions(rows) * self.experts_per_token
-        kept += sum(each * (m.lora_a.shape[1] + m.lora_a.shape[2]) for m in experts)  # inputs and products, float32
+        each = 4 * self.positions(rows) * self.experts_per_token  # inputs and products, float32
+        kept += sum(each * m.lora_a.shape[1] for m in experts)
+        # `up_proj` reads what `gate_proj` beside it has kept.
+        inputs = {k.replace("up_proj", "gate_proj"): m.lora_a.shape[2] for k, m in named.items()}
+        kept += each * sum(inputs.values())
         for m in experts:
             m.freeze(keys=["lora_a", "lora_b"], recurse=False)
         found = self._peak(results)
