@@ -22,7 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import base
 
-from vpd_mlx.engine.device import gpu_ways
+from vpd_mlx.engine.device import device_kind, gpu_ways
 
 __all__ = ["LONG", "Band", "Use", "blocked", "bounded", "in_use", "left_to_mlx"]
 
@@ -150,13 +150,6 @@ def _after(array: mx.array, others: list[mx.array]) -> mx.array:
 METAL_SINCE = (0, 32, 4)
 METAL_DIMS = {(d, d) for d in (64, 72, 80, 96, 128, 192, 256)} | {(96, 64)}
 HALF = (mx.float16, mx.bfloat16)
-
-
-def device_kind() -> str:
-    """cpu, metal or cuda."""
-    if mx.default_device() == mx.Device(mx.cpu):
-        return "cpu"
-    return "metal" if mx.metal.is_available() else "cuda"
 
 
 def left_to_mlx(

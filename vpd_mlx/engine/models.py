@@ -22,7 +22,7 @@ from mlx_lm.models.cache import CacheList, make_prompt_cache
 
 from vpd_mlx.engine.attention import bounded
 from vpd_mlx.engine.caches import layout
-from vpd_mlx.engine.device import gpu_ways
+from vpd_mlx.engine.device import close, gpu_ways
 from vpd_mlx.engine.heads import Head
 from vpd_mlx.engine.settings import LoraSettings
 from vpd_mlx.errors import ConfigError, Fault, ModelError, RunError
@@ -137,10 +137,10 @@ def can_share_prompts(model: nn.Module, hidden: Callable[..., tuple[mx.array, mx
 
     separate = states(shared=False)
     try:
-        same = _close(states(shared=True), separate)
+        same = close(states(shared=True), separate)
         if same and gpu_ways() and tree_flatten(model.trainable_parameters()):
             found, wanted = (gradient(shared).astype(separate.dtype) for shared in (True, False))
-            same = _close(found, wanted, half=1e-1)
+            same = close(found, wanted, half=1e-1)
     except (TypeError, ValueError, AttributeError, IndexError):
         return False  # this architecture needs more from a cache than keys, values and a mask
     return same
@@ -161,7 +161,7 @@ def can_bound_attention(model: nn.Module, hidden: Callable[..., tuple[mx.array, 
     except (TypeError, ValueError, AttributeError, IndexError):
         return False  # this architecture handles masks or caches in its own way
     passes = 2 if shares else 1
-    return use.calls >= attending * passes and _close(found, plain)
+    return use.calls >= attending * passes and close(found, plain)
 
 
 def _attends(cache: Any) -> bool:
@@ -169,13 +169,6 @@ def _attends(cache: Any) -> bool:
     if isinstance(cache, CacheList):
         return any(_attends(part) for part in cache.caches)
     return type(cache).__name__ in ("KVCache", "RotatingKVCache")
-
-
-def _close(found: mx.array, wanted: mx.array, half: float = 3e-2) -> bool:
-    """Whether two ways to compute the same agree as far as the dtype and the device allow; `half` is what half precision may."""
-    tolerance = half if wanted.dtype != mx.float32 else 1e-2 if gpu_ways() else 1e-4
-    found, wanted = found.astype(mx.float32), wanted.astype(mx.float32)
-    return float(mx.abs(found - wanted).max()) <= tolerance * float(mx.abs(wanted).max()) + 1e-6
 
 
 def check_lora(model: nn.Module, lora: LoraSettings) -> None:

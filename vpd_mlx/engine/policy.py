@@ -22,7 +22,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from vpd_mlx.common.seeds import phase_seed
 from vpd_mlx.engine import lora as adapters
-from vpd_mlx.engine import models
+from vpd_mlx.engine import models, recurrence
 from vpd_mlx.engine.attention import LONG, bounded
 from vpd_mlx.engine.batching import by_row, micro_batches, pad, shared_prompts
 from vpd_mlx.engine.caches import layout
@@ -42,6 +42,12 @@ T = TypeVar("T")
 LEAST_TOKENS = 64  # micro-batches are not halved below this: they hold single sequences by then
 DEFAULTS = MemorySettings()
 GPU_MULTIPLE = 32  # lengths on the GPU are padded to this, so that kernels see few shapes
+
+WHOLE_LOGITS = "body and head cannot run apart, so losses hold whole logits (more memory, same numbers)"
+OWN_PROMPTS = "completions cannot share their prompt's pass, so updates read it for each (slower, same numbers)"
+OWN_ATTENTION = (
+    "attention is computed in a way of its own, so a long row's scores are held whole (more memory, same numbers)"
+)
 
 
 class Policy:
@@ -76,6 +82,7 @@ class Policy:
         self._multiple = GPU_MULTIPLE if gpu_ways() else 1
         if not compiles():
             mx.disable_compile()
+        self._token_by_token = recurrence.install(model)
         self._probe()
 
     @classmethod
@@ -129,22 +136,15 @@ class Policy:
         self._body, head, self.vocabulary = models.split_head(self.model)
         self._plain_head: Head = head or (lambda logits: logits)
         self.temper(self.temperature)
-        if head is None:
-            self.notes.append(
-                f"{self.architecture}: body and head cannot run apart, so losses hold whole logits (more memory, same numbers)"
-            )
         self.shares_prompts = models.can_share_prompts(self.model, self.hidden)
-        if not self.shares_prompts:
-            self.notes.append(
-                f"{self.architecture}: completions cannot share their prompt's pass, so updates read it for each (slower, "
-                "same numbers)"
-            )
         self.long = LONG if models.can_bound_attention(self.model, self.hidden, shares=self.shares_prompts) else None
-        if self.long is None:
-            self.notes.append(
-                f"{self.architecture}: attention is computed in a way of its own, so a long row's scores are held whole (more "
-                "memory, same numbers)"
-            )
+        found = {
+            WHOLE_LOGITS: head is None,
+            f"{self._token_by_token}, so it goes token by token (slower, same numbers)": self._token_by_token,
+            OWN_PROMPTS: not self.shares_prompts,
+            OWN_ATTENTION: self.long is None,
+        }
+        self.notes += [f"{self.architecture}: {note}" for note, holds in found.items() if holds]
 
     @property
     def architecture(self) -> str:
