@@ -115,6 +115,7 @@ generated from `vpd_mlx/run/records.py` by `docs/make_reference.py`; a test keep
 | `evals.jsonl` | a row for each evaluation |
 | `selection.jsonl` | a row for each look at the problems by which `evaluation.keep_best` chooses |
 | `answers.jsonl` | a row for each held-out problem of an evaluation, up to 200 of them |
+| `general.jsonl` | a row for each general check of `retain` |
 | `summary.json` | written once, when the run has ended |
 | `adapters/` | the trained adapter, as mlx-lm loads it |
 | `checkpoints/` | what a resume needs |
@@ -152,6 +153,7 @@ def rows() -> str:
         "evals.jsonl": records.EvaluationRow,
         "selection.jsonl": records.SelectionRow,
         "answers.jsonl": records.AnswerRow,
+        "general.jsonl": records.GeneralRow,
         "summary.json": records.Summary,
     }
     for title, table in files.items():

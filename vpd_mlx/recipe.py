@@ -24,6 +24,7 @@ from vpd_mlx.errors import ConfigError, Fault, config_error
 from vpd_mlx.feedback import FeedbackSettings
 from vpd_mlx.feedback.prompts import Templates
 from vpd_mlx.tasks import TASKS
+from vpd_mlx.tasks.general import RetainSettings
 
 __all__ = [
     "Recipe",
@@ -148,6 +149,7 @@ class _Core(Section):
     optimizer: OptimizerSettings = OptimizerSettings()
     memory: MemorySettings = MemorySettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    retain: RetainSettings = RetainSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     logging: LoggingSettings = LoggingSettings()
 

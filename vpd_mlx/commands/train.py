@@ -25,6 +25,7 @@ from vpd_mlx.errors import wrong_option
 from vpd_mlx.recipe import Recipe, load_recipe, resolve_recipe_path
 from vpd_mlx.report.answers import print_answers
 from vpd_mlx.report.live import make_view
+from vpd_mlx.report.retained import print_retained
 from vpd_mlx.run.folder import load_run
 from vpd_mlx.run.log import RECIPE_FILE, free_run_folder
 from vpd_mlx.run.progress import Stop
@@ -143,7 +144,9 @@ def _report(cfg: Recipe, folder: Path, summary: Summary) -> None:
     chosen = f", chosen on {summary['selection']} other problems" if summary["selection"] else ""
     which = f"the adapter of step {best}{chosen}; " if chosen or best != steps else ""
     console.print(f"{which}{steps} steps, {duration(training)} training, {duration(summary['seconds']['wall'])} in all")
-    print_answers(console, load_run(folder).answers)
+    found = load_run(folder)
+    print_answers(console, found.answers)
+    print_retained(console, found.retained)
     console.print(f"adapters: {folder / 'adapters'}", soft_wrap=True)
     with (folder / "rollouts.jsonl").open(encoding="utf-8") as f:
         prompt = str(json.loads(f.readline())["prompt"])

@@ -85,7 +85,7 @@ class Section(BaseModel):
     paths: ClassVar[tuple[str, ...]] = ()
     """Keys that hold a path, relative to the recipe's folder; those of the base classes count as well."""
     shorthand: ClassVar[str | None] = None
-    """The key that a plain name in place of the section sets: `templates: sdpo` is `templates: {style: sdpo}`."""
+    """The key that a name or a list in place of the section sets: `templates: sdpo` is `templates: {style: sdpo}`."""
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
@@ -238,7 +238,7 @@ def spelt_out(model: type[Section], raw: dict[str, Any]) -> dict[str, Any]:
     out = dict(raw)
     for name, field in model.model_fields.items():
         kind = _kinds(field.annotation).get(None)
-        if kind is not None and kind.shorthand is not None and isinstance(raw.get(name), str):
+        if kind is not None and kind.shorthand is not None and isinstance(raw.get(name), str | list):
             out[name] = {kind.shorthand: raw[name]}
     return out
 

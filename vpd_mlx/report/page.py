@@ -25,6 +25,7 @@ from vpd_mlx.report.plots import comparison_plots, legend_colors, run_plots
 from vpd_mlx.run.answers import choose as choose_answers
 from vpd_mlx.run.answers import rule
 from vpd_mlx.run.folder import NO_CONTEXT, LoggedRollout, Run, by_dotted_key
+from vpd_mlx.run.forgetting import cost
 from vpd_mlx.run.pairing import pair_up
 from vpd_mlx.run.warnings import findings
 
@@ -74,6 +75,7 @@ def run_page(run: Run, most: int) -> str:
         headline=_headline(run),
         warnings=findings(run),
         change=run.change(),
+        cost=cost(run.retained),
         answers=answers,
         answers_rule=rule(run.answers, answers),
         plots=run_plots(run),

@@ -18,7 +18,7 @@ from vpd_mlx.run.records import upgraded
 
 __all__ = ["LOGS", "RECIPE_FILE", "RunLog", "free_run_folder", "json_lines"]
 
-LOGS = ("metrics.jsonl", "rollouts.jsonl", "evals.jsonl", "selection.jsonl", "answers.jsonl")
+LOGS = ("metrics.jsonl", "rollouts.jsonl", "evals.jsonl", "selection.jsonl", "answers.jsonl", "general.jsonl")
 RECIPE_FILE = "config.yaml"  # a folder that holds it is a run
 LEAST_FREE = 64 << 20  # bytes: below it a run stops while its last checkpoint can still be written
 

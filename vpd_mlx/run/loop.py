@@ -20,6 +20,7 @@ from vpd_mlx.run.followers import Followers
 from vpd_mlx.run.log import RECIPE_FILE, RunLog, json_lines
 from vpd_mlx.run.progress import Interrupted, Progress, Silent, Stop
 from vpd_mlx.run.records import Summary
+from vpd_mlx.run.retain import check_after, check_before
 from vpd_mlx.run.selection import unchosen
 from vpd_mlx.run.setup import refuse_what_cannot_fit
 from vpd_mlx.run.state import RunState
@@ -89,6 +90,7 @@ def _run(state: RunState, followers: Followers, resume: bool) -> Summary:
         look(state)
         if state.done == 0:
             _check_gap(state, state.evaluations[0])
+            check_before(state)
             state.checkpoint()
         trainer.progress.left(state.seconds_left())
         while state.done < recipe.steps and not state.stopped:
@@ -103,6 +105,7 @@ def _run(state: RunState, followers: Followers, resume: bool) -> Summary:
                 break
         state.refuse_nonfinite()
         result = finish(state)
+        check_after(state, result["step"])
     except Interrupted:
         state.checkpoint()
         state.save_adapter()

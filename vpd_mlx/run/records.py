@@ -25,6 +25,7 @@ __all__ = [
     "FORMAT",
     "AnswerRow",
     "EvaluationRow",
+    "GeneralRow",
     "MetricsRow",
     "RolloutRow",
     "SelectionRow",
@@ -252,6 +253,23 @@ class SelectionRow(TypedDict, total=False):
     seconds: Annotated[float, "seconds", "Time that it took."]
 
 
+class GeneralRow(TypedDict, total=False):
+    """A row of `general.jsonl`: one general check of `retain`, made before the first step and of the adapter handed over."""
+
+    step: Annotated[int, "", "Steps done before it; 0 is the untrained student."]
+    check: Annotated[str, "", "The check: `instructions`, `arithmetic`, `format` or `perplexity`."]
+    value: Annotated[
+        Number, "", "Share of the prompts answered right, 0..1; of `perplexity` the perplexity of the text."
+    ]
+    by_item: Annotated[
+        dict[str, float],
+        "",
+        "0 or 1 by prompt; of `perplexity` the mean log-probability of a token by passage, in nats.",
+    ]
+    answers: Annotated[dict[str, str], "", "The likeliest answer by prompt; absent of `perplexity`."]
+    seconds: Annotated[float, "seconds", "Time that it took."]
+
+
 class Summary(TypedDict, total=False):
     """`summary.json`: the run, once it has ended."""
 
@@ -268,6 +286,7 @@ class Summary(TypedDict, total=False):
     before: Annotated[Scores, "0..1", "`student`, `student_greedy` and `teacher` before the first step."]
     after: Annotated[Scores, "0..1", "The same of the adapter that is handed over."]
     problems: Annotated[int, "problems", "Held-out problems of that evaluation."]
+    general: Annotated[dict[str, Scores], "", "`before` and `after` of each check of `retain`; absent without."]
     tokens: Annotated[int, "tokens", "Completion tokens sampled for training."]
     seconds: Annotated[
         Seconds, "seconds", "By phase, as in `metrics.jsonl`; `evaluation`; `selection`; `wall`, all in all."

@@ -26,6 +26,7 @@ MAY_CHANGE = (
     "memory.wired_limit_gb",
     "description",
     "logging.",
+    "retain.",
 )
 
 

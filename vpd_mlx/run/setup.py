@@ -27,6 +27,7 @@ from vpd_mlx.run.collect import rows_at_once, student_prompts
 from vpd_mlx.run.plan import check_fits, memory_limit, plan, read_model_config
 from vpd_mlx.run.progress import Progress, Silent, Stop
 from vpd_mlx.tasks import Task, build_task, fingerprint, prove
+from vpd_mlx.tasks.general import TEXT, passages
 from vpd_mlx.types import Problem
 
 __all__ = ["Parts", "build_prompter", "check_ranks", "load_policy", "refuse_what_cannot_fit"]
@@ -67,6 +68,8 @@ class Parts:
             if not rows:
                 raise DataError(f"task: no problem to {side} on; widen the task's filter or add rows")
         prove(task)
+        if TEXT in recipe.retain.checks:
+            passages(recipe.retain.text)
         _check_sources(recipe, task)
         policy = load_policy(recipe)
         policy.ranks = ranks

@@ -15,7 +15,7 @@ from vpd_mlx.common.text import number
 from vpd_mlx.errors import RunError
 from vpd_mlx.run.checkpoint import Checkpoint, find_checkpoint, write_checkpoint
 from vpd_mlx.run.log import RunLog
-from vpd_mlx.run.records import FORMAT, RolloutRow, SelectionRow, Summary, upgraded
+from vpd_mlx.run.records import FORMAT, GeneralRow, RolloutRow, SelectionRow, Summary, upgraded
 from vpd_mlx.run.remaining import seconds_left
 from vpd_mlx.run.step import FINITE, Trainer
 from vpd_mlx.tasks import fingerprint
@@ -31,6 +31,7 @@ class RunState:
         evaluations: rows of `evals.jsonl`.
         seconds: by phase, over all steps and evaluations.
         selections: rows of `selection.jsonl`.
+        general: rows of `general.jsonl`.
         best: the best adapter's step and the adapter, once there is one: by selections if there are any, else by evaluations.
         initial: the adapter before the first step.
         reverts: how often the run has gone back after a collapse; stopped: whether one has ended it.
@@ -43,6 +44,7 @@ class RunState:
         self.rows: list[dict[str, Any]] = []
         self.evaluations: list[dict[str, Any]] = []
         self.selections: list[SelectionRow] = []
+        self.general: list[GeneralRow] = []
         self.seconds: dict[str, float] = {}
         self.best: tuple[int, dict[str, mx.array]] | None = None
         self.initial = trainer.policy.adapter
@@ -118,6 +120,11 @@ class RunState:
         selection = self.selections[-1] if self.selections else None
         return seconds_left(self.trainer.recipe, self.done, self.seconds, self.evaluations[-1], selection)
 
+    def count_general(self, rows: list[GeneralRow]) -> None:
+        """Add a round of general checks."""
+        self.general += rows
+        self.seconds["evaluation"] = self.seconds.get("evaluation", 0.0) + sum(row["seconds"] for row in rows)
+
     def take_snapshot(self, sources: list[dict[str, Any]]) -> None:
         """Keep all of the run as it stands after a whole step. Arrays are immutable, so this copies nothing."""
         arrays, scalars = save_parts(self.trainer.algorithm.parts)
@@ -131,6 +138,7 @@ class RunState:
             "offsets": self.log.offsets(),
             "evaluations": list(self.evaluations),
             "selections": list(self.selections),
+            "general": list(self.general),
             "seconds": dict(self.seconds),
             "wall": self._wall_now(),
             "tokens": self._tokens,
@@ -164,7 +172,7 @@ class RunState:
         recipe = self.trainer.recipe
         scores = ("student", "student_greedy", "teacher")
         seconds = {**self.seconds, "wall": self._wall_now()}
-        return {
+        found: Summary = {
             "format": FORMAT,
             "name": recipe.name,
             "algorithm": recipe.algorithm,
@@ -189,6 +197,14 @@ class RunState:
                 "device": str(mx.default_device()),
             },
         }
+        return {**found, "general": self._general()} if self.general else found
+
+    def _general(self) -> dict[str, dict[str, float | None]]:
+        """The general checks' values before and after."""
+        found: dict[str, dict[str, float | None]] = {}
+        for row in self.general:
+            found.setdefault(row["check"], {"before": row["value"]})["after"] = row["value"]
+        return found
 
     def _wall_now(self) -> float:
         return self._wall + time.perf_counter() - self._started
@@ -209,6 +225,7 @@ class RunState:
             trainer.progress.note(f"{change}: from here on the run differs from an undisturbed one")
         self.done = found.step
         self.evaluations, self.selections = state["evaluations"], state.get("selections", [])
+        self.general = state.get("general", [])
         self.seconds = state["seconds"]
         self.best = None if state["best"] is None else (state["best"], part("best"))
         self.reverts = state.get("reverts", 0)

@@ -15,6 +15,7 @@ import numpy as np
 from vpd_mlx.common.stats import paired
 from vpd_mlx.common.text import interval, number, percent
 from vpd_mlx.run.folder import Run, greedy_by_problem
+from vpd_mlx.run.forgetting import cost
 from vpd_mlx.run.watch import collapse, completions, drift, lineage, moves_right, rise
 
 __all__ = ["Warnings", "findings", "warnings"]
@@ -225,7 +226,8 @@ def warnings(rows: Sequence[Row], evaluations: Sequence[Row] = ()) -> dict[str, 
 def findings(run: Run) -> list[str]:
     """The warnings on a run folder, as sentences. The last evaluation that counts is that of the adapter handed over."""
     handed_over = [e for e in run.evals if (number(e.get("step")) or 0) <= run.evaluated]
-    return [f"{text[0].upper()}{text[1:]}." for text in warnings(run.metrics, handed_over).values()]
+    lost = [cost(run.retained)] if any(r.verdict == "worse" for r in run.retained) else []
+    return [f"{text[0].upper()}{text[1:]}." for text in (*warnings(run.metrics, handed_over).values(), *lost)]
 
 
 class Warnings:
