@@ -47,7 +47,7 @@ TIMEOUT = 900  # seconds of one page
 EXCEPTIONS = {
     "git clone https://github.com/vpd-mlx/vpd-mlx && cd vpd-mlx": "needs the network; the copy stands for the clone",
     "make test": "runs this test's own suite; CI runs it",
-    "vpd-mlx train --set model=mlx-community/Qwen3-0.6B-4bit --set lora.scale=2.0": "fetches a model from the hub",
+    "vpd-mlx train --model mlx-community/Qwen3-0.6B-4bit --set lora.scale=2.0": "fetches a model from the hub",
     "python recipes/smollm2/make_model.py": "downloads 93 MB and writes 650",
     "vpd-mlx train smollm2/dates": "wants that model, and minutes",
     "vpd-mlx lab recipes/smollm2/grids/defaults.yaml": "hours on that model",

@@ -235,10 +235,10 @@ WRONG = {
     "not a list": ({"problems": "47+38="}, "problems: got '47+38=', a str", "give a list of dicts"),
     "no prompt": ({"problems": [{"question": "?"}]}, "problems[0]: has no 'prompt' (keys: question)", "task={'prompt': …}"),
     "not JSON": ({"problems": [{"prompt": "?", "x": {1, 2}}]}, "problems[0]: cannot be written as JSON", "use text, numbers"),
-    "source": ({"feedback": ["siblin"]}, "feedback.sources.0: got 'siblin'", "needs 'sibling', "),
+    "source": ({"feedback": ["siblin"]}, "feedback.sources.0: got 'siblin'", "did you mean 'sibling'?"),
     "feedback arity": ({"feedback": {"sources": [lambda p: ""], **LIMITS}}, "feedback: lambda(p)", "(problem, rollout)"),
-    "algorithm": ({"algorithm": "vdp"}, "algorithm: got 'vdp'", "needs 'vpd', "),
-    "steps": ({"steps": 0}, "steps: got 0", "needs greater than or equal to 1"),
+    "algorithm": ({"algorithm": "vdp"}, "algorithm: got 'vdp'", "did you mean 'vpd'?"),
+    "steps": ({"steps": 0}, "steps: got 0", "needs at least 1"),
     "resume": ({"resume": True}, "holds no run", "leave resume out"),
 }  # fmt: skip
 

@@ -56,7 +56,7 @@ def test_all_faults_at_once_with_path_value_and_remedy(tmp_path: Path):
         "name: x\nmodel: ./m\ntask: {kind: addition, digit: 2}\nrollout: {group_size: 1, prompts: many}\nlora: {rnk: 4}\n",
     )
     assert "task.digit: unknown key (value 2); did you mean 'digits'?" in text
-    assert "rollout.prompts: got 'many'; needs a valid integer" in text
+    assert "rollout.prompts: got 'many'; needs a whole number" in text
     assert "lora.rnk: unknown key (value 4); did you mean 'rank'?" in text
     assert "rollout.group_size: 1 leaves no sibling" in text
     assert "4 faults" in text
@@ -141,7 +141,7 @@ def test_an_error_survives_pickling():
         ("name: [\n", "not valid YAML"),
         ("name: x\nname: y\n", "given twice"),
         (MINIMAL + "seed: true\n", "seed: got True"),
-        (MINIMAL + "steps: 0\n", "greater than or equal to 1"),
+        (MINIMAL + "steps: 0\n", "steps: got 0; needs at least 1"),
         ("name: a/b\nmodel: ./m\ntask: {kind: addition}\n", "name: got 'a/b'"),
         ("name: x\nmodel: ./m\ntask: {kind: chess}\n", "'chess' is not a kind of task"),
         ("name: x\nmodel: ./m\n", "task: is required and missing"),

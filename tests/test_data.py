@@ -163,7 +163,7 @@ def test_hub_files_come_from_the_cache_at_their_revision(tmp_path: Path) -> None
     assert old == str((f"hf://someone/numbers@{COMMIT}/data/rows.jsonl:1", {"prompt": "old"}))
     assert new == str({"prompt": "new"})
     assert len(missing) == 2
-    assert all("not in the cache, and the hub cannot be reached" in line for line in missing)
+    assert all("it is not in the cache, and the hub cannot be reached" in line for line in missing)
 
 
 @pytest.mark.parametrize(

@@ -192,9 +192,9 @@ def test_a_style_is_named_alone_or_with_templates_of_ones_own(tmp_path: Path):
     [
         (
             "templates: sdop",
-            "templates.style: got 'sdop'; needs 'after', 'before', 'exactly', 'system', 'closing' or 'sdpo'",
+            "templates.style: got 'sdop'; did you mean 'sdpo'? There is also after, before, exactly, system, closing",
         ),
-        ("templates: {style: sdop}", "templates.style: got 'sdop'; needs 'after'"),
+        ("templates: {style: sdop}", "templates.style: got 'sdop'; did you mean 'sdpo'?"),
         ("templates: 3", "templates: got 3; needs keys of its own, e.g. templates.style"),
         ("templates: {sibling: '{context}'}", "templates.sibling: lacks {prompt} or {student};"),
         ("templates: {style: system, sibling: '{student}'}", "templates.sibling: lacks {context};"),

@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from vpd_mlx.common.streams import lasting
 from vpd_mlx.errors import RunError, config_error
-from vpd_mlx.recipe import Recipe, resolve_recipe_path
+from vpd_mlx.recipe import NAME, Recipe, resolve_recipe_path
 from vpd_mlx.recipe import load_recipe as load_recipe_file
 from vpd_mlx.run import folder as run_folder
 from vpd_mlx.run.folder import Evaluation
 from vpd_mlx.run.handed import Feedback, Problems, combine, resumed
-from vpd_mlx.run.log import RECIPE_FILE, free_run_folder
+from vpd_mlx.run.log import RECIPE_FILE, claimed_folder
 from vpd_mlx.types import Group
 
 if TYPE_CHECKING:
+    from vpd_mlx.common.functions import Handed
     from vpd_mlx.run.progress import Progress, Stop
     from vpd_mlx.run.step import Trainer
 
@@ -105,11 +106,17 @@ def train(
         raw = {"model": str(model) if isinstance(model, Path) else model, "name": name}
     if steps is not None:
         keys["steps"] = steps
-    folder = _folder(out, str(keys.get("name", raw["name"])), resume, overwrite)
-    keys |= {"problems": problems, "held_out": held_out, "feedback": feedback, "algorithm": algorithm}
-    recipe, handed = combine("vpd.train", raw, folder, verify=verify, **keys)
-    if resume:
-        handed = resumed("vpd.train", folder, recipe, handed)
+    with contextlib.ExitStack() as claims:
+        folder = _folder(claims, out, str(keys.get("name", raw["name"])), resume, overwrite)
+        keys |= {"problems": problems, "held_out": held_out, "feedback": feedback, "algorithm": algorithm}
+        recipe, handed = combine("vpd.train", raw, folder, verify=verify, **keys)
+        if resume:
+            handed = resumed("vpd.train", folder, recipe, handed)
+        _train(recipe, folder, resume, overwrite, quiet, handed)
+    return load_run(folder)
+
+
+def _train(recipe: Recipe, folder: Path, resume: bool, overwrite: bool, quiet: bool, handed: Handed) -> None:
     from vpd_mlx.report.live import make_view
     from vpd_mlx.run.loop import train as run
     from vpd_mlx.run.progress import Stop
@@ -121,7 +128,6 @@ def train(
         make_view(f"{recipe.name} ({recipe.algorithm})", quiet=quiet) as view,
     ):
         run(recipe, folder, resume=resume, overwrite=overwrite, progress=view, stop=stop, handed=handed)
-    return load_run(folder)
 
 
 def evaluate(
@@ -247,10 +253,11 @@ class Session:
         self.trainer.sources.close()
 
 
-def _folder(out: str | Path | None, name: str, resume: bool, overwrite: bool) -> Path:
-    """The folder to train in, once it is seen to fit what is asked."""
+def _folder(claims: contextlib.ExitStack, out: str | Path | None, name: str, resume: bool, overwrite: bool) -> Path:
+    """The folder to train in, once it is seen to fit what is asked; one that is chosen here is claimed for as long."""
     base = Path("runs") / name
-    folder = Path(out) if out is not None else base if resume or overwrite else free_run_folder(base)
+    own = out is None and not resume and not overwrite and re.fullmatch(NAME, name) is not None
+    folder = Path(out) if out is not None else claims.enter_context(claimed_folder(base)) if own else base
     held = (folder / RECIPE_FILE).is_file()
     if resume and not held:
         remedy = "name a run's folder with out=, or leave resume out"

@@ -12,13 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar, Union
 
-import yaml
 from pydantic import Field, create_model
 from pydantic.fields import FieldInfo
 
 from vpd_mlx.algos import ALGORITHMS, Entry
 from vpd_mlx.algos.presets import EARLIER, PRESETS
-from vpd_mlx.common.settings import OneOf, Positive, Section, absolute, merged, parse_yaml, spelt_out, validate
+from vpd_mlx.common.settings import OneOf, Positive, Section, absolute, merged, parse_yaml, spelt_out, to_yaml, validate
 from vpd_mlx.engine.settings import LoraSettings, MemorySettings, OptimizerSettings, RolloutSettings
 from vpd_mlx.errors import ConfigError, Fault, config_error
 from vpd_mlx.feedback import FeedbackSettings
@@ -27,18 +26,21 @@ from vpd_mlx.tasks import TASKS
 from vpd_mlx.tasks.general import RetainSettings
 
 __all__ = [
+    "NAME",
     "Recipe",
     "builtin_recipes",
     "check_recipe",
     "dump",
     "json_schema",
     "load_recipe",
+    "made_recipe",
     "model_fields",
     "preset_faults",
     "resolve_recipe_path",
     "schema_file",
 ]
 
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # of a run, which is that of its folder, too
 RECIPE_VERSION = 2
 """Goes up when a key that a run folder leaves `null`, or does not have, comes to mean something else (`EARLIER`)."""
 
@@ -117,7 +119,7 @@ class _Core(Section):
         2,
         description="Version of the recipe format. Version 1, which older run folders hold, keeps the defaults of then.",
     )
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run folder.")
+    name: str = Field(pattern=f"^{NAME}$", description="Name of the run folder.")
     description: str = Field("", description="One line for `vpd-mlx recipes`.")
     algorithm: Annotated[str, OneOf(ALGORITHMS)] = Field(
         "vpd", description="What is learned from the rollouts of a step."
@@ -265,10 +267,22 @@ def load_recipe(path: Path, overrides: list[tuple[str, Any]] | None = None) -> R
         kind = "empty" if raw is None else f"a {type(raw).__name__}"
         remedy = "write keys and values, e.g. `name: mine`"
         raise config_error("text", f"the recipe is {kind}", remedy, str(path))
+    return made_recipe(raw, str(path), path.parent, overrides)
+
+
+def made_recipe(
+    raw: dict[str, Any], where: str, folder: Path, overrides: list[tuple[str, Any]] | None = None
+) -> Recipe:
+    """The recipe of these values, overridden and checked; paths in it, which are relative to `folder`, become absolute.
+
+    Raises:
+        ConfigError: every fault found, at once; `where` says what is wrong.
+    """
     version = raw.get("version", RECIPE_VERSION)
     if isinstance(version, int) and not isinstance(version, bool) and version > RECIPE_VERSION:
-        remedy = "update vpd-mlx to read this recipe"
-        raise config_error("version", f"{version} is newer than {RECIPE_VERSION}", remedy, str(path))
+        raise config_error(
+            "version", f"{version} is newer than {RECIPE_VERSION}", "update vpd-mlx to read this recipe", where
+        )
     faults = []
     for key, value in overrides or []:
         raw = spelt_out(Recipe, raw)
@@ -276,11 +290,11 @@ def load_recipe(path: Path, overrides: list[tuple[str, Any]] | None = None) -> R
     if any(key == "preset" for key, _ in overrides or []):
         faults += preset_faults(raw)
     try:
-        return check_recipe(raw, str(path), path.parent, faults)
+        return check_recipe(raw, where, folder, faults)
     except ConfigError as error:
         overridden = {key for key, _ in overrides or []}
         blamed = any(f.path in overridden for f in error.faults)
-        raise ConfigError(error.faults, f"{path}, as overridden" if blamed else str(path)) from None
+        raise ConfigError(error.faults, f"{where}, as overridden" if blamed else where) from None
 
 
 def _assign(raw: dict[str, Any], key: str, value: Any) -> list[Fault]:
@@ -363,7 +377,7 @@ def preset_faults(raw: Mapping[str, Any]) -> list[Fault]:
 
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every key written out."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+    return to_yaml(recipe.model_dump(mode="json"))
 
 
 def model_fields(model: type[Section] = Recipe, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

@@ -22,6 +22,7 @@ from vpd_mlx.commands.report import compare, report
 from vpd_mlx.commands.show import show
 from vpd_mlx.commands.train import train
 from vpd_mlx.commands.try_ import try_
+from vpd_mlx.commands.usage import UsageError, refusal
 from vpd_mlx.commands.verify import verify
 from vpd_mlx.errors import VpdError
 from vpd_mlx.recipe import builtin_recipes, load_recipe
@@ -70,7 +71,16 @@ def recipes() -> None:
 def main() -> None:
     """Entry point: an error that the user can fix is one line on standard error."""
     try:
-        app()
+        try:
+            code = app(standalone_mode=False)
+        except UsageError as error:
+            if type(error).__name__ == "NoArgsIsHelpError":
+                error.show()
+                raise SystemExit(2) from None
+            raise refusal(error, sys.argv[1:]) from None
+        except typer.Abort:
+            raise SystemExit(1) from None
+        raise SystemExit(code or 0)
     except VpdError as error:
         sys.stderr.write(f"vpd-mlx: {error}\n")
         raise SystemExit(error.exit_code) from None

@@ -2,53 +2,81 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
-from importlib.resources import files
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from vpd_mlx.errors import wrong_option
-from vpd_mlx.recipe import builtin_recipes, schema_file
+from vpd_mlx.commands.draft import KINDS, Size, config_of, draft, size_of
+from vpd_mlx.commands.starters import starter
+from vpd_mlx.errors import ModelError, wrong_option
+from vpd_mlx.recipe import NAME, schema_file
 
 __all__ = ["new"]
 
-VERIFIER = '''"""Says how good a completion is and, in words, what is wrong with it. The words are what the model learns from."""
-
-
-def verify(problem, completion):
-    """problem.answer is the row's answer, problem.data the whole row."""
-    got = completion.strip()
-    if got == problem.answer:
-        return 1.0
-    if len(got) < len(problem.answer):
-        return 0.0, "hundreds missing"
-    return 0.0, "tens too low"
-'''
-
 SCHEMA = "recipe.schema.json"  # named in the recipe's first line, for editors
-SUMS = ((47, 38), (56, 27), (88, 14), (19, 73), (65, 28), (34, 59), (77, 16), (48, 48), (29, 83), (91, 45))
 
 
-def new(name: Annotated[str, typer.Argument(help="Name of the folder, and of the recipe in it.")]) -> None:
-    """Write a folder with a commented recipe, ten rows and a verifier: a task of your own that runs as it is."""
-    folder = Path(name)
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", folder.name):
+def new(
+    name: Annotated[str, typer.Argument(help="Name of the folder, and of the recipe in it.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="A model folder or a hub id.", show_default="the tiny model that comes with the package"),
+    ] = None,
+    task: Annotated[str, typer.Option(metavar="KIND", help=f"Kind of task: {', '.join(KINDS)}.")] = "python",
+) -> None:
+    """Write a folder with a commented recipe for a model, some rows and a verifier: a task of your own that runs as it is.
+
+    Limits, rate and templates are those for the model, by its config.json; of a model on the hub only this file is fetched.
+    """
+    folder = Path(name).expanduser()
+    if not re.fullmatch(NAME, folder.name):
         raise wrong_option("NAME", f"{folder.name!r} cannot name a run", "use letters, digits, dots and dashes")
-    if folder.exists() and any(folder.iterdir()):
-        raise wrong_option("NAME", f"{folder} holds something already", "give another name")
-    model = builtin_recipes()["quickstart"].parent / "model"
-    recipe = (files("vpd_mlx.commands") / "new.yaml").read_text(encoding="utf-8")
+    if folder.is_file() or (folder.exists() and any(folder.iterdir())):
+        raise wrong_option(
+            "NAME", f"{folder} {'is a file' if folder.is_file() else 'holds something already'}", "give another name"
+        )
+    if task not in KINDS:
+        raise wrong_option("--task", f"got {task!r}", f"use one of {', '.join(KINDS)}")
+    if model is None and task not in ("python", "exact"):
+        raise wrong_option("--model", f"is missing, and the tiny model knows sums alone, no {task}", "name a model")
+    size, place = (Size(), None) if model is None else _model(model, folder)
+    texts = starter(task, tiny=model is None)
+    keys: dict[str, Any] = {
+        key: file for key, file in (("data", "rows.jsonl"), ("verifier", "verifier.py")) if file in texts
+    }
+    keys |= {"held_out": 0.3} if texts else {"name": "spell_backward"}
+    file = folder / f"{folder.name}.yaml"
+    texts |= {file.name: draft(folder.name, place, task, size, task=keys, file=str(file))}
+    texts |= {SCHEMA: schema_file().read_text(encoding="utf-8")}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{folder.name}.yaml").write_text(recipe.format(name=folder.name, model=model), encoding="utf-8")
-        (folder / "verifier.py").write_text(VERIFIER, encoding="utf-8")
-        rows = "".join(json.dumps({"prompt": f"{a}+{b}=", "answer": str(a + b)}) + "\n" for a, b in SUMS)
-        (folder / "rows.jsonl").write_text(rows, encoding="utf-8")
-        (folder / SCHEMA).write_text(schema_file().read_text(encoding="utf-8"), encoding="utf-8")
+        for other, text in texts.items():
+            (folder / other).write_text(text, encoding="utf-8")
     except OSError as error:
         raise wrong_option("NAME", f"{folder} cannot be written ({error.strerror})", "choose another place") from None
-    typer.echo(f"written: {folder}/{folder.name}.yaml, verifier.py, rows.jsonl, {SCHEMA}")
-    typer.echo(f"try it: vpd-mlx train {folder}/{folder.name}.yaml")
+    typer.echo(f"written: {folder}/{', '.join([file.name, *(other for other in texts if other != file.name)])}")
+    typer.echo(f"try it: vpd-mlx train {file}")
+
+
+def _model(model: str, folder: Path) -> tuple[Size, str]:
+    """(the model's size, how a recipe in the folder names it): relative where both lie below this folder.
+
+    Raises:
+        ModelError: it is a folder without a model.
+    """
+    local = Path(model).expanduser()
+    if not local.exists():
+        if model.startswith((".", "/", "~")) or model.count("/") != 1:
+            raise wrong_option("--model", f"there is no folder {model}", "give a model folder, or a hub id: owner/name")
+        try:
+            return size_of(config_of(model)), model
+        except ModelError as error:
+            typer.echo(f"note: {error}; until then the limits are those for a model of 4,096 positions", err=True)
+            return Size(), model
+    here, there = Path.cwd().resolve(), local.resolve()
+    below = there.is_relative_to(here) and folder.resolve().is_relative_to(here)
+    place = os.path.relpath(there, folder.resolve()) if below else str(there)
+    return size_of(config_of(str(local))), place if place.startswith((".", "/")) else f"./{place}"

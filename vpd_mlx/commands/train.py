@@ -19,15 +19,16 @@ from rich.table import Column, Table
 
 from vpd_mlx.commands.evaluate import NAMES
 from vpd_mlx.commands.options import SetOption, json_alone, overridden
+from vpd_mlx.commands.short import asked_recipe, by_key, named_flags
 from vpd_mlx.common.streams import lasting
 from vpd_mlx.common.text import duration, mlx_lm_command, percent
 from vpd_mlx.errors import wrong_option
-from vpd_mlx.recipe import Recipe, load_recipe, resolve_recipe_path
+from vpd_mlx.recipe import Recipe, load_recipe
 from vpd_mlx.report.answers import print_answers
 from vpd_mlx.report.live import make_view
 from vpd_mlx.report.retained import print_retained
 from vpd_mlx.run.folder import load_run
-from vpd_mlx.run.log import RECIPE_FILE, free_run_folder
+from vpd_mlx.run.log import RECIPE_FILE, claimed_folder
 from vpd_mlx.run.progress import Stop
 from vpd_mlx.run.records import Summary
 from vpd_mlx.run.resume import check_resume
@@ -40,9 +41,17 @@ def train(
     recipe: Annotated[
         str | None, typer.Argument(help="A built-in recipe's name or a .yaml file.", show_default="quickstart")
     ] = None,
-    sets: SetOption = None,
+    model: Annotated[str | None, typer.Option(help="Model folder or hub id.", show_default="the recipe's")] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Rows to train on. With --model, no RECIPE is needed.")
+    ] = None,
+    verifier: Annotated[str | None, typer.Option(metavar="FILE", help="Python file with your `verify`.")] = None,
+    algorithm: Annotated[str | None, typer.Option(help="vpd, sdpo, grpo …", show_default="the recipe's")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate: `optimizer.learning_rate`.")] = None,
     steps: Annotated[int | None, typer.Option(help="Rollout batches of the whole run.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run.")] = None,
+    sets: SetOption = None,
     out: Annotated[
         Path | None, typer.Option(help="Run folder.", show_default="runs/<name>, or runs/<name>-2 … when that is taken")
     ] = None,
@@ -59,18 +68,21 @@ def train(
 
     Ctrl-C stops the run at the next safe moment, with a checkpoint and adapters; a second Ctrl-C stops it at once.
     """
-    overrides = overridden(sets, steps=steps, seed=seed)
+    short = {"model": model, "data": data, "verifier": verifier, "algorithm": algorithm, "lr": lr}
+    short |= {"steps": steps, "seed": seed, "name": name}
     stop = Stop()
 
     def asked() -> tuple[Recipe, Path]:
         if resume is not None:
-            return _resumed(resume, overrides, recipe, out, overwrite), resume
-        cfg = load_recipe(resolve_recipe_path(recipe or "quickstart"), overrides)
+            with named_flags(short):
+                overrides = [*overridden(sets), *by_key(short).items()]
+                return _resumed(resume, overrides, recipe, out, overwrite), resume
+        cfg = asked_recipe(recipe, sets, short)
         base = Path("runs") / cfg.name
-        return cfg, out or (base if overwrite else free_run_folder(base))
+        return cfg, out or (base if overwrite else claims.enter_context(claimed_folder(base)))
 
     try:
-        with stoppable(stop, partial(_leave, stop)):
+        with contextlib.ExitStack() as claims, stoppable(stop, partial(_leave, stop)):
             _train(asked, stop, resume=resume is not None, overwrite=overwrite, quiet=quiet, as_json=as_json)
     except KeyboardInterrupt:
         raise typer.Exit(128 + (stop.signal or signal.SIGINT)) from None

@@ -81,10 +81,19 @@ def file_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(
-            f"{error.filename or path}: {error.strerror or error}; free space or fix the permissions, then "
-            "resume the run if it had begun"
-        ) from error
+        raise RunError(f"{error.filename or path}: {error.strerror or error}; {_remedy(error.errno)}") from error
+
+
+def _remedy(number: int | None) -> str:
+    """What helps against a failed read or write."""
+    if number in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP):
+        return "name another place: a file or a folder stands in the way, or the name is too long"
+    then = "then resume the run if it had begun"
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"free some space, {then}"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"fix the permissions, or name another place, {then}"
+    return f"free space or fix the permissions, {then}"
 
 
 def plain(value: Any) -> Any:

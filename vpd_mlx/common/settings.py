@@ -33,6 +33,7 @@ __all__ = [
     "parse_set",
     "parse_yaml",
     "spelt_out",
+    "to_yaml",
     "validate",
 ]
 
@@ -74,7 +75,7 @@ class OneOf:
     def _checked(self, value: Any) -> str:
         if not isinstance(value, str) or value not in self.names:
             *others, last = map(repr, self.names)
-            raise PydanticCustomError("one_of", f"{', '.join(others)} or {last}")
+            raise PydanticCustomError("one_of", "{expected}", {"expected": f"{', '.join(others)} or {last}"})
         return value
 
 
@@ -155,16 +156,29 @@ _Loader.add_implicit_resolver(
 )
 
 
+WORDS = {"name", "description", "model", "model_revision", "data_revision"}
+"""Keys whose value is a text, however it is spelt: a run may be called `no` or `123`, a commit `1234e56`."""
+TEXT = "tag:yaml.org,2002:str"
+
+
 def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
     seen: set[str] = set()
-    for key, _ in node.value:
+    for key, value in node.value:
         if not isinstance(key, yaml.ScalarNode):
             raise config_error(f"line {key.start_mark.line + 1}", "a key is no plain word", "write it as one")
         if key.value in seen:
             line = key.start_mark.line + 1
             raise config_error(f"line {line}", f"the key {key.value!r} is given twice", "keep one of them")
         seen.add(key.value)
+        if key.value in WORDS:
+            _as_text(value)
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+def _as_text(node: yaml.Node) -> None:
+    """Let a plain scalar be the text that it is, unless it is null."""
+    if isinstance(node, yaml.ScalarNode) and not node.tag.endswith((":null", ":str")):
+        node.tag = TEXT
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
@@ -179,8 +193,20 @@ def _size(node: yaml.Node, known: dict[int, int]) -> int:
     return known[id(node)]
 
 
-def parse_yaml(text: str, where: str) -> Any:
-    """YAML text as plain values.
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes the texts which `_Loader` would take for numbers: 1e5."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def to_yaml(values: Any) -> str:
+    """Plain values as YAML text, which `parse_yaml` reads back as they are."""
+    return str(yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110))
+
+
+def parse_yaml(text: str, where: str, *, as_text: bool = False) -> Any:
+    """YAML text as plain values; with `as_text` a plain scalar is text, whatever it looks like.
 
     Raises:
         ConfigError: it is not YAML, gives a key twice, or is nested or repeated beyond all use.
@@ -191,6 +217,8 @@ def parse_yaml(text: str, where: str) -> Any:
         if node is not None and _size(node, {}) > MOST_NODES:
             many = f"more than {MOST_NODES:,} values, aliases counted wherever they are used"
             raise config_error("text", many, "write it without so many aliases")
+        if node is not None and as_text:
+            _as_text(node)
         return None if node is None else loader.construct_document(node)
     except ConfigError as error:
         raise ConfigError(error.faults, where) from None
@@ -215,7 +243,8 @@ def parse_set(items: list[str]) -> list[tuple[str, Any]]:
         if not eq or not key.strip() or not all(key.split(".")):
             faults.append(Fault(item, "is not of the form key=value", "write e.g. --set rollout.group_size=4"))
         else:
-            pairs.append((key.strip(), parse_yaml(text, f"--set {key}")))
+            as_text = key.strip().rpartition(".")[2] in WORDS
+            pairs.append((key.strip(), parse_yaml(text, f"--set {key}", as_text=as_text)))
     if faults:
         raise ConfigError(faults, "--set")
     return pairs
@@ -304,7 +333,7 @@ def _fault(place: _Place, error: Any) -> Fault:
     """pydantic's error as a place, a problem and a remedy."""
     path, last = ".".join(map(str, place.keys)) or "recipe", str(place.keys[-1]) if place.keys else ""
     kind, value = error["type"], error["input"]
-    shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+    shown = "nothing (null)" if value is None else repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
     match kind:
         case "extra_forbidden":
             names = list(place.section.model_fields)
@@ -324,5 +353,51 @@ def _fault(place: _Place, error: Any) -> Fault:
             return Fault(path, f"got {shown}", f"needs at least {error['ctx']['min_length']} of them")
         case "string_pattern_mismatch" if path == "name":
             return Fault(path, f"got {shown}", "needs letters, digits, dots and dashes, a letter or digit first")
-    message = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return Fault(path, f"got {shown}", f"needs {message}")
+        case "literal_error" | "one_of" if close := difflib.get_close_matches(str(value), _choices(error), n=1):
+            others = ", ".join(name for name in _choices(error) if name != close[0])
+            return Fault(
+                path,
+                f"got {shown}",
+                f"did you mean {close[0]!r}? There is also {others}" if others else f"use {close[0]!r}",
+            )
+    return Fault(path, f"got {shown}", f"needs {needed(error)}")
+
+
+def _choices(error: Any) -> list[str]:
+    return re.findall(r"'([^']*)'", error["ctx"]["expected"])
+
+
+NEEDED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "int_parsing": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text, in quotes if it looks like a number",
+    "list_type": "a list, e.g. [a, b]",
+    "dict_type": "keys and values, e.g. {a: 1}",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "string_too_short": "a text that is not empty",
+    "literal_error": "one of {expected}",
+    "one_of": "one of {expected}",
+}
+"""What a value must be, by pydantic's name of the error."""
+
+
+def needed(error: Any) -> str:
+    """What a value that pydantic refuses should be, in a few words."""
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "string_pattern_mismatch" and "://" in context["pattern"]:
+        return "an address that begins with http:// or https://"
+    if kind == "list_type" and isinstance(error["input"], str):
+        return f"a list, e.g. [{error['input']}]"
+    if kind in NEEDED:
+        shown = {k: f"{v:g}" if isinstance(v, float) else v for k, v in context.items()}
+        return NEEDED[kind].format(**shown)
+    message: str = error["msg"]
+    return message.removeprefix("Input should be ").removeprefix("Value error, ")

@@ -6,6 +6,7 @@ list of architectures has to be kept.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import os
@@ -20,6 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import CacheList, make_prompt_cache
 
+from vpd_mlx.common.hub import hub_fault, reaching_hub
 from vpd_mlx.engine.attention import bounded
 from vpd_mlx.engine.caches import layout
 from vpd_mlx.engine.device import close, gpu_ways
@@ -47,10 +49,10 @@ def load_model(path: str, revision: str | None) -> tuple[nn.Module, Any]:
     if (os.path.isabs(path) or path.startswith((".", "~"))) and not folder.is_dir():
         raise ModelError(f"model: there is no folder {path}; give a model folder in mlx-lm's format, or a hub id")
     try:
-        model, tokenizer = mlx_lm.load(str(folder) if folder.is_dir() else path, revision=revision)
+        with contextlib.nullcontext() if folder.is_dir() else reaching_hub():
+            model, tokenizer = mlx_lm.load(str(folder) if folder.is_dir() else path, revision=revision)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
-        problem = f"{path!r} is no local folder and was not found on the hub ({first_line(error)})"
-        raise ModelError(f"model: {problem}; check the name and the network, or download it first") from None
+        raise ModelError(f"model: {path!r} is no local folder, and on the hub: {hub_fault(error)}") from None
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         problem = f"{path!r} cannot be loaded ({first_line(error)})"
         raise ModelError(f"model: {problem}; it must be a complete model in mlx-lm's format") from error

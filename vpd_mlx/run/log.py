@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,57 @@ from vpd_mlx.common.files import file_errors, own_file, plain, read_rows, write_
 from vpd_mlx.errors import RunError
 from vpd_mlx.run.records import upgraded
 
-__all__ = ["LOGS", "RECIPE_FILE", "RunLog", "free_run_folder", "json_lines"]
+__all__ = ["LOGS", "RECIPE_FILE", "RunLog", "check_free", "claimed_folder", "json_lines"]
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl", "evals.jsonl", "selection.jsonl", "answers.jsonl", "general.jsonl")
 RECIPE_FILE = "config.yaml"  # a folder that holds it is a run
 LEAST_FREE = 64 << 20  # bytes: below it a run stops while its last checkpoint can still be written
 
 
-def free_run_folder(base: Path) -> Path:
-    """`base`, or with -2, -3 … behind it: the first that holds nothing."""
-    path, number = base, 1
-    while path.exists() and any(path.iterdir()):
-        number += 1
-        path = base.with_name(f"{base.name}-{number}")
-    return path
+@contextlib.contextmanager
+def claimed_folder(base: Path) -> Iterator[Path]:
+    """`base`, or with -2, -3 … behind it: the first that is not there, made for this run alone.
+
+    It is made at once, so that two runs that begin together take two; and taken away again if nothing was written in it.
+    """
+    made = [p for p in reversed(base.parents) if not p.exists()]
+    number, path = 1, base
+    with file_errors(base):
+        base.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                path.mkdir()
+                break
+            except FileExistsError:
+                number += 1
+                path = base.with_name(f"{base.name}-{number}")
+    try:
+        yield path
+    finally:
+        for folder in (path, *reversed(made)):
+            with contextlib.suppress(OSError):  # something is in it
+                folder.rmdir()
+
+
+def check_free(path: Path, *, overwrite: bool) -> None:
+    """See that a run may begin in this folder.
+
+    Raises:
+        RunError: it is a file, or holds something that is to stay.
+    """
+    if path.exists() and not path.is_dir():
+        raise RunError(f"{path}: is a file, and a run needs a folder; give another --out")
+    above = next(p for p in path.absolute().parents if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        what = "may not be written to" if above.is_dir() else "is a file"
+        raise RunError(f"{path}: {above} {what}; give another --out")
+    with file_errors(path):
+        taken = path.exists() and any(path.iterdir())
+    if taken and not (path / RECIPE_FILE).exists():
+        what = "is not a run folder, so --overwrite leaves it alone" if overwrite else "holds other files already"
+        raise RunError(f"{path}: {what}; give another --out")
+    if taken and not overwrite:
+        raise RunError(f"{path}: holds a run already; give another --out, or --overwrite to replace it")
 
 
 class RunLog:
@@ -48,15 +86,8 @@ class RunLog:
         Raises:
             RunError: the folder holds something already, is held by another process, or cannot be written.
         """
+        check_free(path, overwrite=overwrite)
         with file_errors(path):
-            taken = path.exists() and any(path.iterdir())
-            if taken and not (path / RECIPE_FILE).exists():
-                what = (
-                    "is not a run folder, so --overwrite leaves it alone" if overwrite else "holds other files already"
-                )
-                raise RunError(f"{path}: {what}; give another --out")
-            if taken and not overwrite:
-                raise RunError(f"{path}: holds a run already; give another --out, or --overwrite to replace it")
             path.mkdir(parents=True, exist_ok=True)
             lock = _hold(path)
             for item in path.iterdir():

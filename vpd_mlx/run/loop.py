@@ -17,7 +17,7 @@ from vpd_mlx.run.awake import awake
 from vpd_mlx.run.best import finish, look, patience_is_out
 from vpd_mlx.run.collapse import react
 from vpd_mlx.run.followers import Followers
-from vpd_mlx.run.log import RECIPE_FILE, RunLog, json_lines
+from vpd_mlx.run.log import RECIPE_FILE, RunLog, check_free, json_lines
 from vpd_mlx.run.progress import Interrupted, Progress, Silent, Stop
 from vpd_mlx.run.records import Summary
 from vpd_mlx.run.retain import check_after, check_before
@@ -53,6 +53,8 @@ def train(
     started = time.perf_counter()
     progress = progress or Silent()
     followers = Followers(recipe.logging, progress)
+    if ranks.first and not resume:
+        check_free(out, overwrite=overwrite)  # before anything takes time
     refuse_what_cannot_fit(recipe)
     trainer = Trainer.build(recipe, progress, stop, ranks, handed)
     for note in (*trainer.policy.notes, *notices(trainer.task), *recipe.notices(), *unchosen(recipe, trainer.task)):

@@ -17,6 +17,7 @@ import numpy as np
 from huggingface_hub import hf_hub_download
 
 from vpd_mlx.algos.demand import demand
+from vpd_mlx.common.hub import hub_fault, reaching_hub
 from vpd_mlx.common.text import size
 from vpd_mlx.engine.blueprint import Blueprint
 from vpd_mlx.engine.device import compiles
@@ -26,7 +27,7 @@ from vpd_mlx.errors import ConfigError, Fault, ModelError, config_error
 from vpd_mlx.recipe import Recipe
 from vpd_mlx.types import Context, Group, Problem, Rollout, TokenRow, Verdict
 
-__all__ = ["Plan", "check_fits", "memory_limit", "plan", "read_model_config"]
+__all__ = ["Plan", "check_fits", "memory_limit", "model_config", "plan"]
 
 CACHE_STEP = 256  # mlx-lm's caches grow by so many positions
 READ_MIDWAY = 2  # times a gradient's bytes, see `learner.accumulate_weighed`; measured are 1.7 to 2.2
@@ -47,21 +48,24 @@ class Plan:
     completion: int
 
 
-def read_model_config(recipe: Recipe) -> dict[str, Any]:
-    """The model's config.json, itself or from its folder, or alone from the hub.
+def model_config(model: str, revision: str | None) -> dict[str, Any]:
+    """A model's config.json, itself or from its folder, or alone from the hub.
 
     Raises:
         ModelError: there is none, or it cannot be read.
     """
-    local, name = Path(recipe.model), "config.json"
+    local, name = Path(model), "config.json"
     try:
         path = local / name if local.is_dir() else local
         if not local.exists():
-            path = Path(hf_hub_download(recipe.model, name, revision=recipe.model_revision))
+            with reaching_hub():
+                path = Path(hf_hub_download(model, name, revision=revision))
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return config
     except (OSError, ValueError) as error:
-        problem = f"no config.json of {recipe.model!r} ({first_line(error)})"
+        if not local.exists():
+            raise ModelError(f"model: {model!r} is no local folder, and on the hub: {hub_fault(error)}") from None
+        problem = f"no config.json of {model!r} ({first_line(error)})"
         raise ModelError(f"model: {problem}; give a model folder, its config.json or a hub id") from None
 
 
@@ -106,7 +110,7 @@ def plan(recipe: Recipe, *, prompt: int | None = None, context: int | None = Non
     Raises:
         ModelError: no config, or an architecture that mlx-lm does not know.
     """
-    config, rollout = read_model_config(recipe), recipe.rollout
+    config, rollout = model_config(recipe.model, recipe.model_revision), recipe.rollout
     longest = min(prompt or rollout.max_prompt_tokens, rollout.max_prompt_tokens)
     teacher_prompt = min(longest + (context or recipe.feedback.max_tokens), recipe.max_teacher_tokens)
     lengths = _Lengths(longest, teacher_prompt, rollout.max_completion_tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +25,7 @@ from vpd_mlx.feedback.base import Generate, Host
 from vpd_mlx.feedback.prompts import Prompter
 from vpd_mlx.recipe import Recipe
 from vpd_mlx.run.collect import rows_at_once, student_prompts
-from vpd_mlx.run.plan import check_fits, memory_limit, plan, read_model_config
+from vpd_mlx.run.plan import check_fits, memory_limit, model_config, plan
 from vpd_mlx.run.progress import Progress, Silent, Stop
 from vpd_mlx.tasks import Task, build_task, fingerprint, prove
 from vpd_mlx.tasks.general import TEXT, passages
@@ -71,7 +72,8 @@ class Parts:
         if TEXT in recipe.retain.checks:
             passages(recipe.retain.text)
         _check_sources(recipe, task)
-        policy = load_policy(recipe)
+        with nullcontext() if Path(recipe.model).exists() else progress.paused():  # downloads show bars of their own
+            policy = load_policy(recipe)
         policy.ranks = ranks
         check_ranks(recipe, policy, task)
         prompter = build_prompter(recipe, policy)
@@ -128,7 +130,7 @@ def refuse_what_cannot_fit(recipe: Recipe) -> None:
     if tiny:
         return
     try:
-        read_model_config(recipe)
+        model_config(recipe.model, recipe.model_revision)
     except ModelError:
         return  # there is no such model: loading it says so, and what to do
     check_fits(recipe, plan(recipe), limit)

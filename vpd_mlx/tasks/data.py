@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
+from vpd_mlx.common.hub import hub_fault, reaching_hub
 from vpd_mlx.common.settings import HUB, Section
 from vpd_mlx.errors import DataError, Fault
 from vpd_mlx.types import Message, Problem
@@ -200,23 +201,16 @@ def _parse(place: str, text: str, needed: str) -> Any:
 def _from_hub(source: str, revision: str | None) -> Path:
     """The cached file, downloaded first if necessary."""
     import huggingface_hub  # here, since the import is slow, and local files do not need it
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     owner, name, path = source.removeprefix(HUB).split("/", 2)
     name, _, own = name.partition("@")
     try:
-        found = huggingface_hub.hf_hub_download(f"{owner}/{name}", path, repo_type="dataset", revision=own or revision)
-    except LocalEntryNotFoundError:
-        what, remedy = (
-            "not in the cache, and the hub cannot be reached",
-            "go online once, or copy the file and give its path",
-        )
-        raise DataError(f"{source}: {what}; {remedy}") from None
-    except EntryNotFoundError:
-        raise DataError(f"{source}: no such file at this revision; see the data set's page for its files") from None
+        with reaching_hub():
+            found = huggingface_hub.hf_hub_download(
+                f"{owner}/{name}", path, repo_type="dataset", revision=own or revision
+            )
     except (huggingface_hub.errors.HfHubHTTPError, ValueError, OSError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{source}: the hub refused ({first}); check name and revision, or log in to it") from None
+        raise DataError(f"{source}: {hub_fault(error)}") from None
     return Path(found)
 
 
