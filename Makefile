@@ -58,13 +58,15 @@ plan-test: $(VENV)/.installed-dev
 docs-test: $(VENV)/.installed-dev
 	$(BIN)/python tests/docs_commands.py
 
-# Time and memory, beside mlx-lm-lora and mlx-tune, which have an environment of their own. Wants an idle machine.
+# Time and memory beside other trainers, which have an environment of their own. Wants an idle machine.
+# REAL=FOLDER measures a real model as well, of whatever size.
 bench: $(VENV)/.installed-dev build/bench-venv/.installed
-	$(BIN)/python -m benchmarks.run --peers build/bench-venv/bin/python --out benchmarks/RESULTS.md
+	$(BIN)/python -m benchmarks.run --peers build/bench-venv/bin/python $(REAL:%=--real %) --out benchmarks/RESULTS.md
 
 build/bench-venv/.installed:
 	python3 -m venv build/bench-venv
 	build/bench-venv/bin/pip install --quiet $$($(BIN)/python -m pip freeze | grep -E '^mlx(-lm|-cpu)?==') mlx-lm-lora==5.10.2 mlx-tune==0.6.0
+	build/bench-venv/bin/pip install --quiet --no-deps inductive-mlxrl==0.2.4 unsloth-zoo==2026.10.9
 	@touch $@
 
 install: $(VENV)/.installed

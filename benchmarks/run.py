@@ -1,10 +1,11 @@
 """Time and memory, side by side with other libraries, and the requirements on them.
 
-    python -m benchmarks.run [--only PART ...] [--repeats N] [--peers PYTHON] [--out FILE]
+    python -m benchmarks.run [--only PART ...] [--repeats N] [--peers PYTHON] [--real FOLDER] [--out FILE]
 
-PART is rollouts, vocabulary, prompts, attention, grpo, steps, phases, growth or launches. `--peers` is a Python with
-mlx-lm-lora and mlx-tune; without it their rows are left out, and the results say so. `make bench` makes that environment
-and writes benchmarks/RESULTS.md.
+PART is rollouts, vocabulary, prompts, attention, grpo, steps, real, phases, growth or launches. `--peers` is a Python with
+mlx-lm-lora, mlx-tune, unsloth-zoo and inductive-mlxrl; without it their rows are left out, and the results say so. `--real` is
+a model folder for the part of that name, left out without it. `make bench` makes that environment and writes
+benchmarks/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class Peers:
 
     def __init__(self, python: str | None) -> None:
         self._process: subprocess.Popen[str] | None = None
+        self.peaks: dict[str, float] = {}
         if python is not None:
             script = str(Path(__file__).parent / "peers.py")
             self._process = subprocess.Popen(
@@ -67,9 +69,16 @@ class Peers:
         found: dict[str, Any] = json.loads(line)
         return found
 
-    def timed(self, do: str, **arguments: Any) -> Callable[[], float]:
-        """A run for `side_by_side`."""
-        return lambda: float(self.ask(do, **arguments)["seconds"])
+    def timed(self, name: str, do: str, **arguments: Any) -> Callable[[], float]:
+        """A run for `side_by_side`. `peaks[name]` becomes the lowest peak of its runs, as in `measure.peak`."""
+        self.peaks.pop(name, None)
+
+        def run() -> float:
+            found = self.ask(do, **arguments)
+            self.peaks[name] = min(self.peaks.get(name, found["peak"]), found["peak"])
+            return float(found["seconds"])
+
+        return run
 
     def close(self) -> None:
         """End it."""
@@ -112,6 +121,48 @@ def timings(report: Report, found: dict[str, Timing], reference: str) -> None:
     report.table(f"| | median (least to most) | speed, {reference} = 1 |", rows)
 
 
+def ahead(report: Report, what: str, found: dict[str, Timing]) -> None:
+    """Quicker than every peer."""
+    others = [t.median for n, t in found.items() if n not in ("vpd-mlx", "BatchGenerator")]
+    report.need(f"against {what}", min(others) / found["vpd-mlx"].median, 1.0, least=True)
+
+
+def peers_rollouts(peers: Peers, policy: Policy, batch: work.Batch, tokens: int) -> dict[str, Callable[[], float]]:
+    """Every peer's rollouts of the batch's prompts."""
+    prompts = [list(g.prompt) for g in batch.groups]
+    own: dict[str, Any] = {"folder": policy.path, "prompts": prompts, "samples": batch.samples, "tokens": tokens}
+    names = {"mlx-tune": "tune", "unsloth-zoo": "unsloth", "inductive-mlxrl": "mlxrl"}
+    name = "mlx-lm-lora, batch 4"
+    runs = {name: peers.timed(name, "rollouts", peer="lora", batch=4, **own)}
+    return runs | {n: peers.timed(n, "rollouts", peer=p, **own) for n, p in names.items()}
+
+
+def peers_gradients(
+    peers: Peers, policy: Policy, batch: work.Batch, chunks: Sequence[int]
+) -> dict[str, Callable[[], float]]:
+    """Every peer's GRPO gradient of the batch, so many rows at a time."""
+    own = {
+        "folder": policy.path,
+        "prompts": [list(g.prompt) for g in batch.groups],
+        "completions": [list(r.tokens) for g in batch.groups for r in g.rollouts],
+    }
+    runs = {}
+    for title, peer in (("mlx-lm-lora", "lora"), ("unsloth-zoo", "unsloth"), ("inductive-mlxrl", "mlxrl")):
+        for chunk in chunks:
+            name = f"{title}, {chunk} at once"
+            runs[name] = peers.timed(name, "grpo", peer=peer, chunk=chunk, **own)
+    name = f"unsloth-zoo, fused, {chunks[-1]} at once"
+    return runs | {name: peers.timed(name, "grpo", peer="unsloth", fused=True, chunk=chunks[-1], **own)}
+
+
+def peers_steps(peers: Peers, policy: Policy, batch: work.Batch, chunk: int) -> dict[str, Callable[[], float]]:
+    """Every peer's whole GRPO step."""
+    prompts = [list(g.prompt) for g in batch.groups]
+    own: dict[str, Any] = {"folder": policy.path, "prompts": prompts, "samples": batch.samples, "chunk": chunk}
+    names = {"mlx-lm-lora": "lora", "unsloth-zoo": "unsloth", "inductive-mlxrl": "mlxrl"}
+    return {n: peers.timed(n, "step", peer=p, tokens=batch.completion, **own) for n, p in names.items()}
+
+
 def rollouts(report: Report, policy: Policy, peers: Peers, repeats: int) -> None:
     """Completions per second."""
     report.say("## Rollouts\n\n4 prompts x 8 completions, 64 tokens.\n")
@@ -122,15 +173,7 @@ def rollouts(report: Report, policy: Policy, peers: Peers, repeats: int) -> None
             "BatchGenerator": work.raw_rollouts(policy, batch.groups, 8, 64),
         }
         if peers.there:
-            arguments = {
-                "folder": policy.path,
-                "prompts": [list(g.prompt) for g in batch.groups],
-                "samples": 8,
-                "tokens": 64,
-                "batch": 4,
-            }
-            runs["mlx-lm-lora, batch 4"] = peers.timed("rollouts_lora", **arguments)
-            runs["mlx-tune"] = peers.timed("rollouts_tune", **arguments)
+            runs |= peers_rollouts(peers, policy, batch, 64)
         found = side_by_side(runs, repeats)
         report.say(f"Prompts of {length} tokens:\n")
         timings(report, found, "BatchGenerator")
@@ -140,6 +183,7 @@ def rollouts(report: Report, policy: Policy, peers: Peers, repeats: int) -> None
         if peers.there:
             theirs = found["mlx-lm-lora, batch 4"].median / ours
             report.need(f"against mlx-lm-lora at batch 4, {length} tokens", theirs, 1.6, least=True)
+            ahead(report, f"the quickest other, {length} tokens", found)
         report.say()
 
 
@@ -221,32 +265,26 @@ def grpo(report: Report, policies: dict[int, Policy], peers: Peers, repeats: int
         runs: dict[str, Callable[[], Any]] = {"vpd-mlx": lambda u=u: u.grpo(recipe)}  # type: ignore[misc]
         peaks = {"vpd-mlx": float(peak(runs["vpd-mlx"]))}
         if peers.there:
-            (group,) = batch.groups
-            for chunk in (1, 2, 4, 8):
-                arguments = {
-                    "folder": policy.path,
-                    "prompts": [list(group.prompt)],
-                    "completions": [list(r.tokens) for r in group.rollouts],
-                    "of": [0] * 8,
-                    "chunk": chunk,
-                }
-                name = f"mlx-lm-lora, {chunk} at once"
-                runs[name] = peers.timed("grpo", **arguments)
-                peaks[name] = min(float(peers.ask("grpo", **arguments)["peak"]) for _ in range(3))
+            runs |= peers_gradients(peers, policy, batch, (1, 8))
         found = side_by_side(runs, repeats)
         report.say(f"V = {size:,}:\n")
-        rows = [f"| {n} | {found[n]} | {peaks[n] / MB:,.0f} MB |" for n in found]
-        report.table("| | median (least to most) | peak above the model |", rows)
-        others = [n for n in found if n != "vpd-mlx"]
-        if others and size == LARGE:
-            least = min(others, key=lambda n: peaks[n])
-            quickest = min(others, key=lambda n: found[n].median)
-            report.need(f"peak against {least}", peaks["vpd-mlx"] / peaks[least], 0.5, least=False)
-            report.need(f"time against {quickest}", found["vpd-mlx"].median / found[quickest].median, 1.0, least=False)
-        report.say()
+        against_gradients(report, found, peaks | peers.peaks, bounded=size == LARGE)
 
 
-def steps(report: Report, policy: Policy, repeats: int) -> None:
+def against_gradients(report: Report, found: dict[str, Timing], peaks: dict[str, float], *, bounded: bool) -> None:
+    """A table of times and peaks; `bounded` asks for half of the leanest peer's peak and the quickest one's time."""
+    rows = [f"| {n} | {t} | {peaks[n] / MB:,.0f} MB |" for n, t in found.items()]
+    report.table("| | median (least to most) | peak above the model |", rows)
+    others = [n for n in found if n != "vpd-mlx"]
+    if others and bounded:
+        least = min(others, key=lambda n: peaks[n])
+        quickest = min(others, key=lambda n: found[n].median)
+        report.need(f"peak against {least}", peaks["vpd-mlx"] / peaks[least], 0.5, least=False)
+        report.need(f"time against {quickest}", found["vpd-mlx"].median / found[quickest].median, 1.0, least=False)
+    report.say()
+
+
+def steps(report: Report, policy: Policy, peers: Peers, repeats: int) -> None:
     """Whole steps against the passes that they need, and against each other."""
     report.say("## Whole steps\n\n4 prompts x 8 completions, 128 + 64 tokens.\n")
     batch = work.Batch(policy.vocabulary, 4, 8, 128, 64)
@@ -273,6 +311,41 @@ def steps(report: Report, policy: Policy, repeats: int) -> None:
     report.say("A step with its rollouts, mean of five at F = 5:\n")
     timings(report, found, "sdpo")
     report.need("VPD against SDPO", found["vpd"].median / found["sdpo"].median, 1.2, least=False)
+    report.say()
+    if peers.there:
+        report.say("A GRPO step with its rollouts, gradients 8 rows at a time elsewhere:\n")
+        ours = {"vpd-mlx": work.whole_step(work.recipe_of("grpo"), policy, batch, sample=True)}
+        found = side_by_side({**ours, **peers_steps(peers, policy, batch, 8)}, repeats)
+        timings(report, found, "vpd-mlx")
+        ahead(report, "the quickest other's step", found)
+        report.say()
+
+
+def real(report: Report, policy: Policy, peers: Peers, repeats: int) -> None:
+    """A pretrained model: rollouts, update and whole step."""
+    batch = work.Batch(policy.vocabulary, 2, 4, 64, 32)
+    report.say(
+        f"## A real model\n\n{Path(policy.path).name}, {policy.vocabulary:,} tokens; 2 prompts x 4 completions, "
+        f"{batch.prompt} + {batch.completion} tokens; GRPO.\n"
+    )
+    u, recipe = work.Updates(policy, batch), work.recipe_of("grpo")
+    runs: dict[str, Callable[[], Any]] = {"vpd-mlx": work.rollouts(policy, batch.groups, batch.samples, 32)}
+    found = side_by_side({**runs, **(peers_rollouts(peers, policy, batch, 32) if peers.there else {})}, repeats)
+    report.say("Rollouts:\n")
+    timings(report, found, "vpd-mlx")
+    if peers.there:
+        ahead(report, "the quickest other's rollouts", found)
+    report.say("\nUpdate:\n")
+    runs = {"vpd-mlx": lambda: u.grpo(recipe)}
+    peaks = {"vpd-mlx": float(peak(runs["vpd-mlx"]))}
+    found = side_by_side({**runs, **(peers_gradients(peers, policy, batch, (1, 8)) if peers.there else {})}, repeats)
+    against_gradients(report, found, peaks | peers.peaks, bounded=True)
+    report.say("Whole step:\n")
+    runs = {"vpd-mlx": work.whole_step(recipe, policy, batch, sample=True)}
+    found = side_by_side({**runs, **(peers_steps(peers, policy, batch, 8) if peers.there else {})}, repeats)
+    timings(report, found, "vpd-mlx")
+    if peers.there:
+        ahead(report, "the quickest other's step", found)
     report.say()
 
 
@@ -341,10 +414,10 @@ def counts(report: Report, folder: Path) -> None:
     report.say()
 
 
-PARTS = ("rollouts", "vocabulary", "prompts", "attention", "grpo", "steps", "phases", "growth", "launches")
+PARTS = ("rollouts", "vocabulary", "prompts", "attention", "grpo", "steps", "real", "phases", "growth", "launches")
 
 
-def measure(parts: list[str], repeats: int, python: str | None) -> Report:
+def measure(parts: list[str], repeats: int, python: str | None, folder: Path | None) -> Report:
     """Measure the given parts."""
     report = Report()
     own = {n: importlib.metadata.version(n) for n in ("mlx", "mlx-lm", "numpy")}
@@ -371,7 +444,8 @@ def measure(parts: list[str], repeats: int, python: str | None) -> Report:
                 "prompts": lambda: prompts(report, small, repeats),
                 "attention": lambda: attention_and_recomputing(report, Path(name), repeats),
                 "grpo": lambda: grpo(report, policies, peers, repeats),
-                "steps": lambda: steps(report, small, repeats),
+                "steps": lambda: steps(report, small, peers, repeats),
+                "real": lambda: real(report, models.load(folder), peers, repeats) if folder else None,
                 "phases": lambda: phases(report, Path(name)),
                 "growth": lambda: growth(report, folders, repeats),
                 "launches": lambda: counts(report, folders[SMALL]),
@@ -391,8 +465,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--peers", metavar="PYTHON")
     parser.add_argument("--out", type=Path, metavar="FILE")
+    parser.add_argument("--real", type=Path, metavar="FOLDER")
     arguments = parser.parse_args()
-    report = measure(arguments.only, arguments.repeats, arguments.peers)
+    report = measure(arguments.only, arguments.repeats, arguments.peers, arguments.real)
     if arguments.out is not None:
         arguments.out.write_text("\n".join(report.lines) + "\n", encoding="utf-8")
     sys.exit(1 if report.missed else 0)

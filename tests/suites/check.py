@@ -26,7 +26,7 @@ from vpd_mlx.sandbox.child import encode
 from vpd_mlx.tasks.suites import imports_for
 
 Row = dict[str, Any]
-GENEROUS = 120  # seconds: some inputs are large
+GENEROUS = 600  # seconds: some inputs are large, and a row has a hundred
 OUTPUT_KB = 16384  # and so are some results
 MEMORY_MB = (
     2048  # of the judge, too: an expected value of 2 MB is source text, which takes Python a hundred times that to read
