@@ -1,4 +1,4 @@
-# make train: set everything up and train the demonstration.   make test: lint and tests.
+# make train: set everything up and train the demonstration.   make test: lint and tests; TESTS=EXPRESSION chooses others.
 # Nothing but python (>= 3.11), git and make is needed; where python3 is older, uv's is taken if uv is there.
 
 VENV := .venv
@@ -10,18 +10,20 @@ BIN := $(VENV)/bin
 train: $(VENV)/.installed
 	$(BIN)/vpd-mlx train quickstart
 
+test: TESTS := not long
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m compileall -q vpd_mlx  # once, and not in every process that a test starts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "not long"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "$(TESTS)"
 
+long-test: TESTS := long
 long-test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n auto --dist worksteal -m long
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "$(TESTS)"
 
 # The engine's tests once more, in the ways of a GPU: padded, in its chunks, compiled. Needs g++ for that.
-GPU_TESTS := device lora rollout updates losses architectures temperature
+GPU_TESTS := device attention lora rollout updates losses architectures temperature
 gpu-test: $(VENV)/.installed-dev
 	VPD_MLX_GPU_PATHS=1 $(BIN)/python -m pytest -n auto $(GPU_TESTS:%=tests/test_%.py)
 
@@ -84,7 +86,7 @@ $(VENV)/bin/python:
 
 # constraints.txt pins a known good set, so that a fresh install next year is the one that was tested.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu]'
 	@touch $@
 
 # pip would compile every module on one core, and half of them are tests, or models that no test loads.

@@ -18,6 +18,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "crash"))
 import kill  # noqa: E402
 
+pytestmark = pytest.mark.exact  # bits are compared
+
 
 @pytest.mark.long
 def test_a_dozen_kills_end_as_undisturbed():

@@ -32,6 +32,8 @@ from vpd_mlx.run.state import find_checkpoint
 from vpd_mlx.run.step import Trainer
 from vpd_mlx.types import TokenRow, Verdict
 
+pytestmark = pytest.mark.exact  # bits are compared
+
 ALGORITHMS = ("vpd", "sdpo", "grpo", "joint", "reshape", "reweight")
 PROMPTS, GROUP = 6, 4
 SMALL = (

@@ -20,6 +20,8 @@ from vpd_mlx.run.log import RunLog
 from vpd_mlx.run.loop import train
 from vpd_mlx.run.resume import check_resume
 
+pytestmark = pytest.mark.exact  # bits are compared
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:

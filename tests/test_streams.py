@@ -147,6 +147,19 @@ def test_ctrl_c_while_the_command_line_loads_is_one_line(monkeypatch: pytest.Mon
     assert capsys.readouterr().err == "\nvpd-mlx: stopped by SIGINT\n"
 
 
+def test_an_mlx_without_a_backend_is_one_line_with_the_extras(monkeypatch: pytest.MonkeyPatch, capsys):
+    from vpd_mlx import __main__
+    from vpd_mlx.commands import app
+
+    def imports_mlx() -> None:
+        raise ImportError("libmlx.so: cannot open shared object file: No such file or directory")
+
+    monkeypatch.setattr(app, "main", imports_mlx)
+    with pytest.raises(SystemExit, match="2"):
+        __main__.main()
+    assert "pip install 'vpd-mlx[cpu]', or 'vpd-mlx[cuda]' for an NVIDIA card" in capsys.readouterr().err
+
+
 class Signals(Silent):
     """Sends this process a signal after the first step."""
 

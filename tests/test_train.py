@@ -32,6 +32,8 @@ from vpd_mlx.run.state import find_checkpoint
 from vpd_mlx.run.step import Trainer, problems_of_step
 from vpd_mlx.types import Problem
 
+pytestmark = pytest.mark.exact  # bits are compared
+
 
 def adapter(run: Path) -> bytes:
     return (run / "adapters" / "adapters.safetensors").read_bytes()

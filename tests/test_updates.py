@@ -33,6 +33,8 @@ from vpd_mlx.feedback.verifier import verifier
 from vpd_mlx.run.step import Trainer
 from vpd_mlx.types import Context, Rollout, TokenRow
 
+pytestmark = pytest.mark.exact  # bits are compared
+
 
 class Recorder(Learner):
     """Keeps the gradients instead of moving anything."""

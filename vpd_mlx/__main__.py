@@ -36,6 +36,12 @@ def _command() -> None:
             from vpd_mlx.commands.app import main as command
 
             command()
+        except ImportError as error:
+            if "libmlx" not in str(error):
+                raise
+            remedy = "pip install 'vpd-mlx[cpu]', or 'vpd-mlx[cuda]' for an NVIDIA card"
+            sys.stderr.write(f"vpd-mlx: mlx has no backend here ({error}); {remedy}\n")
+            raise SystemExit(2) from None
         finally:
             output.flush()
             if output.lost is not None:
