@@ -1,6 +1,7 @@
 """How far the student's style has moved: its first token on a few fixed prompts, against the untrained model's.
 
-A forward pass of these prompts a step, without sampling: the figure has no noise, and costs about a fiftieth of a usual step.
+A forward pass of these prompts a step, without sampling: the figure has no noise. Of a step with 32 completions of 28 tokens it takes
+less than a tenth, of a longer one next to nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from vpd_mlx.types import TokenRow
 
 __all__ = ["PROMPTS", "Style"]
 
-PROMPTS = 16
+PROMPTS = 8
 TOKENS = 4096  # of all prompts together: long ones are fewer
 
 
