@@ -1,7 +1,7 @@
 """How far the student's style has moved: its first token on a few fixed prompts, against the untrained model's.
 
-A forward pass of these prompts a step, without sampling: the figure has no noise. Of a step with 32 completions of 28 tokens it takes
-less than a tenth, of a longer one next to nothing.
+A forward pass of these prompts a step, without sampling: the figure has no noise. Of a step with 32 completions of 28
+tokens it takes less than a tenth, of a longer one next to nothing.
 """
 
 from __future__ import annotations
