@@ -43,6 +43,22 @@ def row(task: str, method: str, runs: Sequence[vpd.Run]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def rates(tune: Path) -> None:
+    """The table of the sweep: greedy (and sampled) accuracy at the end, by rate, of the runs in tune/<rate>/<task>/<method>/."""
+    found: dict[tuple[str, str], dict[float, str]] = {}
+    for path in sorted(tune.glob("*/*/*/seed*")):
+        rate, task, method = path.parts[-4:-1]
+        last = vpd.load_run(path).evals[-1]
+        shown = f"{100 * last['student_greedy']:.0f} ({100 * last['student']:.0f})"
+        cells = found.setdefault((task, method), {})
+        cells[float(rate)] = " ".join(filter(None, [cells.get(float(rate)), shown]))
+    columns = sorted({rate for cells in found.values() for rate in cells})
+    print(f"| task | method | {' | '.join(f'rate {rate:g}' for rate in columns)} |")
+    print("|" + "---|" * (2 + len(columns)))
+    for (task, method), cells in found.items():
+        print(f"| {task} | {method} | {' | '.join(cells.get(rate, '') for rate in columns)} |")
+
+
 def main() -> None:
     """Draw every finished run."""
     parser = argparse.ArgumentParser(description="Draw greedy accuracy before and after training.")
@@ -69,6 +85,7 @@ def main() -> None:
                 axis.bar(at, np.mean(after), 0.9 * width, color=f"C{j}", label=None if i else method)
                 axis.scatter([at] * len(after), after, color="black", s=9, zorder=3)
         axis.bar(i, 100 * np.mean(before), 0.9 * width, color="0.6", label=None if i else "before")
+        axis.text(i, 100 * np.mean(before) + 1, f"{100 * np.mean(before):.0f}", ha="center", fontsize=8, color="0.4")
     axis.set(ylabel="right, greedy, %", ylim=(0, 104))
     axis.set_xticks([i + width * len(methods) / 2 for i in range(len(tasks))], [task.name for task in tasks])
     axis.legend(ncols=len(methods) + 1, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.16), frameon=False)
@@ -76,6 +93,8 @@ def main() -> None:
     figure.tight_layout()
     figure.savefig(given.out, dpi=120)
     print(f"written: {given.out}")
+    if (given.grid / "tune").is_dir():
+        rates(given.grid / "tune")
 
 
 if __name__ == "__main__":
