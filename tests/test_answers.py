@@ -210,6 +210,7 @@ def test_the_page_shows_them_with_what_the_teacher_read(own: Path, monkeypatch: 
     )
     assert "<script>hacked" not in page
     assert page.count("&lt;script&gt;hacked()") == 2 * 4
+    assert page.count("\\u003cscript\\u003ehacked()") >= 2 * 2  # in the browser's data
 
 
 def test_the_expected_answer_is_the_datas_or_a_right_completion_and_never_endless():

@@ -22,11 +22,12 @@ from vpd_mlx.errors import ConfigError, RunError, SourceError
 from vpd_mlx.feedback.prompts import Templates
 from vpd_mlx.feedback.wordings import STYLES
 from vpd_mlx.recipe import Recipe, load_recipe
-from vpd_mlx.run.advice import Advice, Contexts, Student, Style, Teacher, gap_line, no_gap, recommend, worth
+from vpd_mlx.run.advice import Advice, Contexts, Student, Style, Teacher, gap_line, recommend, worth
 from vpd_mlx.run.loop import train
 from vpd_mlx.run.probe import probe, refuses, wordings
 from vpd_mlx.run.progress import Silent
 from vpd_mlx.run.shift import Scored, Scorer, style_of
+from vpd_mlx.run.warnings import no_gap
 from vpd_mlx.types import TokenRow
 
 STUDENT = Student(

@@ -20,13 +20,14 @@ from vpd_mlx.common.files import read_rows
 from vpd_mlx.common.stats import paired
 from vpd_mlx.errors import ConfigError, DataError, VpdError
 from vpd_mlx.recipe import load_recipe
-from vpd_mlx.report.page import choose, comparison_page, run_page
+from vpd_mlx.report.browse import choose, histories
+from vpd_mlx.report.page import comparison_page, run_page
 from vpd_mlx.report.plots import run_plots
 from vpd_mlx.run.folder import LoggedRollout, load_run, short_names
 from vpd_mlx.run.loop import train
 from vpd_mlx.run.warnings import findings
 
-ALWAYS = {"accuracy", "gap", "reward", "groups", "length", "entropy", "seconds", "memory"}
+ALWAYS = {"accuracy", "gap", "reward", "groups", "length", "entropy", "updates", "seconds", "memory"}
 HOSTILE = '</script><img src=x onerror="hacked()">&amp;\u2028\x1b[31m\u202eabc'
 
 
@@ -64,20 +65,21 @@ class Parsed(HTMLParser):
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
         self.rollouts: list[dict[str, Any]] = []
-        self._in_data = False
+        self._in_data = self._in_script = False
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
         self._in_data = ("id", "rollouts") in attrs
+        self._in_script = tag == "script"
 
     def handle_endtag(self, tag: str) -> None:
-        self._in_data = False
+        self._in_data = self._in_script = False
 
     def handle_data(self, data: str) -> None:
         if self._in_data:
             self.rollouts = json.loads(data)
-        else:
+        elif not self._in_script:
             self.text += data
 
     def ids(self, tag: str) -> set[str]:
@@ -160,7 +162,7 @@ def test_what_a_model_wrote_stays_text(run, text):
     hostile(run, text)
     page = run_page(load_run(run), 400)
     parsed = Parsed(page)
-    assert page.count("</script>") == page.count("<script") == plain.count("<script") == 2
+    assert page.count("</script>") == page.count("<script") == plain.count("<script") == 6
     assert "<img" not in page
     assert "1337" not in re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL)
     assert parsed.rollouts[0]["completion"] == text
@@ -168,7 +170,7 @@ def test_what_a_model_wrote_stays_text(run, text):
     assert not [a for _, a in parsed.tags if "onerror" in a]
     compared = comparison_page({text: load_run(run), "b": load_run(run)})
     assert "<img" not in compared
-    assert "<script" not in compared
+    assert compared.count("</script>") == compared.count("<script") == 2
     assert text.replace("\x1b", "") in Parsed(compared).text.replace("\x1b", "")
 
 
@@ -235,8 +237,9 @@ def test_a_run_that_goes_on(run, no_plots):
 def test_long_runs_stay_small(run):
     rows = read_rows(run / "metrics.jsonl")
     write(run / "metrics.jsonl", [{**rows[i % 2], "step": i + 1} for i in range(4000)])
-    for name, svg in run_plots(load_run(run)).items():
-        assert len(svg) < 150_000, name
+    for name, plot in run_plots(load_run(run)).items():
+        assert len(plot.svg) < 150_000, name
+        assert len(json.dumps(plot.data)) < 30_000, name
 
 
 def test_what_is_left_out_is_said(runs, no_plots):
@@ -250,7 +253,7 @@ def test_what_is_left_out_is_said(runs, no_plots):
 
 def test_long_completions_do_not_swell_the_page(runs, no_plots, monkeypatch):
     whole = len(json.dumps(report(runs["vpd"]).rollouts))
-    monkeypatch.setattr("vpd_mlx.report.page.MOST_BYTES", whole // 3)
+    monkeypatch.setattr("vpd_mlx.report.browse.MOST_BYTES", whole // 3)
     kept = report(runs["vpd"]).rollouts
     assert whole // 6 < len(json.dumps(kept)) <= whole // 3
 
@@ -333,6 +336,127 @@ def test_a_gap_that_is_gone_and_a_student_that_got_worse(run):
     found = " ".join(findings(load_run(run)))
     assert "The student got worse: greedy 100.0 % before, 0.0 % after" in found
     assert "gap is gone" in found
+    assert "no gap from the start" not in found
+
+
+def told(run: Path, before: tuple[float, float] | None, after: tuple[float, float] | None) -> tuple[str, str]:
+    """The page's sentence on the gap, and the findings, of (teacher, student) before and after training."""
+    rows = read_rows(run / "evals.jsonl")[:2]
+    scores = [
+        {**row, "teacher": t, "student": s, "student_there": s, "gap": t - s, "teacher_problems": 8, "step": 2 * i}
+        for i, (row, both) in enumerate(zip(rows, (before, after), strict=True))
+        if both is not None
+        for t, s in [both]
+    ]
+    write(run / "evals.jsonl", scores)
+    page = run_page(load_run(run), 0)
+    story = re.search(r'<p id="gap-story">(.*?)</p>', page)
+    return story[1] if story else "", " ".join(findings(load_run(run)))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "story", "warned"),
+    [
+        ((0.1, 0.2), (0.1, 0.2), "No gap from the start: before training", True),
+        ((0.9, 0.1), (0.9, 0.5), "+80.0 points (teacher 90.0 %, student 10.0 %), after it +40.0", False),
+        ((0.9, 0.1), (0.9, 0.9), "after it +0.0 (teacher 90.0 %, student 90.0 %): the gap is closed", False),
+        ((0.9, 0.1), (0.1, 0.1), "after it +0.0 (teacher 10.0 %, student 10.0 %): the gap is lost", False),
+        ((0.9, 0.1), None, "Before training, feedback is worth +80.0 points (teacher 90.0 %, student 10.0 %).", False),
+    ],
+)
+def test_no_gap_from_the_start_is_told_from_one_that_was_lost(run, no_plots, before, after, story, warned):
+    said, found = told(run, before, after)
+    assert story in said
+    assert ("no gap from the start" in found) == warned
+
+
+def test_the_headline_compares_one_figure_with_itself(run, no_plots):
+    rows = read_rows(run / "evals.jsonl")
+    headline = re.search(r'<p class="lead">(.*?)</p>', run_page(load_run(run), 0))[1]
+    first, last = (f"{100 * row['student_greedy']:.1f} %" for row in (rows[0], rows[-1]))
+    assert f"right on {last} of 8 held-out problems, before training on {first}: " in headline.replace("&#39;", "'")
+    write(run / "evals.jsonl", [{k: v for k, v in row.items() if "greedy" not in k} for row in rows])
+    headline = re.search(r'<p class="lead">(.*?)</p>', run_page(load_run(run), 0))[1]
+    first, last = (f"{100 * row['student']:.1f} %" for row in (rows[0], rows[-1]))
+    assert f"sampled, solves {last} of 8 held-out problems; before, {first}." in headline
+
+
+def test_a_page_leads_to_the_adapter_and_says_how_to_try_it(run, tmp_path, no_plots):
+    page = Parsed(run_page(load_run(run), 0, tmp_path / "elsewhere"))
+    links = {str(a["href"]) for t, a in page.tags if t == "a"}
+    assert "../run/adapters/" in links
+    assert f"vpd-mlx try {run} " in page.text
+    assert f"--adapter-path {run / 'adapters'} --max-tokens 6 --prompt " in page.text
+    places = {link[1:] for link in links if link.startswith("#")}
+    assert {"figures", "answers", "curves", "browse"} <= places <= {str(a["id"]) for _, a in page.tags if "id" in a}
+    (run / "report.html").write_text("")
+    compared = Parsed(comparison_page({"a": load_run(run), "b": load_run(run)}, tmp_path))
+    assert {"run/report.html", "run/adapters/"} <= {str(a["href"]) for t, a in compared.tags if t == "a"}
+    shutil.rmtree(run / "adapters")
+    assert "vpd-mlx try" not in Parsed(run_page(load_run(run), 0, tmp_path)).text
+
+
+def test_points_under_the_pointer_are_those_of_the_run(runs):
+    found = load_run(runs["vpd"])
+    plots = run_plots(found)
+    (accuracy,) = plots["accuracy"].data["axes"]
+    steps, values, bounds = found.evaluations("student_greedy")
+    greedy = next(t for t in accuracy["tracks"] if t["name"] == "student, greedy")
+    assert (greedy["x"], greedy["y"]) == (steps, pytest.approx([100 * v for v in values], rel=1e-4))
+    assert greedy["low"] == pytest.approx([100 * low for low, _ in bounds], rel=1e-4)
+    norms, rates = plots["updates"].data["axes"]
+    assert [t["y"] for t in norms["tracks"]] == [
+        pytest.approx(found.series(f"{part}/grad_norm")[1], rel=1e-4) for part in ("student", "e_step")
+    ]
+    assert next(t["y"] for t in rates["tracks"]) == pytest.approx(found.series("student/rate")[1], rel=1e-4)
+    for plot in plots.values():
+        for axis in plot.data["axes"]:
+            left, top, right, bottom = axis["box"]
+            assert 0 < left < right <= 72 * 4.4
+            assert 0 < top < bottom <= 72 * 3.0
+
+
+def test_flat_curves_look_flat(run):
+    rows = read_rows(run / "metrics.jsonl")
+    flat = {"reward": 0.0, "success": 0.0, "length": 7.0, "length_max": 7, "truncated": 0.0, "student/entropy": 0.0}
+    write(run / "metrics.jsonl", [{**rows[0], **flat, "student/teacher_entropy": 0.0, "step": s} for s in range(1, 9)])
+    write(run / "evals.jsonl", [{**r, "gap": 0.0, "gap_interval": [0, 0]} for r in read_rows(run / "evals.jsonl")])
+    plots = run_plots(load_run(run))
+    for name, least in {"gap": 10, "reward": 0.1, "length": 1, "entropy": 0.05}.items():
+        for axis in plots[name].data["axes"]:
+            assert axis["y"][1] - axis["y"][0] >= least - 1e-9, name
+
+
+def test_a_problem_can_be_followed_through_all_evaluations(run, monkeypatch):
+    rows = read_rows(run / "answers.jsonl")
+    found = histories(load_run(run))
+    assert [h["problem"] for h in found] == list(dict.fromkeys(r["problem"] for r in rows))
+    for h in found:
+        own = [r for r in rows if r["problem"] == h["problem"]]
+        assert [(a["step"], a["right"], a["text"]) for a in h["answers"]] == [
+            (r["step"], r["success"], r["completion"]) for r in own
+        ]
+        assert h["expected"] == own[0]["expected"]
+        assert {t["text"] for t in h["taught"]} == {r["teacher_prompt"] for r in own if r["teacher_prompt"]}
+    write(run / "answers.jsonl", [dict.fromkeys(rows[0]), {"step": 2}, {"step": "nan", "problem": "x"}, *rows])
+    assert [h["problem"] for h in histories(load_run(run))] == ["?", *(h["problem"] for h in found)]
+    monkeypatch.setattr("vpd_mlx.report.browse.MOST_HISTORY", 2000)
+    few = histories(load_run(run))
+    assert 0 < len(few) < len(found)
+    assert len(json.dumps(few)) <= 2100
+
+
+def test_problems_that_come_back_can_be_followed():
+    entries = [
+        LoggedRollout(0, step, name, False, "none")
+        for step in range(1, 41)
+        for name in (*(f"s{step}-{p}" for p in range(8)), *(("again",) if step % 4 == 0 else ()))
+        for _ in range(4)
+    ]
+    chosen = choose(entries, 240)
+    assert {e.step for e in chosen if e.problem == "again"} == set(range(4, 41, 4))
+    assert {1, 40} <= {e.step for e in chosen}
+    assert 200 < len(chosen) <= 240
 
 
 def test_short_names_tell_runs_apart():

@@ -1,4 +1,5 @@
-"""The report and the comparison in a real browser: every plot drawn, filters work, no request leaves the page, no error.
+"""The report and the comparison in a real browser: every plot drawn, values under the pointer, zoom, filters, the order of the
+keyboard, nothing off the screen, no request that leaves the page, no error.
 
     python tests/browser/check.py [--shots FOLDER] [RUN...]
 
@@ -12,12 +13,14 @@ import argparse
 import base64
 import json
 import os
+import re
 import select
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -178,27 +181,32 @@ class Check:
 
     def filters(self, name: str) -> None:
         rows = self.browser.eval("JSON.parse(document.getElementById('rollouts').textContent)")
-        rows.sort(key=lambda r: -r["step"])
         self.that(rows, f"{name}: rollouts are there")
+        groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
+        for r in rows:
+            groups.setdefault((r["step"], r["problem"]), []).append(r)
         kinds, steps = sorted({r["kind"] for r in rows}), sorted({r["step"] for r in rows})
         shown = self.browser.eval("[...document.querySelectorAll('#kind option')].map(o => o.value)")
         self.that(shown == ["", *kinds], f"{name}: kinds {shown}, not {kinds}")
         shown = self.browser.eval("[...document.querySelectorAll('#step option')].map(o => o.value)")
         self.that(shown == ["", *map(str, steps)], f"{name}: steps {shown}, not {steps}")
+        met = Counter(problem for _, problem in groups)
+        again = [problem for problem, times in met.items() if times > 1]
+        shown = self.browser.eval("[...document.querySelectorAll('#problem option')].map(o => o.value)")
+        self.that(shown == ["", *again], f"{name}: problems met again {shown}, not {again}")
+        word = rows[0]["prompt"][:5]
         cases = [
             *(({"outcome": v}, lambda r, v=v: r["right"] == (v == "right")) for v in ("right", "wrong")),
             *(({"kind": k}, lambda r, k=k: r["kind"] == k) for k in kinds),
             *(({"step": str(s)}, lambda r, s=s: r["step"] == s) for s in (steps[0], steps[-1])),
+            *(({"problem": p}, lambda r, p=p: r["problem"] == p) for p in again[:1]),
             ({"outcome": "wrong", "kind": kinds[0]}, lambda r: not r["right"] and r["kind"] == kinds[0]),
-            (
-                {"word": rows[0]["prompt"][:5]},
-                lambda r: rows[0]["prompt"][:5].lower() in json.dumps(r, ensure_ascii=False).lower(),
-            ),
+            ({"word": word}, lambda r: word.lower() in json.dumps(r, ensure_ascii=False).lower()),
             ({"word": "no such words anywhere"}, lambda r: False),
-            ({}, lambda r: True),
+            *(({"order": order}, lambda r: True) for order in ("newest", "oldest", "mixed")),
         ]
         for values, keep in cases:
-            whole = {**dict.fromkeys(("outcome", "kind", "step", "word"), ""), **values}
+            whole = {**dict.fromkeys(("outcome", "kind", "step", "problem", "word"), ""), "order": "mixed", **values}
             # As a person would: change the control, then press `show more` to the end.
             cards = self.browser.eval(
                 f"""(() => {{ const v = {json.dumps(whole)};
@@ -206,13 +214,16 @@ class Check:
                   e.dispatchEvent(new Event(k === 'word' ? 'input' : 'change', {{bubbles: true}})); }}
                 const more = document.getElementById('more');
                 for (let i = 0; i < 1000 && !more.hidden; i++) more.click();
-                return [...document.querySelectorAll('#list article')].map(a => a.classList.contains('right')); }})()"""
+                return [...document.querySelectorAll('#list article')].map(a => [
+                  Number(a.querySelector('header b').textContent.slice(5)), a.querySelector('bdi').textContent,
+                  [...a.querySelectorAll('.answer')].map(b => [b.classList.contains('right'),
+                    Number((b.querySelector('.times') || {{textContent: '× 1'}}).textContent.slice(2))])]); }})()"""
             )
-            wanted = [r["right"] for r in rows if keep(r)]
+            wanted = self._cards(groups, keep, whole["order"], values.get("problem", ""))
             if "word" in values and wanted:
                 self.that(cards, f"{name}: the text filter finds nothing")
             else:
-                self.that(cards == wanted, f"{name}: {values} shows {len(cards)} rollouts, not {len(wanted)}")
+                self.that(cards == wanted, f"{name}: {values} shows {cards[:3]} …, not {wanted[:3]} …")
         if any(r["shift"] for r in rows):
             tinted = "[...document.querySelectorAll('.token')].filter(t => t.style.background).length"
             self.that(self.browser.eval(tinted) > 0, f"{name}: no token is coloured")
@@ -221,6 +232,163 @@ class Check:
             self.browser.eval("document.getElementById('numbers').click()")
             self.that(self.browser.eval(size) > 0, f"{name}: numbers shown on demand")
             self.browser.eval("document.getElementById('numbers').click()")
+        if any(r["teacher"] and r["student"] for r in rows):
+            added = self.browser.eval("[...document.querySelectorAll('#list ins')].map(i => i.textContent)")
+            self.that(added, f"{name}: what the teacher reads besides is marked")
+
+    @staticmethod
+    def _cards(groups: dict[tuple[int, str], list[dict[str, Any]]], keep: Any, order: str, problem: str) -> list[Any]:
+        """The cards that should be there: [step, problem, [[right, how often], …]] of each."""
+
+        def mixed(rows: list[dict[str, Any]]) -> bool:
+            return 0 < sum(r["right"] for r in rows) < len(rows)
+
+        cards = []
+        for (step, name), rows in groups.items():
+            same = Counter((r["right"], r["score"], r["completion"], r["verdict"]) for r in rows if keep(r))
+            if same:
+                cards.append((mixed(rows), [step, name, [[key[0], times] for key, times in same.items()]]))
+        oldest = bool(problem) or order == "oldest"
+        cards.sort(key=lambda c: c[1][0] if oldest else -c[1][0])
+        if order == "mixed" and not problem:
+            cards.sort(key=lambda c: not c[0])
+        return [card for _, card in cards]
+
+    def answers(self, name: str) -> None:
+        """Held-out problems by what became of them, between any two evaluations."""
+        found = self.browser.eval("JSON.parse(document.getElementById('histories').textContent)")
+        steps = sorted({a["step"] for h in found for a in h["answers"]})
+        self.that(len(steps) > 1, f"{name}: answers of several evaluations")
+        self.that(
+            self.browser.eval("document.getElementById('answer-static').hidden"), f"{name}: no problem stands twice"
+        )
+        kinds = {
+            (False, True): "gained",
+            (True, False): "lost",
+            (False, False): "still wrong",
+            (True, True): "kept right",
+        }
+        for first, last in {(steps[0], steps[-1]), (steps[0], steps[1]), (steps[-1], steps[0])}:
+            change = {}
+            for h in found:
+                by_step = {a["step"]: a["right"] for a in h["answers"]}
+                if first in by_step and last in by_step:
+                    change[h["problem"]] = kinds[by_step[first], by_step[last]]
+            for kind in ("", *kinds.values()):
+                shown = self.browser.eval(
+                    f"""(() => {{ document.getElementById('from').value = '{first}';
+                    document.getElementById('to').value = '{last}';
+                    const input = [...document.querySelectorAll('input[name=change]')].find(i => i.value === '{kind}');
+                    input.checked = true; input.dispatchEvent(new Event('change', {{bubbles: true}}));
+                    const more = document.getElementById('answer-more');
+                    for (let i = 0; i < 1000 && !more.hidden; i++) more.click();
+                    const cards = [...document.querySelectorAll('#answer-list article')];
+                    return [Number(input.nextElementSibling.textContent), cards.map(a => a.querySelector('bdi').textContent)];
+                    }})()"""
+                )
+                wanted = [p for p, k in change.items() if kind in ("", k)]
+                self.that(
+                    shown == [len(wanted), wanted], f"{name}: {kind or 'all'} from {first} to {last} shows {shown}"
+                )
+        marks = self.browser.eval(
+            "[...document.querySelectorAll('#answer-list .trail')].map(t => t.querySelectorAll('li').length)"
+        )
+        self.that(all(marks), f"{name}: every problem has its marks over the run: {marks}")
+
+    def mouse(self, kind: str, x: float, y: float, held: bool = False) -> None:
+        button = {"button": "left", "buttons": 1} if held or kind == "mouseReleased" else {}
+        self.browser.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, clickCount=1, **button)
+
+    def key(self, name: str, text: str = "") -> None:
+        code = {"Tab": 9, "ArrowRight": 39, "Escape": 27, "End": 35}.get(name, 0)
+        for kind in ("keyDown", "keyUp"):
+            more = {"text": text} if text and kind == "keyDown" else {}
+            self.browser.call("Input.dispatchKeyEvent", type=kind, key=name, windowsVirtualKeyCode=code, **more)
+
+    def hover(self, name: str, plot: str) -> None:
+        """Values under the pointer and the keys are those of the run; a drag zooms, Escape takes it back."""
+        at = f"{name}: plot {plot}"
+        data = json.loads(self.browser.eval(f"document.getElementById('plot-{plot}').dataset.chart"))
+        axis = data["axes"][0]
+        track = axis["tracks"][0]
+        self.browser.eval(f"document.getElementById('plot-{plot}').scrollIntoView({{block: 'center'}})")
+        left, top, unit = self.browser.eval(
+            f"""(() => {{ const s = document.querySelector('#plot-{plot} svg'), b = s.getBoundingClientRect();
+            return [b.left, b.top, b.width / s.viewBox.baseVal.width]; }})()"""
+        )
+        tip, hidden = (f"document.querySelector('#plot-{plot} .tip').{what}" for what in ("textContent", "hidden"))
+
+        def x_of(step: float) -> float:
+            share = (step - axis["x"][0]) / (axis["x"][1] - axis["x"][0])
+            return left + unit * (axis["box"][0] + share * (axis["box"][2] - axis["box"][0]))
+
+        y = top + unit * (axis["box"][1] + axis["box"][3]) / 2
+        self.that(self.browser.eval(hidden), f"{at}: nothing is said before it is pointed at")
+        for i in {0, len(track["x"]) // 2, len(track["x"]) - 1}:
+            self.mouse("mouseMoved", x_of(track["x"][i]), y)
+            said, value = self.browser.eval(tip), track["y"][i]
+            shown = float(re.search(rf"{re.escape(track['name'])} (-?[\d.]+)", said)[1])
+            self.that(abs(shown - value) <= 1e-3 * abs(value), f"{at}: {said!r} at step {track['x'][i]}, not {value}")
+            self.that(said.startswith(f"step {track['x'][i]:.4g}"), f"{at}: {said!r} at step {track['x'][i]}")
+            edges = f"const b = document.querySelector('#plot-{plot} .tip').getBoundingClientRect(); return [b.left, b.right];"
+            box = self.browser.eval(f"(() => {{ {edges} }})()")
+            self.that(box[0] >= 0 and box[1] <= self.browser.eval("innerWidth"), f"{at}: the values are off the screen")
+        if len(track["x"]) < 3:
+            return
+        whole = self.browser.eval(f"document.querySelector('#plot-{plot} svg').innerHTML")
+        ends = x_of(track["x"][0]) - 3, x_of((track["x"][-2] + track["x"][-1]) / 2)
+        self.mouse("mousePressed", ends[0], y, held=True)
+        self.mouse("mouseMoved", sum(ends) / 2, y, held=True)
+        self.mouse("mouseMoved", ends[1], y, held=True)
+        self.mouse("mouseReleased", ends[1], y)
+        reset = f"document.querySelector('#plot-{plot} .reset').hidden"
+        self.that(not self.browser.eval(reset), f"{at}: a drag zooms")
+        ticks = self.browser.eval(f"document.querySelectorAll('#plot-{plot} .ticks text').length")
+        self.that(ticks > 2, f"{at}: {ticks} labels when zoomed")
+        broken = self.browser.eval(f"document.querySelector('#plot-{plot} svg').innerHTML.includes('NaN')")
+        self.that(not broken, f"{at}: a point is lost in zooming")
+        self.key("Escape")
+        self.that(self.browser.eval(reset), f"{at}: Escape shows the whole run")
+        self.key("End")
+        self.that(self.browser.eval(tip).startswith(f"step {track['x'][-1]:.4g}"), f"{at}: End goes to the last step")
+        self.key("+", "+")
+        self.that(not self.browser.eval(reset), f"{at}: + zooms")
+        self.key("Escape")
+        self.mouse("mouseMoved", 1, 1)
+        self.browser.eval(f"document.querySelector('#plot-{plot} svg').blur()")
+        lines = f"[...document.querySelectorAll('#plot-{plot} svg path')].length"
+        self.that(self.browser.eval(lines) == whole.count("<path"), f"{at}: the plot is whole again")
+
+    def keyboard(self, name: str) -> None:
+        """Tab goes through the page in its order, and through everything that can be used."""
+        self.browser.eval("window.scrollTo(0, 0); document.activeElement.blur()")
+        wanted = self.browser.eval(
+            """(() => {
+            window.usable = [...document.querySelectorAll('a[href], button, input, select, summary, svg[tabindex]')]
+              .filter(e => e.offsetParent !== null || e.ownerSVGElement === null && e.tagName === 'svg')
+              .filter(e => !(e.matches('summary') ? e.parentElement.parentElement : e).closest('details:not([open])'))
+              .filter(e => e.type !== 'radio' || e.checked);
+            return window.usable.length; })()"""
+        )
+        seen = []
+        for _ in range(wanted + 8):
+            self.key("Tab")
+            seen.append(self.browser.eval("window.usable.indexOf(document.activeElement)"))
+            if seen[-1] == wanted - 1:
+                break
+        places = [i for i in seen if i >= 0]
+        self.that(places == list(range(wanted)), f"{name}: Tab goes {places[:40]} … of {wanted}")
+
+    def in_view(self, name: str, width: int) -> None:
+        """No control, figure or cell is cut off at the right, and the difference between runs never needs scrolling."""
+        out = self.browser.eval(
+            """[...document.querySelectorAll(
+              'td.difference, #differences td, #differences th, button, select, input, .card, svg, p')]
+            .filter(e => { const b = e.getBoundingClientRect();
+              return b.width > 0 && (b.right > innerWidth + 1 || b.left < -1); })
+            .map(e => e.outerHTML.slice(0, 120))"""
+        )
+        self.that(not out, f"{name}, {width} px: off the screen: {out[:3]}")
 
     def hostile(self, name: str) -> None:
         self.browser.eval("document.querySelectorAll('details').forEach(d => d.open = true)")
@@ -231,9 +399,11 @@ class Check:
             '<img src=x onerror="window.hacked=1"><b>bold</b>&amp;' in text,
             f"{name}: the hostile text is shown as text",
         )
-        answers = self.browser.eval("[...document.querySelectorAll('.answered')].map(a => a.textContent)")
-        self.that(0 < len(answers) <= 5, f"{name}: {len(answers)} answers are shown")
+        answers = self.browser.eval("[...document.querySelectorAll('#answer-list .answered')].map(a => a.textContent)")
         self.that(sum(HOSTILE[:60] in a for a in answers) == 1, f"{name}: the hostile answer is shown as text")
+        static = self.browser.eval("[...document.querySelectorAll('#answer-static .answered')].map(a => a.textContent)")
+        self.that(0 < len(static) <= 5, f"{name}: {len(static)} answers are there without JavaScript")
+        self.that(sum(HOSTILE[:60] in a for a in static) == 1, f"{name}: and so is the hostile one, as text")
         self.that(
             self.browser.eval(
                 "[...document.querySelectorAll('.answered details')].every(d => d.textContent.length > 60)"
@@ -295,7 +465,7 @@ def main() -> None:
         for number, (name, path) in enumerate(pages.items()):
             plots = shared | {"student", "greedy", "teacher", "entropy"}
             if name != "comparison":
-                plots = shared | {"accuracy", "gap", "groups", "entropy", "seconds", "memory"}
+                plots = shared | {"accuracy", "gap", "groups", "entropy", "updates", "seconds", "memory"}
                 if runs[name].algorithm != "grpo":
                     plots |= {"divergence", "contexts"}
                     # A batch all of one outcome has no margin.
@@ -303,8 +473,15 @@ def main() -> None:
                         plots.add("margin")
             for width, scheme in VIEWS:
                 check.page(name, path, width, scheme, plots)
+                check.in_view(name, width)
+                check.keyboard(f"{name}, {width} px")
+                check.hover(f"{name}, {width} px, {scheme}", "length")
+                check.hover(f"{name}, {width} px, {scheme}", "student" if name == "comparison" else "accuracy")
                 if name != "comparison":
                     check.filters(f"{name}, {width} px, {scheme}")
+                    if runs[name].answers:
+                        check.answers(f"{name}, {width} px, {scheme}")
+                    check.in_view(name, width)
                     if own and name == "vpd":
                         check.hostile(name)
                     # Reload the page, so that the screenshot shows it as it opens.

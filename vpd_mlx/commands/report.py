@@ -29,8 +29,8 @@ def report(
     # Late: matplotlib takes a second to load.
     from vpd_mlx.report.page import run_page, save
 
-    page = run_page(load_run(run), rollouts)
-    typer.echo(f"written: {save(run / 'report.html' if out is None else out, page)}")
+    file = run / "report.html" if out is None else out
+    typer.echo(f"written: {save(file, run_page(load_run(run), rollouts, file.parent))}")
 
 
 def compare(
@@ -57,7 +57,7 @@ def compare(
     if out is not None:
         from vpd_mlx.report.page import comparison_page, save
 
-        typer.echo(f"written: {save(out, comparison_page(found))}")
+        typer.echo(f"written: {save(out, comparison_page(found, out.parent))}")
 
 
 def _table(runs: dict[str, Run]) -> Table:

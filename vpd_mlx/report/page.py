@@ -8,30 +8,40 @@ policy forbids the rest.
 from __future__ import annotations
 
 import json
+import os
+import shlex
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from itertools import groupby
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from vpd_mlx.common.files import write_atomic
-from vpd_mlx.common.text import duration, figures, number, percent, points, points_range, steps, without_surrogates
+from vpd_mlx.common.text import (
+    duration,
+    figures,
+    mlx_lm_command,
+    number,
+    percent,
+    points,
+    points_range,
+    steps,
+    without_surrogates,
+)
 from vpd_mlx.errors import wrong_option
+from vpd_mlx.report.browse import MOST_BYTES, histories, rollouts
 from vpd_mlx.report.plots import comparison_plots, legend_colors, run_plots
 from vpd_mlx.run.answers import choose as choose_answers
 from vpd_mlx.run.answers import rule
-from vpd_mlx.run.folder import NO_CONTEXT, LoggedRollout, Run, by_dotted_key
+from vpd_mlx.run.folder import Run, by_dotted_key
 from vpd_mlx.run.forgetting import cost
 from vpd_mlx.run.pairing import pair_up
-from vpd_mlx.run.warnings import findings
+from vpd_mlx.run.warnings import GAP_LEFT, findings
 
-__all__ = ["choose", "comparison_page", "run_page", "save"]
-
-MOST_BYTES = 8 << 20  # of rollouts in a page: a browser stays quick, and the file can be sent by mail
+__all__ = ["comparison_page", "run_page", "save"]
 
 
 def save(path: Path, page: str) -> str:
@@ -60,14 +70,19 @@ def _render(template: str, **values: Any) -> str:
     environment.filters |= {form.__name__: form for form in (duration, percent, points, steps)}
     environment.filters["grouped"] = "{:,.0f}".format
     environment.filters["plain"] = lambda v: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)
-    environment.globals |= {"figures": figures, "number": number, "points_range": points_range}
+    environment.globals |= {"script": _script, "figures": figures, "number": number, "points_range": points_range}
     # Half a surrogate pair is legal in JSON's escapes but cannot be written to a UTF-8 file.
     return without_surrogates(environment.get_template(template).render(values))
 
 
-def run_page(run: Run, most: int) -> str:
-    """The page of a run, with at most `most` of its rollouts."""
-    rows, answers = _rollouts(run, most), choose_answers(run.answers)
+def _script(name: str) -> Markup:
+    return Markup((files("vpd_mlx.report") / f"{name}.js").read_text(encoding="utf-8"))
+
+
+def run_page(run: Run, most: int, folder: Path | None = None) -> str:
+    """The page of a run, with at most `most` of its rollouts; `folder` is where it will lie, for its links."""
+    rows, answers = rollouts(run, most), choose_answers(run.answers)
+    kept = histories(run) if answers else []
     return _render(
         "run.html",
         run=run,
@@ -82,7 +97,11 @@ def run_page(run: Run, most: int) -> str:
         rollouts=rows,
         has_shifts=any(r["shift"] for r in rows),
         most_megabytes=MOST_BYTES >> 20,
-        script=Markup((files("vpd_mlx.report") / "browser.js").read_text(encoding="utf-8")),
+        histories=kept,
+        answered=len(run.answers),
+        gap_story=_gap_story(run),
+        commands=_commands(run),
+        adapters=_link(run.adapters, folder),
         recipe=[(key, [value]) for key, value in by_dotted_key(run.config).items()],
         versions=[(key, [value]) for key, value in _mapping(run.summary.get("versions")).items()],
     )
@@ -116,73 +135,83 @@ def _progress(run: Run) -> str:
 
 
 def _headline(run: Run) -> str:
-    """The run's result in a sentence or two."""
+    """The run's result in a sentence: one figure, before and after; the greedy one where it was logged."""
     before, after = run.before, run.after
     problems = number((after or before).get("problems"))
     of = "" if problems is None else f" of {problems:.0f} held-out problems"
+    key, name = "student_greedy", "the student's likeliest answer is right on"
+    if number((after or before).get(key)) is None:
+        key, name = "student", "the student, sampled, solves"
     if not after:
         if not before:
             return "Nothing has been evaluated yet."
-        return f"Before training the student solves {percent(before.get('student'))}{of}. No later evaluation yet."
-    count = int(number(after.get("step")) or 0)
-    text = f"After {steps(count)} the student solves {percent(after.get('student'))}{of}"
-    text += f"; before training, {percent(before.get('student'))}." if before else "."
-    change = run.change()
-    if change is not None:
-        verdict = {"better": "a gain", "worse": "a loss", "within noise": "within noise"}[change.verdict]
-        text += (
-            f" Its greedy accuracy changed by {points(change.difference)} points (95 % interval "
-            f"{points_range(change.low, change.high)}, paired by problem): {verdict}."
+        return f"Before training {name} {percent(before.get(key))}{of}. No later evaluation yet."
+    text = f"After {steps(run.evaluated)} {name} {percent(after.get(key))}{of}"
+    if not before:
+        return f"{text}. It was not evaluated before training."
+    text += (
+        f", before training on {percent(before.get(key))}"
+        if key != "student"
+        else f"; before, {percent(before.get(key))}"
+    )
+    change = run.change() if key == "student_greedy" else None
+    if change is None:
+        return f"{text}."
+    verdict = {"better": "a gain", "worse": "a loss", "within noise": "within noise"}[change.verdict]
+    interval = f"95 % interval {points_range(change.low, change.high)}, paired by problem"
+    return f"{text}: {points(change.difference)} points ({interval}), {verdict}."
+
+
+def _gap_story(run: Run) -> str:
+    """What feedback was worth before and after training: whether there was a gap from the start, and what became of it."""
+    before, after = number(run.before.get("gap")), number(run.after.get("gap"))
+    if before is None:
+        return ""
+    scores = [
+        (percent(row.get("teacher")), percent(row.get("student_there"))) for row in (run.before, run.after) if row
+    ]
+    read = "teacher {0}, student {1}".format
+    if before <= 0:
+        return (
+            f"No gap from the start: before training the teacher solves no more than the student ({read(*scores[0])})."
         )
-    return text
+    worth = f"Before training, feedback is worth {points(before)} points ({read(*scores[0])})"
+    if after is None:
+        return f"{worth}."
+    worth += f", after it {points(after)} ({read(*scores[-1])}): "
+    if after >= GAP_LEFT:
+        return f"{worth}there is more to learn from it."
+    rose = (number(run.after.get("student_there")) or 0.0) - (number(run.before.get("student_there")) or 0.0)
+    if rose >= before / 2:
+        return f"{worth}the gap is closed, the student has caught up."
+    return f"{worth}the gap is lost, the teacher has come down to the student."
 
 
-def choose(entries: Sequence[LoggedRollout], most: int) -> list[LoggedRollout]:
-    """At most `most` rollouts, whole groups, spread evenly over the run, the first and the last step's among them."""
-    if len(entries) <= most:
-        return list(entries)
-    groups = [list(g) for _, g in groupby(entries, key=lambda e: (e.step, e.problem))]
-    fit = max(1, int(most / (len(entries) / len(groups))))
-    for count in range(min(fit, len(groups)), 1, -1):
-        at = sorted({round(float(i)) for i in np.linspace(0, len(groups) - 1, count)})
-        chosen = [e for i in at for e in groups[i]]
-        if len(chosen) <= most:
-            return chosen
-    return groups[-1][:most]
+def _commands(run: Run) -> list[tuple[str, str]]:
+    """What to type to try the adapter that the run hands over: (with what, command). Empty before there is one."""
+    if not run.adapters.is_dir():
+        return []
+    answers = choose_answers(run.answers)
+    found = answers[0].before if answers else next(run.read(run.rollouts[:1]), {})
+    prompt = str(found.get("prompt") or "")
+    tokens = number(by_dotted_key(run.config).get("rollout.max_completion_tokens"))
+    options = [*(["--max-tokens", f"{tokens:.0f}"] if tokens else []), "--prompt", prompt]
+    model = str(run.config.get("model") or "")
+    return [
+        ("before and after", shlex.join(["vpd-mlx", "try", str(run.path), prompt])),
+        ("in mlx-lm", mlx_lm_command("generate", model, run.adapters, *options)),
+    ]
 
 
-def _rollouts(run: Run, most: int) -> list[dict[str, Any]]:
-    """At most `most` rollouts, fewer if they take more than MOST_BYTES."""
-    while True:
-        rows = [_for_browser(row) for row in run.read(choose(run.rollouts, most))]
-        size = sum(len(json.dumps(r)) for r in rows)
-        if len(rows) <= 1 or size <= MOST_BYTES:
-            return rows
-        most = min(len(rows) - 1, len(rows) * MOST_BYTES // size)
+def _link(target: Path, folder: Path | None) -> str | None:
+    """The address of a file or folder in a page of `folder`; None for a page that lies nowhere, or without a target."""
+    if folder is None or not target.exists():
+        return None
+    return quote(Path(os.path.relpath(target.resolve(), folder.resolve())).as_posix())
 
 
-def _for_browser(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What browser.js shows of a rollout, whatever a broken row holds."""
-    context, pieces, shift = _mapping(row.get("context")), row.get("pieces"), row.get("shift")
-    sample, score = number(row.get("sample")), number(row.get("score"))
-    return {
-        "step": int(number(row.get("step")) or 0),
-        "problem": str(row.get("problem", "?")),
-        "sample": None if sample is None else int(sample),
-        "right": bool(row.get("success")),
-        "score": None if score is None else round(score, 4),
-        "kind": str(context.get("kind")) if context else NO_CONTEXT,
-        "cut": bool(context.get("cut")),
-        **{key: str(row.get(key) or "") for key in ("prompt", "completion", "verdict", "finish")},
-        "teacher": str(row.get("teacher_prompt") or ""),
-        "tokens": int(number(row.get("tokens")) or 0),
-        "pieces": [str(p) for p in pieces] if isinstance(pieces, list) else None,
-        "shift": [number(x) for x in shift] if isinstance(shift, list) else None,
-    }
-
-
-def comparison_page(runs: Mapping[str, Run]) -> str:
-    """The page that compares runs; differences are from the first one."""
+def comparison_page(runs: Mapping[str, Run], folder: Path | None = None) -> str:
+    """The page that compares runs; differences are from the first one. `folder` is where it will lie, for its links."""
     (first, base), *_ = runs.items()
     results = [
         {
@@ -190,6 +219,9 @@ def comparison_page(runs: Mapping[str, Run]) -> str:
             "run": run,
             "color": color,
             "progress": _progress(run),
+            "commands": _commands(run),
+            "adapters": _link(run.adapters, folder),
+            "report": _link(run.path / "report.html", folder),
             "paired": None if name == first else pair_up(base, run).difference,
         }
         for (name, run), color in zip(runs.items(), legend_colors(len(runs)), strict=True)

@@ -5,82 +5,42 @@ A plot appears if the run logged figures for it, whichever algorithm did.
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from vpd_mlx.algos import ALGORITHMS
 from vpd_mlx.common.text import number
+from vpd_mlx.report.chart import (
+    BLUE,
+    CYCLE,
+    DASHES,
+    GREEN,
+    GREY,
+    NAMES,
+    ORANGE,
+    PURPLE,
+    RED,
+    Chart,
+    Plot,
+    drawn,
+    fix,
+    track,
+)
 from vpd_mlx.run.folder import NO_CONTEXT, Run
 
 __all__ = ["comparison_plots", "legend_colors", "run_plots"]
 
-# Placeholders for matplotlib, which `_svg` replaces by the page's variables.
-STAND_INS = [f"#0102{i:02x}" for i in range(3, 11)]
-INK, GRID, BLUE, ORANGE, GREEN, RED, PURPLE, GREY = STAND_INS
-NAMES = dict(zip(STAND_INS, ("ink", "grid", "blue", "orange", "green", "red", "purple", "grey"), strict=True))
-CYCLE = (BLUE, ORANGE, GREEN, PURPLE, RED, GREY)
-DASHES = ("-", "--", "-.", ":")
-STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "vpd-mlx",
-    "text.parse_math": False,  # a `$` in a label is a dollar
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.edgecolor": GREY,
-    "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "legend.fontsize": 8.5,
-    "legend.borderaxespad": 0.1,
-    "legend.handlelength": 1.6,
-    "legend.columnspacing": 1.2,
-    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
-    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
-    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
-}
 MOST_POINTS = 300  # of a line; longer ones are averaged in bins, which keeps the page small
 FEW_POINTS = 30  # or fewer: every point gets a mark, so that a run of one step shows
 PHASES = {"rollout": "rollout (sampling)", "e_step": "E-step", "student": "student's update", "log": "logging"}
 
 Series = tuple[Sequence[int], Sequence[float]]
 Curve = tuple[str, str, str]  # metric, colour, label
-
-
-def _drawn(plots: Mapping[str, Callable[[Figure], bool]]) -> dict[str, Markup]:
-    """The plots as SVG; those whose function finds nothing to draw are left out."""
-    out = {}
-    for name, draw in plots.items():
-        with mpl.rc_context(STYLE):
-            figure = Figure(figsize=(4.4, 2.5), layout="constrained")
-            if draw(figure):
-                out[name] = Markup(_svg(figure, name))
-    return out
-
-
-def _svg(figure: Figure, name: str) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    head = rf'<svg viewBox="\1" role="img" aria-labelledby="title-{name}">'
-    text = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', head, text, count=1)
-    # Several plots share one page: each needs ids of its own.
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = text.replace("url(#", f"url(#{name}-").replace('xlink:href="#', f'href="#{name}-')
-    for stand_in, variable in NAMES.items():
-        text = text.replace(stand_in, f"var(--{variable})")
-    return text
 
 
 def _thin(steps: Sequence[int], values: Sequence[float]) -> tuple[list[float], list[float]]:
@@ -96,6 +56,7 @@ def _line(axis: Axes, data: Series, color: str, label: str, style: str = "-", fe
     x, y = _thin(*data)
     if not x:
         return False
+    track(axis, label, color, x, y)
     if len(x) <= few:
         axis.plot(x, y, color=color, label=label, marker="o", ms=3, lw=1.6, ls=style)
         return True
@@ -113,6 +74,7 @@ def _band(axis: Axes, run: Run, key: str, color: str, label: str, style: str = "
         return False
     low, high = (100 * np.array([b[i] for b in bounds]) for i in (0, 1))
     y = 100 * np.asarray(values)
+    track(axis, label, color, steps, list(y), (list(low), list(high)))
     marker = "o" if len(steps) <= FEW_POINTS else ""
     axis.plot(steps, y, color=color, label=label, marker=marker, ms=3.5, lw=1.8, ls=style)
     if len(steps) == 1:
@@ -122,7 +84,11 @@ def _band(axis: Axes, run: Run, key: str, color: str, label: str, style: str = "
     return True
 
 
-def _finish(axis: Axes, *, y: str, x: str = "step", legend: bool = True) -> None:
+def _finish(axis: Axes, *, y: str, x: str = "step", legend: bool = True, least: float = 0.0) -> None:
+    """Labels, ticks and legend. A range of values below `least` is widened to it, so that noise does not look like a trend."""
+    low, high = axis.get_ylim()
+    if high - low < least:
+        axis.set_ylim((low + high - least) / 2, (low + high + least) / 2)
     axis.set_xlabel(x)
     axis.set_ylabel(y)
     left, right = axis.get_xlim()
@@ -144,6 +110,7 @@ def _stack(axis: Axes, parts: Sequence[tuple[str, str, Series]], y: str) -> bool
     base: Any = 0.0
     for label, color, data in parts:
         x, heights = _thin(*data)
+        track(axis, label, color, x, heights)
         top = base + np.asarray(heights)
         if few:
             axis.bar(x, heights, bottom=base, color=color, label=label, width=0.8, alpha=0.75, lw=0)
@@ -152,6 +119,7 @@ def _stack(axis: Axes, parts: Sequence[tuple[str, str, Series]], y: str) -> bool
         base = top
     _finish(axis, y=y)
     axis.set_ylim(0, 100)
+    fix(axis)
     return True
 
 
@@ -159,19 +127,28 @@ def _percents(data: Series) -> Series:
     return data[0], [100 * v for v in data[1]]
 
 
-def _two_rows(figure: Figure, **options: Any) -> tuple[Axes, Axes]:
+def _two_rows(figure: Chart, **options: Any) -> tuple[Axes, Axes]:
     figure.set_figheight(3.0)
     top, bottom = figure.subplots(2, 1, sharex=True, **options)
     return top, bottom
 
 
-def _curves(axis: Axes, run: Run, y: str, *curves: Curve, x: str = "step", scale: int = 1, legend: bool = True) -> bool:
+def _curves(
+    axis: Axes,
+    run: Run,
+    y: str,
+    *curves: Curve,
+    x: str = "step",
+    scale: int = 1,
+    legend: bool = True,
+    least: float = 0.0,
+) -> bool:
     """A line for each metric, the second one dashed."""
     drawn = []
     for (key, color, label), style in zip(curves, DASHES, strict=False):
         steps, values = run.series(key)
         drawn.append(_line(axis, (steps, [scale * v for v in values]), color, label, style))
-    _finish(axis, y=y, x=x, legend=legend)
+    _finish(axis, y=y, x=x, legend=legend, least=least)
     return any(drawn)
 
 
@@ -183,7 +160,7 @@ def _accuracies(axis: Axes, bands: Sequence[tuple[Run, str, str, str, str]], *, 
     return any(drawn)
 
 
-def _accuracy(run: Run, figure: Figure) -> bool:
+def _accuracy(run: Run, figure: Chart) -> bool:
     samples = number(run.evals[-1].get("samples")) if run.evals else None
     sampled = "student" if samples is None else f"student, avg@{samples:.0f}"
     bands = [
@@ -194,32 +171,33 @@ def _accuracy(run: Run, figure: Figure) -> bool:
     return _accuracies(figure.subplots(), bands, legend=True)
 
 
-def _gap(run: Run, figure: Figure) -> bool:
+def _gap(run: Run, figure: Chart) -> bool:
+    """With its own interval, paired by problem, which the two accuracies above do not show."""
     axis = figure.subplots()
     axis.axhline(0, color=GREY, lw=1)
-    drawn = _line(axis, _percents(run.evaluations("gap")[:2]), ORANGE, "teacher minus student")
-    _finish(axis, y="percentage points", legend=False)
+    drawn = _band(axis, run, "gap", ORANGE, "teacher minus student")
+    _finish(axis, y="percentage points", legend=False, least=10)
     return drawn
 
 
-def _reward(run: Run, figure: Figure) -> bool:
+def _reward(run: Run, figure: Chart) -> bool:
     axis = figure.subplots()
     reward, success = run.series("reward"), run.series("success")
     drawn = [_line(axis, reward, BLUE, "mean score of a batch")]
     if success[1] != reward[1]:
         drawn.append(_line(axis, success, GREEN, "share right", "--"))
     _finish(axis, y="score, 0 to 1", legend=all(drawn) and len(drawn) > 1)
-    axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
+    axis.set_ylim(min(0.0, axis.get_ylim()[0]), max(0.1, axis.get_ylim()[1]))
     return any(drawn)
 
 
-def _groups(run: Run, figure: Figure) -> bool:
+def _groups(run: Run, figure: Chart) -> bool:
     outcomes = (("all right", GREEN), ("mixed", BLUE), ("all wrong", RED))
     parts = [(name, c, _percents(run.series(f"groups_{name.replace(' ', '_')}"))) for name, c in outcomes]
     return _stack(figure.subplots(), parts, "groups, %")
 
 
-def _contexts(run: Run, figure: Figure) -> bool:
+def _contexts(run: Run, figure: Chart) -> bool:
     rows = [m for m in run.metrics if isinstance(m.get("contexts"), dict) and number(m.get("step")) is not None]
     kinds = sorted({str(k) for m in rows for k in m["contexts"]})
     algorithm = ALGORITHMS.get(run.algorithm)
@@ -237,17 +215,36 @@ def _contexts(run: Run, figure: Figure) -> bool:
     return _stack(figure.subplots(), parts, "completions, %")
 
 
-def _length(run: Run, figure: Figure) -> bool:
+def _length(run: Run, figure: Chart) -> bool:
     top, bottom = _two_rows(figure, height_ratios=[3, 2])
     drawn = [
-        _curves(top, run, "tokens", ("length", BLUE, "mean"), ("length_max", GREY, "longest"), x=""),
+        _curves(top, run, "tokens", ("length", BLUE, "mean"), ("length_max", GREY, "longest"), x="", least=1),
         _curves(bottom, run, "cut off, %", ("truncated", RED, "cut off"), scale=100, legend=False),
     ]
     bottom.set_ylim(bottom=-0.2, top=max(5.0, bottom.get_ylim()[1]))
     return any(drawn)
 
 
-def _margin(run: Run, figure: Figure) -> bool:
+def _updates(run: Run, figure: Chart) -> bool:
+    """Gradient norms, on a scale of powers of ten where they span more than one, and learning rates."""
+    top, bottom = _two_rows(figure)
+    parts = (("student", BLUE, "student"), ("e_step", ORANGE, "E-step"))
+    norms, rates = ([(f"{p}/{what}", c, name) for p, c, name in parts] for what in ("grad_norm", "rate"))
+    logged = [v for key, *_ in norms for v in run.series(key)[1]]
+    drawn = [
+        _curves(top, run, "gradient norm", *norms, x=""),
+        _curves(bottom, run, "learning rate", *rates, legend=False),
+    ]
+    if logged and min(logged) > 0 and max(logged) > 10 * min(logged):
+        top.set_yscale("log")
+    elif logged:
+        top.set_ylim(0)
+    bottom.set_ylim(0)
+    bottom.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=False)
+    return any(drawn)
+
+
+def _margin(run: Run, figure: Chart) -> bool:
     """The E-step's margin if the run logged one, else that of the student's update."""
     top, bottom = _two_rows(figure)
     top.axhline(0, color=GREY, lw=1)
@@ -263,21 +260,24 @@ def _margin(run: Run, figure: Figure) -> bool:
     return any(drawn)
 
 
-def _divergence(run: Run, figure: Figure) -> bool:
+def _divergence(run: Run, figure: Chart) -> bool:
+    axis = figure.subplots()
     right = ("student/divergence_right", GREEN, "right completions")
     wrong = ("student/divergence_wrong", RED, "wrong completions")
-    return _curves(figure.subplots(), run, "nats a token", right, wrong)
-
-
-def _entropy(run: Run, figure: Figure) -> bool:
-    axis = figure.subplots()
-    student, teacher = ("student/entropy", BLUE, "student"), ("student/teacher_entropy", ORANGE, "teacher")
-    drawn = _curves(axis, run, "nats a token", student, teacher)
-    axis.set_ylim(bottom=0)
+    drawn = _curves(axis, run, "nats a token", right, wrong)
+    axis.set_ylim(0, max(0.05, axis.get_ylim()[1]))
     return drawn
 
 
-def _seconds(run: Run, figure: Figure) -> bool:
+def _entropy(run: Run, figure: Chart) -> bool:
+    axis = figure.subplots()
+    student, teacher = ("student/entropy", BLUE, "student"), ("student/teacher_entropy", ORANGE, "teacher")
+    drawn = _curves(axis, run, "nats a token", student, teacher)
+    axis.set_ylim(0, max(0.05, axis.get_ylim()[1]))
+    return drawn
+
+
+def _seconds(run: Run, figure: Chart) -> bool:
     phases = [(p, s) for p, s in run.seconds.items() if s > 0]
     if not phases:
         return False
@@ -294,7 +294,7 @@ def _seconds(run: Run, figure: Figure) -> bool:
     return True
 
 
-def _memory(run: Run, figure: Figure) -> bool:
+def _memory(run: Run, figure: Chart) -> bool:
     top, bottom = _two_rows(figure)
     drawn = [
         _curves(top, run, "peak, MiB", ("peak_memory_mb", PURPLE, "peak"), x="", legend=False),
@@ -305,37 +305,38 @@ def _memory(run: Run, figure: Figure) -> bool:
     return any(drawn)
 
 
-def run_plots(run: Run) -> dict[str, Markup]:
+def run_plots(run: Run) -> dict[str, Plot]:
     """All plots for which the run has figures, as SVG by name."""
-    plots = (_accuracy, _gap, _reward, _groups, _margin, _length, _divergence, _entropy, _contexts, _seconds, _memory)
-    return _drawn({draw.__name__.removeprefix("_"): partial(draw, run) for draw in plots})
+    learning = (_accuracy, _gap, _reward, _groups, _margin, _length, _divergence, _entropy, _contexts, _updates)
+    plots = (*learning, _seconds, _memory)
+    return drawn({draw.__name__.removeprefix("_"): partial(draw, run) for draw in plots})
 
 
-def comparison_plots(runs: Mapping[str, Run]) -> dict[str, Markup]:
+def comparison_plots(runs: Mapping[str, Run]) -> dict[str, Plot]:
     """Plots with a curve for every run, as SVG by name."""
     looks = [(CYCLE[i % 6], label, DASHES[i // 6 % 4]) for i, label in enumerate(runs)]
 
-    def evaluation(key: str, figure: Figure) -> bool:
+    def evaluation(key: str, figure: Chart) -> bool:
         bands = [(run, key, *look) for run, look in zip(runs.values(), looks, strict=True)]
         return _accuracies(figure.subplots(), bands, legend=False)
 
-    def metric(key: str, y: str, figure: Figure) -> bool:
+    def metric(key: str, y: str, least: float, figure: Chart) -> bool:
         axis = figure.subplots()
         lines = [run.series(key) for run in runs.values()]
         # All marked or all smoothed; a single point can only be marked.
         few = FEW_POINTS if max(len(x) for x, _ in lines) <= FEW_POINTS else 2
-        drawn = [_line(axis, line, *look, few) for line, look in zip(lines, looks, strict=True)]
-        _finish(axis, y=y, legend=False)
-        return any(drawn)
+        found = [_line(axis, line, *look, few) for line, look in zip(lines, looks, strict=True)]
+        _finish(axis, y=y, legend=False, least=least)
+        return any(found)
 
-    return _drawn(
+    return drawn(
         {
             "student": partial(evaluation, "student"),
             "greedy": partial(evaluation, "student_greedy"),
             "teacher": partial(evaluation, "teacher"),
-            "reward": partial(metric, "reward", "score, 0 to 1"),
-            "entropy": partial(metric, "student/entropy", "nats a token"),
-            "length": partial(metric, "length", "tokens"),
+            "reward": partial(metric, "reward", "score, 0 to 1", 0.1),
+            "entropy": partial(metric, "student/entropy", "nats a token", 0.05),
+            "length": partial(metric, "length", "tokens", 1),
         }
     )
 

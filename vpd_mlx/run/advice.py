@@ -1,6 +1,6 @@
 """What a measurement before training says: whether feedback helps this model on this task, and which keys to set.
 
-Pure functions of figures: `recommend` of what `probe` measured, `gap_line` and `no_gap` of the evaluation before the first step.
+Pure functions of figures: `recommend` of what `probe` measured, `gap_line` of the evaluation before the first step.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from typing import Any
 
 from vpd_mlx.common.stats import Paired
 from vpd_mlx.common.text import number, percent, points, points_range
-from vpd_mlx.run.warnings import SOLVED
+from vpd_mlx.run.warnings import LEAST_PROBLEMS, SOLVED
 
-__all__ = ["Advice", "Bounds", "Contexts", "Student", "Style", "Teacher", "gap_line", "no_gap", "recommend", "worth"]
+__all__ = ["Advice", "Bounds", "Contexts", "Student", "Style", "Teacher", "gap_line", "recommend", "worth"]
 
-LEAST_PROBLEMS = 8  # fewer say nothing about a gap
 USEFUL_GAP = 0.05  # a smaller one is not worth the training
 PROMISING_GAP = 0.1  # without certainty: worth more problems
 NEAR_ZERO = 0.25  # of the greedy score: sampling loses most of what the model knows
@@ -322,11 +321,3 @@ def gap_line(row: Mapping[str, Any]) -> str | None:
     return (
         f"feedback {what}: {scores} on {row.get('teacher_problems')} problems with feedback (gap {points(gap)} points)"
     )
-
-
-def no_gap(row: Mapping[str, Any]) -> bool:
-    """Whether a teacher, measured on enough problems, is no better than a student that has much to learn."""
-    gap, student = number(row.get("gap")), number(row.get("student"))
-    if gap is None or student is None or student >= SOLVED:
-        return False
-    return gap <= 0 and int(row.get("teacher_problems") or 0) >= LEAST_PROBLEMS

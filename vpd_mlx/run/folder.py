@@ -172,7 +172,11 @@ class Run:
         Empty without an evaluation after at least one step, and for runs that logged no answers.
         """
         step = self.evaluated
-        return pairs([row for _, row in _rows(self.path / "answers.jsonl")], step) if step else []
+        return pairs(list(self.answer_rows()), step) if step else []
+
+    def answer_rows(self) -> Iterator[dict[str, Any]]:
+        """The rows of `answers.jsonl`: none for a run that logged none."""
+        return (row for _, row in _rows(self.path / "answers.jsonl"))
 
     @cached_property
     def retained(self) -> list[Retained]:

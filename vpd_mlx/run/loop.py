@@ -12,7 +12,7 @@ from vpd_mlx.common.functions import NOTHING, Handed
 from vpd_mlx.engine.ranks import ALONE, Heartbeat, Ranks
 from vpd_mlx.errors import RunError, SourceError
 from vpd_mlx.recipe import Recipe, dump
-from vpd_mlx.run.advice import gap_line, no_gap
+from vpd_mlx.run.advice import gap_line
 from vpd_mlx.run.awake import awake
 from vpd_mlx.run.best import finish, look, patience_is_out
 from vpd_mlx.run.collapse import react
@@ -25,7 +25,7 @@ from vpd_mlx.run.selection import unchosen
 from vpd_mlx.run.setup import refuse_what_cannot_fit
 from vpd_mlx.run.state import RunState
 from vpd_mlx.run.step import Trainer
-from vpd_mlx.run.warnings import Warnings
+from vpd_mlx.run.warnings import Warnings, no_gap
 from vpd_mlx.tasks import notices
 
 __all__ = ["train"]

@@ -18,7 +18,7 @@ from vpd_mlx.run.folder import Run, greedy_by_problem
 from vpd_mlx.run.forgetting import cost
 from vpd_mlx.run.watch import collapse, completions, drift, lineage, moves_right, rise
 
-__all__ = ["Warnings", "findings", "warnings"]
+__all__ = ["GAP_LEFT", "LEAST_PROBLEMS", "SOLVED", "Warnings", "findings", "no_gap", "warnings"]
 
 Row = Mapping[str, Any]
 
@@ -34,6 +34,7 @@ NEGATIVE_MARGINS = 3  # E-steps in a row
 SKIPPED = 0.5  # of the E-steps
 CONTEXTS_CUT = 0.2  # of the contexts
 GAP_BEFORE, GAP_LEFT = 0.1, 0.02
+LEAST_PROBLEMS = 8  # fewer say nothing about a gap
 
 
 def _values(rows: Sequence[Row], key: str) -> list[float]:
@@ -223,11 +224,27 @@ def warnings(rows: Sequence[Row], evaluations: Sequence[Row] = ()) -> dict[str, 
     return found | _on_watch(rows)
 
 
+def no_gap(row: Mapping[str, Any]) -> bool:
+    """Whether a teacher, measured on enough problems, is no better than a student that has much to learn."""
+    gap, student = number(row.get("gap")), number(row.get("student"))
+    if gap is None or student is None or student >= SOLVED:
+        return False
+    return gap <= 0 and int(row.get("teacher_problems") or 0) >= LEAST_PROBLEMS
+
+
 def findings(run: Run) -> list[str]:
     """The warnings on a run folder, as sentences. The last evaluation that counts is that of the adapter handed over."""
     handed_over = [e for e in run.evals if (number(e.get("step")) or 0) <= run.evaluated]
-    lost = [cost(run.retained)] if any(r.verdict == "worse" for r in run.retained) else []
-    return [f"{text[0].upper()}{text[1:]}." for text in (*warnings(run.metrics, handed_over).values(), *lost)]
+    found = warnings(run.metrics, handed_over)
+    if no_gap(run.before) and any(_contexts(row) for row in run.metrics):  # the loop says so before the first step
+        teacher, student = (percent(run.before.get(key)) for key in ("teacher", "student_there"))
+        found["no gap"] = (
+            f"there was no gap from the start: before training the teacher was no better than the student ({teacher} against "
+            f"{student}); better feedback, or another wording, must come first: ask `vpd-mlx probe`"
+        )
+    if any(r.verdict == "worse" for r in run.retained):
+        found["cost"] = cost(run.retained)
+    return [f"{text[0].upper()}{text[1:]}." for text in found.values()]
 
 
 class Warnings:
