@@ -130,6 +130,10 @@ class Sources(dict[str, Source]):
         """What a checkpoint must hold of them."""
         return {name: state for name, source in self.outside().items() if (state := source.state())}
 
+    def figures(self) -> dict[str, float]:
+        """What a row of `metrics.jsonl` says of them."""
+        return {name: value for source in self.outside().values() for name, value in source.figures().items()}
+
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take up the state of a checkpoint."""
         for name, source in self.outside().items():

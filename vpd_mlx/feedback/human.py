@@ -1,4 +1,4 @@
-"""C = what a person at the terminal types about a failed completion.
+"""C = what a person at the terminal types about a failed completion; `page` is for those who would rather not be waited for.
 
 Each text is kept at once in `human.jsonl` in the run folder: nobody is asked twice about the same completion of a problem, a
 resumed run goes on where the person stopped, and a later one can replay it all.
@@ -13,15 +13,18 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import click
+from pydantic import Field
 
 from vpd_mlx.common.files import file_errors, own_file, read_rows
+from vpd_mlx.common.settings import Section
 from vpd_mlx.common.text import one_line, visible, without_surrogates
-from vpd_mlx.errors import RunError, config_error
-from vpd_mlx.feedback.base import Answer, Host, SourceEntry, answer_each
+from vpd_mlx.errors import Fault, RunError, config_error
+from vpd_mlx.feedback.base import Answer, Host, Source, SourceEntry, SourceParts, answer_each
 from vpd_mlx.feedback.outside import Outside
+from vpd_mlx.feedback.page import Page
 from vpd_mlx.types import Group, Problem, Rollout
 
 __all__ = ["BELOW", "HUMAN", "Human", "Terminal"]
@@ -230,9 +233,32 @@ def _short(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
+class HumanKeys(Section):
+    """What `human` adds to the section `feedback`."""
+
+    human: Literal["terminal", "page"] = Field(
+        "terminal",
+        description="Where source `human` asks: at the `terminal`, where the run waits for each answer, or on a local `page`, "
+        "where failures wait and the run does not (`pip install 'vpd-mlx[page]'`).",
+    )
+
+    def faults(self, recipe: Any) -> Iterator[Fault]:
+        """A page is for a person."""
+        if self.human == "page" and "human" not in self.sources:  # type: ignore[attr-defined]
+            yield Fault("feedback.human", "page means nothing without human", "name human in feedback.sources")
+        yield from super().faults(recipe)
+
+
+def _build(parts: SourceParts) -> Source:
+    if parts.cfg.human == "page":
+        return Page(parts.cfg.on_success, parts.host)
+    return Human(parts.cfg.on_success, parts.host)
+
+
 HUMAN = SourceEntry(
-    lambda parts: Human(parts.cfg.on_success, parts.host),
+    _build,
+    keys=HumanKeys,
     on_success=True,
     single_rank=True,
-    needs="a person at the terminal",
+    needs="a person",
 )

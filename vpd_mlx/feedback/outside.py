@@ -73,6 +73,10 @@ class Outside:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take up the state of a checkpoint."""
 
+    def figures(self) -> dict[str, float]:
+        """What a row of `metrics.jsonl` says of it, since the last call."""
+        return {}
+
 
 class Asking(Outside):
     """A source that answers one request at a time (`ask`), from `workers` threads. Never touches the model."""

@@ -14,6 +14,7 @@ from vpd_mlx.common.stats import Paired, paired
 from vpd_mlx.common.text import interval, number
 from vpd_mlx.errors import ConfigError, DataError, wrong_option
 from vpd_mlx.run.answers import Answered, pairs
+from vpd_mlx.run.commented import Commented, commented
 from vpd_mlx.run.forgetting import Retained, retained
 from vpd_mlx.run.log import RECIPE_FILE
 from vpd_mlx.run.records import FORMAT, MetricsRow, Summary, upgraded
@@ -182,6 +183,11 @@ class Run:
     def retained(self) -> list[Retained]:
         """The general checks before training and by the newest adapter that they were made of; empty without `retain`."""
         return retained([row for _, row in _rows(self.path / "general.jsonl")])
+
+    @cached_property
+    def comments(self) -> list[Commented]:
+        """What a person gave on the page of `feedback.human: page`, each with the answers to its problem before and after."""
+        return commented([row for _, row in _rows(self.path / "human.jsonl")], self.rollouts)
 
     def greedy(self) -> dict[str, float]:
         """Greedy score by held-out problem at `evaluation`, before or after training; empty if it was not logged."""

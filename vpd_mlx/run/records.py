@@ -106,6 +106,12 @@ _Watching = TypedDict(
             "0..1",
             "Total variation of the student's first token from the untrained model's, a mean over some training prompts.",
         ],
+        "human/comments": Annotated[
+            int, "comments", "Comments given on the page since the step before; only with `feedback.human: page`."
+        ],
+        "human/comments_in_all": Annotated[
+            int, "comments", "Comments given so far, those of an earlier part included."
+        ],
         "watch/collapse": Annotated[str, "", "What has collapsed, if the watchdogs say so at this step."],
         "watch/cause": Annotated[str, "", "The same in a word: `reward`, `truncated`, `style`, `length` or `entropy`."],
         "watch/reverted_to": Annotated[int, "", "The step whose adapter the run went back to after this step."],

@@ -175,6 +175,7 @@ class Trainer(Parts):
                 "step": number,
                 **rollout_metrics(batch, groups),
                 **metrics,
+                **self.sources.figures(),
                 "style/first_token": style,
                 "tokens_per_s": round(sum(len(r.tokens) for r in batch.rollouts) / clock.seconds["rollout"], 1),
                 "peak_memory_mb": round(mx.get_peak_memory() / 2**20, 1),
