@@ -107,7 +107,7 @@ def test_columns_are_mapped_and_messages_kept(tmp_path: Path) -> None:
         ),
         ("r.jsonl", b'{"prompt": ""}\n', "must be text that is not empty"),
         ("r.jsonl", b'{"prompt": "a", "answer": ["b"]}\n', "column 'answer' is a list"),
-        ("r.jsonl", b'{"prompt": "a", "answer": "b"}\n', "leaves no row of 1"),
+        ("r.jsonl", b'{"prompt": "a", "answer": "b"}\n', "1 row, and training and evaluation need one each"),
     ],
 )
 def test_faults_name_the_place(tmp_path: Path, name: str, content: bytes, words: str) -> None:

@@ -852,11 +852,10 @@ def test_a_context_that_has_no_room_is_a_failed_source_not_a_teacher_without_wor
     assert heard
 
 
-def test_a_critic_that_has_no_room_for_the_attempt_has_failed(small: Callable[..., Recipe]):
-    trainer = Trainer.build(
-        small(feedback__sources=["critique"], templates__critic="{prompt} " + "x" * 60 + " {attempt}")
-    )
-    _, groups = trainer.roll_out(1, Clock())
-    failures = [r for g in groups for r in g.rollouts if not r.success]
-    assert failures
-    assert all("no room" in r.source_errors["critique"] for r in failures)
+def test_a_critic_that_has_no_room_for_any_attempt_stops_the_run(small: Callable[..., Recipe]):
+    wordings = {"templates__critic": "{prompt} " + "x" * 60 + " {attempt}", "templates__critique": "{prompt} {context}"}
+    cfg = small(feedback__sources=["critique"], **wordings)
+    with pytest.raises(
+        ConfigError, match=r"templates.critic: fits no problem, as .* tokens of the teacher's 64; raise"
+    ):
+        Trainer.build(cfg)

@@ -24,12 +24,16 @@ def check(
 ) -> None:
     """Read every row, run every reference through the verifier, and count: lengths against the limits, duplicates, leaks.
 
-    Lists every row whose reference does not score 1. Exit code 2 with the place and the remedy when a row is unusable.
+    Lists every row whose reference does not score 1, and warns of what would waste a run: answers longer than the limit, unknown
+    tokens, a verifier that takes nonsense, lopsided classes. Loads the tokenizer, not the model. Exit code 2 with the place and
+    the remedy when a row is unusable.
     """
     import numpy as np
 
+    from vpd_mlx.engine.models import load_tokenizer
     from vpd_mlx.run.collect import check_prompt_lengths
-    from vpd_mlx.run.setup import build_prompter, load_policy
+    from vpd_mlx.run.rows import lengths_of, seconds_a_verdict, warnings_of
+    from vpd_mlx.run.setup import build_prompter
     from vpd_mlx.tasks import build_task, faulty_rows
 
     cfg = load_recipe(resolve_recipe_path(recipe), parse_set(sets or []))
@@ -41,9 +45,9 @@ def check(
         faults += 1
     if faults:
         raise DataError(f"{recipe}: {faults} of {len(rows)} rows fail, as listed; fix the rows or the verifier")
-    prompter = build_prompter(cfg, load_policy(cfg))
-    lengths = [len(prompter.student(p)) for p in rows]
-    answers = [len(prompter.tokenizer.encode(a)) for p in rows if (a := task.reference_completion(p)) is not None]
+    seconds = seconds_a_verdict(task, rows)
+    found = lengths_of(build_prompter(cfg, load_tokenizer(cfg.model, cfg.model_revision)), task, rows)
+    lengths, answers = found.prompts, [n for n in found.references if n is not None]
     prompts = [json.dumps([m["content"] for m in p.messages]) for p in rows]
     typer.echo(f"rows: {len(task.train)} to train on, {len(task.held_out)} held out, none on both sides")
     typer.echo(f"reference answers: {len(answers)} of {len(rows)} rows have one, each scores 1")
@@ -60,7 +64,10 @@ def check(
             raise DataError(
                 f"row {p.id}: answer {p.answer!r}, and row {other.id} has the same prompt with {other.answer!r}; fix one of them"
             )
+    typer.echo(f"verifier: {1000 * seconds:.1f} ms for an answer")
     check_prompt_lengths(rows, lengths, cfg.rollout.max_prompt_tokens)
+    for warning in warnings_of(cfg, task, rows, found, seconds):
+        typer.echo(f"warning: {one_line(warning)}")
 
 
 def _quantiles(name: str, values: Any, limit: int) -> None:

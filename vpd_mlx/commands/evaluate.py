@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -94,6 +95,8 @@ def _target(
 ) -> tuple[Recipe, Path | None]:
     """The recipe to evaluate by, and the adapter's folder, if any."""
     folder = Path(target).expanduser()
+    if not folder.exists() and target not in builtin_recipes() and (Path("runs") / target / RECIPE_FILE).is_file():
+        folder = Path("runs") / target
     if (folder / RECIPE_FILE).is_file():
         own = load_recipe(folder / RECIPE_FILE, overrides)
         if recipe is not None:
@@ -107,8 +110,26 @@ def _target(
             remedy = "leave --recipe out, or name a run or a model first"
             raise wrong_option("--recipe", f"{target} is a recipe already", remedy)
         return load_recipe(resolve_recipe_path(target), overrides), adapter
+    if not folder.is_dir():
+        _refuse_no_run(target, folder)
     model = str(folder.resolve()) if folder.is_dir() else target
     return load_recipe(resolve_recipe_path(recipe or "quickstart"), [*overrides, ("model", model)]), adapter
+
+
+def _refuse_no_run(target: str, folder: Path) -> None:
+    """A name that only a folder here can have is not looked up on the hub: of a hub id, nothing here has the owner's name."""
+    local = target.startswith((".", "/", "~")) or folder.parts[0] == "runs" or Path(folder.parts[0]).is_dir()
+    if not local and target.count("/") == 1:
+        return
+    runs = {p.parent.name for p in Path("runs").glob(f"*/{RECIPE_FILE}")}
+    close = difflib.get_close_matches(folder.name, [*runs, *builtin_recipes()], n=1)
+    known = (
+        f"runs/ holds {', '.join(sorted(runs))}"
+        if runs
+        else "give a run's folder, a recipe, a model's folder or a hub id"
+    )
+    near = f"did you mean {f'runs/{close[0]}' if close[0] in runs else close[0]}?" if close else known
+    raise wrong_option("RUN|RECIPE|MODEL", f"there is no {target} here, neither run, recipe nor model", near)
 
 
 def _with_data(cfg: Recipe, data: str, split: Split) -> Recipe:

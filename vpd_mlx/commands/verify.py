@@ -12,7 +12,7 @@ import typer
 from vpd_mlx.commands.options import SetOption
 from vpd_mlx.common.settings import parse_set
 from vpd_mlx.common.text import json_text
-from vpd_mlx.errors import DataError
+from vpd_mlx.errors import DataError, wrong_option
 from vpd_mlx.feedback import SOURCES, build_sources, choose_contexts
 from vpd_mlx.recipe import Recipe, load_recipe, resolve_recipe_path
 from vpd_mlx.tasks import build_task, examine, expected
@@ -28,12 +28,15 @@ def verify(
         str | None,
         typer.Option(help="File with the completion, - for standard input.", show_default="the reference answer"),
     ] = None,
+    text: Annotated[str | None, typer.Option(help="The completion itself, in place of a file.")] = None,
     sets: SetOption = None,
 ) -> None:
     """Grade one completion; print the verdict and the feedback on it as JSON. Exit code 1 when the verifier itself fails.
 
     Feedback sources that need more than the completion, such as the model or a server, are named and left out.
     """
+    if text is not None and completion is not None:
+        raise wrong_option("--text", "is given beside --completion", "give one of the two")
     cfg = load_recipe(resolve_recipe_path(recipe), parse_set(sets or []))
     with contextlib.redirect_stdout(sys.stderr):  # the output of the user's own verifier is not part of the JSON
         task = build_task(cfg)
@@ -42,9 +45,10 @@ def verify(
         if chosen is None:
             some = ", ".join(list(problems)[:3])
             raise DataError(f"--problem: there is no problem {problem!r}; the first ones are {some}")
-        text = task.reference_completion(chosen) if completion is None else _read(completion)
-        if text is None:
-            raise DataError(f"row {chosen.id}: has no reference answer to grade; give --completion FILE")
+        if completion is not None:
+            text = _read(completion)
+        elif text is None and (text := task.reference_completion(chosen)) is None:
+            raise DataError(f"row {chosen.id}: has no reference answer to grade; give --text or --completion FILE")
         held = chosen in task.held_out
         verdict = examine(task, chosen, text) if held else task.verify(chosen, text)
     rollout = Rollout((), (), text, "stop").graded(verdict, cfg.rollout.success_threshold)

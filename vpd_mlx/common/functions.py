@@ -74,7 +74,13 @@ def arity_faults(place: str, function: Any, *arguments: str) -> list[Fault]:
         try:
             signature.bind(*arguments)
         except TypeError as error:
-            return [Fault(place, f"{function_name(function)}{signature} does not take them ({error})", remedy)]
+            return [
+                Fault(
+                    place,
+                    f"{function_name(function)}{signature} does not take ({', '.join(arguments)}): {error}",
+                    remedy,
+                )
+            ]
     return []
 
 

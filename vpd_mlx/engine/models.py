@@ -17,6 +17,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
+import mlx_lm.utils
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import CacheList, make_prompt_cache
@@ -30,11 +32,12 @@ from vpd_mlx.engine.settings import LoraSettings
 from vpd_mlx.errors import ConfigError, Fault, ModelError, RunError
 from vpd_mlx.types import TokenRow
 
-__all__ = ["Adapter", "first_line", "lora_of"]
+__all__ = ["Adapter", "first_line", "load_tokenizer", "lora_of"]
 
 Adapter = dict[str, mx.array]
 """Name -> tensor of every LoRA matrix, float32."""
 
+TOKENIZER_FILES = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja"]
 PROBE = tuple(range(1, 9))
 LINEAR = ("Linear", "QuantizedLinear", "SwitchLinear", "QuantizedSwitchLinear", "Embedding", "QuantizedEmbedding")
 
@@ -59,6 +62,27 @@ def load_model(path: str, revision: str | None) -> tuple[nn.Module, Any]:
     if not tokenizer.encode("a 1", add_special_tokens=False):
         raise ModelError(f"model: {path!r} has no tokenizer; put its files, such as tokenizer.json, beside the weights")
     return model, tokenizer
+
+
+def load_tokenizer(path: str, revision: str | None) -> Any:
+    """The tokenizer alone, from a folder or the hub: its few files, not the weights.
+
+    Raises:
+        ModelError: there is none.
+    """
+    folder = Path(path).expanduser()
+    if (os.path.isabs(path) or path.startswith((".", "~"))) and not folder.is_dir():
+        raise ModelError(f"model: there is no folder {path}; give a model folder in mlx-lm's format, or a hub id")
+    try:
+        if not folder.is_dir():
+            with reaching_hub():
+                folder = Path(snapshot_download(path, revision=revision, allow_patterns=TOKENIZER_FILES))
+        return mlx_lm.utils.load_tokenizer(folder)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
+        raise ModelError(f"model: {path!r} is no local folder, and on the hub: {hub_fault(error)}") from None
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        problem = f"{path!r} has no tokenizer that can be loaded ({first_line(error)})"
+        raise ModelError(f"model: {problem}; put its files, such as tokenizer.json, beside the weights") from error
 
 
 def first_line(error: Exception) -> str:

@@ -42,7 +42,15 @@ from vpd_mlx.feedback.sibling import SIBLING
 from vpd_mlx.feedback.verifier import VERIFIER
 from vpd_mlx.types import Context, Group, Problem, Rollout
 
-__all__ = ["SOURCES", "FeedbackSettings", "Sources", "add_context", "build_sources", "choose_contexts"]
+__all__ = [
+    "SOURCES",
+    "FeedbackSettings",
+    "Sources",
+    "add_context",
+    "build_sources",
+    "check_reachable",
+    "choose_contexts",
+]
 
 SOURCES: dict[str, SourceEntry] = Listed(
     function_entry,
@@ -138,6 +146,17 @@ class Sources(dict[str, Source]):
         """Take up the state of a checkpoint."""
         for name, source in self.outside().items():
             source.restore(state.get(name, {}))
+
+
+def check_reachable(cfg: Any) -> None:
+    """See that sources outside this machine are there, before a model is loaded for them.
+
+    Raises:
+        SourceError: one is not.
+    """
+    for name in cfg.sources:
+        if (reach := SOURCES[name].reach) is not None:
+            reach(cfg)
 
 
 def build_sources(

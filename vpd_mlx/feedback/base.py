@@ -91,6 +91,7 @@ class SourceEntry:
         solution: its texts are solutions of the problem, not comments on a completion.
         single_rank: it cannot serve several ranks.
         needs: what it cannot work without. `vpd-mlx verify` has none of these and leaves the source out.
+        reach: given the section `feedback`, raises a `SourceError` where the source is not there, before anything is loaded.
         free: it takes what the task and the group hold already. `vpd-mlx probe` tries it even where the recipe does not name it.
     """
 
@@ -104,6 +105,7 @@ class SourceEntry:
     single_rank: bool = False
     needs: str = ""
     free: bool = False
+    reach: Callable[[Any], None] | None = None
 
 
 class CommonKeys(Section):

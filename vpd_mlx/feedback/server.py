@@ -37,6 +37,7 @@ __all__ = ["SERVER", "Server", "ServerKeys", "ServerSettings"]
 LONGEST = 4 << 20  # bytes of one answer
 PAUSES = (0.5, 30.0)  # seconds before the second attempt, and at most
 SECRET = 8  # characters: a shorter key, such as `none`, is no secret, and a word of the answer
+PROBE_SECONDS = 10.0
 CACHE = "feedback-cache"  # folder in the run folder
 
 
@@ -214,6 +215,36 @@ class Server(Asking):
         self._sent = int(state.get("sent", 0))
 
 
+def check_reachable(cfg: Any, transport: httpx.BaseTransport | None = None) -> None:
+    """One request, before a run loads anything, for the list of models: a dead server is told now, not after the first rollouts.
+
+    A server that has no such list answers too. `cfg` is the recipe's section `feedback`; a test passes its own `transport`.
+
+    Raises:
+        SourceError: nobody answers, or the key is refused.
+        ConfigError: the key or a proxy is missing or wrong.
+    """
+    import httpx
+
+    url, own = _endpoint(cfg.server.url or ""), cfg.server
+    seconds = min(PROBE_SECONDS, own.timeout)
+    try:
+        with _client(url, _headers(own), seconds, transport) as client:
+            status = client.get(f"{url.removesuffix('/chat/completions')}/models").status_code
+    except httpx.TimeoutException:
+        raise SourceError(
+            f"feedback.server.url: {url} does not answer within {seconds:g} s; start it, or wait for it"
+        ) from None
+    except (OSError, httpx.HTTPError, httpx.InvalidURL) as error:
+        why = str(error) or type(error).__name__
+        raise SourceError(
+            f"feedback.server.url: {url} cannot be reached ({why}); start the server, or correct it"
+        ) from None
+    if status in (401, 403):
+        remedy = "set feedback.server.api_key_env, or correct the key"
+        raise SourceError(f"feedback.server.url: {url} refuses us (status {status}); {remedy}")
+
+
 class _Deadline:
     """Ends a request when its time is over. httpx's limits hold for each read: a server may drip headers and body for ever."""
 
@@ -318,4 +349,5 @@ SERVER = SourceEntry(
     required=("server.url", "give its address, e.g. http://127.0.0.1:8080/v1"),
     on_success=True,
     needs="a server",
+    reach=check_reachable,
 )

@@ -46,7 +46,7 @@ class Pair:
         recipe = load_recipe(folder / RECIPE_FILE).model_copy(update={"lora": lora_of(adapters)})
         policy = load_policy(recipe)
         policy.load_adapter(adapters)
-        return cls(recipe, policy, build_prompter(recipe, policy))
+        return cls(recipe, policy, build_prompter(recipe, policy.tokenizer))
 
     @property
     def remembers(self) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from vpd_mlx.common.functions import NOTHING, Handed
 from vpd_mlx.engine.ranks import ALONE, Heartbeat, Ranks
 from vpd_mlx.errors import RunError, SourceError
+from vpd_mlx.feedback import check_reachable
 from vpd_mlx.recipe import Recipe, dump
 from vpd_mlx.run.advice import gap_line
 from vpd_mlx.run.awake import awake
@@ -55,6 +56,8 @@ def train(
     followers = Followers(recipe.logging, progress)
     if ranks.first and not resume:
         check_free(out, overwrite=overwrite)  # before anything takes time
+    if recipe.entry.contexts:
+        check_reachable(recipe.feedback)
     refuse_what_cannot_fit(recipe)
     trainer = Trainer.build(recipe, progress, stop, ranks, handed)
     for note in (*trainer.policy.notes, *notices(trainer.task), *recipe.notices(), *unchosen(recipe, trainer.task)):

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import mlx.core as mx
 
@@ -22,7 +22,7 @@ from vpd_mlx.engine.sampling import Sampling, generate, probe_batches
 from vpd_mlx.errors import ConfigError, DataError, Fault, ModelError, config_error
 from vpd_mlx.feedback import SOURCES, Sources, build_sources
 from vpd_mlx.feedback.base import Generate, Host
-from vpd_mlx.feedback.prompts import Prompter
+from vpd_mlx.feedback.prompts import NoRoom, Prompter
 from vpd_mlx.recipe import Recipe
 from vpd_mlx.run.collect import rows_at_once, student_prompts
 from vpd_mlx.run.plan import check_fits, memory_limit, model_config, plan
@@ -31,7 +31,7 @@ from vpd_mlx.tasks import Task, build_task, fingerprint, prove
 from vpd_mlx.tasks.general import TEXT, passages
 from vpd_mlx.types import Problem
 
-__all__ = ["Parts", "build_prompter", "check_ranks", "load_policy", "refuse_what_cannot_fit"]
+__all__ = ["Parts", "build_prompter", "check_ranks", "check_room", "load_policy", "refuse_what_cannot_fit"]
 
 CACHE_SHARE = 4  # a quarter of what the GPU may take, about 2.7 GB on a Mac of 16 GB; MLX's own bound is all of it
 
@@ -76,10 +76,11 @@ class Parts:
             policy = load_policy(recipe)
         policy.ranks = ranks
         check_ranks(recipe, policy, task)
-        prompter = build_prompter(recipe, policy)
+        prompter = build_prompter(recipe, policy.tokenizer)
         prompter.check_style()
         problems = (*task.train, *task.held_out)
         _check_prompts(prompter, problems)
+        check_room(recipe, prompter, task.train)
         ask, host = _critic(recipe, policy), _host(progress, stop)
         sources = build_sources(recipe.feedback, prompter, ask, host, {p.id for p in problems}, handed.sources)
         algorithm = recipe.entry.load()(recipe, policy) if handed.algorithm is None else Function(handed.algorithm)
@@ -173,10 +174,10 @@ def load_policy(recipe: Recipe) -> Policy:
     return policy
 
 
-def build_prompter(recipe: Recipe, policy: Policy) -> Prompter:
-    """The recipe's wording and limits with the policy's tokenizer."""
+def build_prompter(recipe: Recipe, tokenizer: Any) -> Prompter:
+    """The recipe's wording and limits with the model's tokenizer."""
     prompt, context = recipe.rollout.max_prompt_tokens, recipe.feedback.max_tokens
-    return Prompter(policy.tokenizer, recipe.templates, recipe.thinking, prompt, context, recipe.max_teacher_tokens)
+    return Prompter(tokenizer, recipe.templates, recipe.thinking, prompt, context, recipe.max_teacher_tokens)
 
 
 def _check_prompts(prompter: Prompter, problems: Sequence[Problem]) -> None:
@@ -187,6 +188,27 @@ def _check_prompts(prompter: Prompter, problems: Sequence[Problem]) -> None:
     sizes = [template + sum(len(m["content"].encode()) + frame for m in p.messages) for p in problems]
     long = [p for p, size in zip(problems, sizes, strict=True) if size > prompter.max_prompt_tokens]
     student_prompts(prompter, long)
+
+
+def check_room(recipe: Recipe, prompter: Prompter, problems: Sequence[Problem]) -> None:
+    """See that each source's wording leaves room for a context with the shortest problem: else it would with none.
+
+    Raises:
+        ConfigError: one does not; every step would go without feedback.
+    """
+    if not recipe.entry.contexts:
+        return
+    shortest = min(problems, key=lambda p: sum(len(m["content"]) for m in p.messages))
+    for name in recipe.feedback.sources:
+        template = SOURCES[name].template
+        try:
+            prompter.teacher(shortest, template, "x")
+            if name == "critique":
+                template = "critic"
+                prompter.critic(shortest, "x", "x")
+        except NoRoom as error:
+            problem, _, remedy = str(error).removeprefix("no room: ").partition("; ")
+            raise config_error(f"templates.{template}", f"fits no problem, as {problem}", remedy) from None
 
 
 def check_ranks(recipe: Recipe, policy: Policy, task: Task) -> None:

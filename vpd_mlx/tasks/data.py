@@ -120,9 +120,18 @@ def read_split(
         if not held or not train:
             if reuse:
                 return tuple(rows), tuple(rows)
+            distinct = sorted({fraction(content(p)) for p in rows})
+            if len(distinct) == 1:
+                few = (
+                    "1 row, and training and evaluation need one each"
+                    if len(rows) == 1
+                    else f"{len(rows)} rows with one prompt"
+                )
+                raise DataError(f"{cfg.data}: {few}; add rows with other prompts, or give task.eval_data")
             side = "training" if held else "evaluation"
+            fits = (distinct[0] + distinct[1]) / 2 if held == [] else (distinct[-1] + distinct[-2]) / 2
             what = f"the split by hash leaves no row of {len(rows)} for {side} (task.held_out is {cfg.held_out:g})"
-            raise DataError(f"{cfg.data}: {what}; add rows, change task.held_out, or give task.eval_data")
+            raise DataError(f"{cfg.data}: {what}; add rows, set task.held_out={fits:.2g}, or give task.eval_data")
     seen = {content(p): p.id for p in train}
     for p in held:
         if content(p) in seen:

@@ -10,7 +10,9 @@ Both sides of the pipe are here: `OwnProcess` is ours, `main` the child's.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib.util
+import inspect
 import io
 import math
 import numbers
@@ -26,7 +28,7 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
-from vpd_mlx.common.functions import failure
+from vpd_mlx.common.functions import arity_faults, failure
 from vpd_mlx.errors import ConfigError, config_error
 from vpd_mlx.types import Problem, Verdict
 
@@ -220,8 +222,9 @@ def main(handle: str, path: str) -> None:
 
 
 def as_verdict(result: Any) -> Verdict:
-    """A verdict from what a verifier returned: score, bool or (score, text). Anything else is the verifier's failure."""
+    """A verdict from a verifier's score, bool, (score, text) or (score, None). Anything else is the verifier's failure."""
     score, text = result if isinstance(result, tuple) and len(result) == 2 else (result, "")
+    text = "" if text is None else text
     if not isinstance(score, numbers.Real) or not isinstance(text, str):
         return Verdict(0.0, error=f"returned {result!r:.200}; needs a score in 0..1, a bool, or (score, text)")
     value = float(score)
@@ -244,6 +247,12 @@ def _load(path: Path, source: bytes) -> tuple[Any, tuple[str, str] | None]:
     except (Exception, SystemExit) as error:  # noqa: BLE001 - foreign code
         return None, (f"cannot be imported ({type(error).__name__}: {error})", "fix the file")
     verify = getattr(module, "verify", None)
+    define = "define `def verify(problem, completion): ...` in it"
     if not callable(verify):
-        return None, ("has no function `verify`", "define `def verify(problem, completion): ...` in it")
+        near = difflib.get_close_matches("verify", [n for n, v in vars(module).items() if callable(v)], n=1, cutoff=0.5)
+        return None, ("has no function `verify`", f"rename {near[0]!r}, or {define}" if near else define)
+    for fault in arity_faults("verify", verify, "problem", "completion"):
+        return None, (f"cannot call {fault.problem}", define)
+    if inspect.iscoroutinefunction(verify):
+        return None, ("`verify` is async, and its verdict is wanted at once", "define it with `def`")
     return verify, None

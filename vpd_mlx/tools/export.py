@@ -76,7 +76,7 @@ def open_run(path: Path) -> TrainedRun:
     texts = list(dict.fromkeys(row["prompt"] for row in folder.read(folder.rollouts)))[:PROMPTS]
     if not texts:
         raise RunError(f"{path}: has no rollouts to compare an export on; train at least one step")
-    prompter = build_prompter(recipe, policy)
+    prompter = build_prompter(recipe, policy.tokenizer)
     prompts = tuple(prompter.encode([{"role": "user", "content": t}]) for t in texts)
     return TrainedRun(folder, recipe, policy, prompts, tuple(_logits(policy.model, prompts)))
 
@@ -226,8 +226,11 @@ def _peft_commands(run: TrainedRun, out: Path) -> tuple[str, ...]:
         base = f"{out}-base"
         convert = ("--hf-path", run.recipe.model, "--mlx-path", base, "-d")
         steps.append(shlex.join(["python", "-m", "mlx_lm", "convert", *convert]))
-    code = f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{out}")'
-    return (*steps, code)
+    load = (
+        f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({json.dumps(base)}), {json.dumps(str(out))})"
+    )
+    code = f"from peft import PeftModel; from transformers import AutoModelForCausalLM; print({load})"
+    return (*steps, shlex.join(["python", "-c", code]))
 
 
 def reserve(repo: str, *, private: bool, api: HfApi | None = None) -> None:
