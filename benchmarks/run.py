@@ -2,9 +2,9 @@
 
     python -m benchmarks.run [--only PART ...] [--repeats N] [--peers PYTHON] [--real FOLDER] [--out FILE]
 
-PART is rollouts, vocabulary, prompts, attention, grpo, steps, real, phases, growth or launches. `--peers` is a Python with
-mlx-lm-lora, mlx-tune, unsloth-zoo and inductive-mlxrl; without it their rows are left out, and the results say so. `--real` is
-a model folder for the part of that name, left out without it. `make bench` makes that environment and writes
+PART is rollouts, vocabulary, prompts, attention, hybrids, grpo, steps, real, phases, growth or launches. `--peers` is a Python
+with mlx-lm-lora, mlx-tune, unsloth-zoo and inductive-mlxrl; without it their rows are left out, and the results say so. `--real`
+is a model folder for the part of that name, left out without it. `make bench` makes that environment and writes
 benchmarks/RESULTS.md.
 """
 
@@ -24,7 +24,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from benchmarks import attention, launches, models, work
+from benchmarks import attention, hybrids, launches, models, work
 from benchmarks.measure import Timing, peak, side_by_side
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.recipe import builtin_recipes, load_recipe
@@ -254,6 +254,25 @@ def attention_and_recomputing(report: Report, folder: Path, repeats: int) -> Non
     report.say()
 
 
+def recurrent_layers(report: Report, folder: Path, repeats: int) -> None:
+    """A hybrid's update as it is, without sharing, and token by token."""
+    report.say(
+        "## Recurrent layers\n\nA random Qwen3.5, hidden size 96, 4 blocks, vocabulary 352, float32. Forward and backward of 8 "
+        "completions of 128 tokens behind 512, in the process's CPU time.\n"
+    )
+    runs = hybrids.runs(models.load(models.make_hybrid(folder / "hybrid", 352)), 512, 128)
+    seconds, peaks, gradients = attention.weigh(runs, repeats)
+    slowest = seconds[hybrids.ONE_BY_ONE]
+    rows = [f"| {n} | {s:.3f} s | {slowest / s:.2f} | {peaks[n] / MB:,.0f} MB |" for n, s in seconds.items()]
+    report.table("| | median | speed, token by token = 1 | peak above the model |", rows)
+    report.need("against token by token, apart", slowest / seconds[hybrids.SHARED], 4.0, least=True)
+    report.need("shared against apart", seconds[hybrids.APART] / seconds[hybrids.SHARED], 3.0, least=True)
+    for name in (hybrids.SHARED, hybrids.APART):
+        apart = work.difference(gradients[name], gradients[hybrids.ONE_BY_ONE])
+        report.need(f"gradient's greatest difference, {name}", apart, 1e-5, least=False, unit="")
+    report.say()
+
+
 def grpo(report: Report, policies: dict[int, Policy], peers: Peers, repeats: int) -> None:
     """A GRPO step, one forward and one backward on either side."""
     report.say("## GRPO step\n\n8 sequences of 40 + 32 tokens; one forward and one backward pass on either side.\n")
@@ -414,7 +433,19 @@ def counts(report: Report, folder: Path) -> None:
     report.say()
 
 
-PARTS = ("rollouts", "vocabulary", "prompts", "attention", "grpo", "steps", "real", "phases", "growth", "launches")
+PARTS = (
+    "rollouts",
+    "vocabulary",
+    "prompts",
+    "attention",
+    "hybrids",
+    "grpo",
+    "steps",
+    "real",
+    "phases",
+    "growth",
+    "launches",
+)
 
 
 def measure(parts: list[str], repeats: int, python: str | None, folder: Path | None) -> Report:
@@ -443,6 +474,7 @@ def measure(parts: list[str], repeats: int, python: str | None, folder: Path | N
                 "vocabulary": lambda: vocabulary(report, policies, repeats),
                 "prompts": lambda: prompts(report, small, repeats),
                 "attention": lambda: attention_and_recomputing(report, Path(name), repeats),
+                "hybrids": lambda: recurrent_layers(report, Path(name), repeats),
                 "grpo": lambda: grpo(report, policies, peers, repeats),
                 "steps": lambda: steps(report, small, peers, repeats),
                 "real": lambda: real(report, models.load(folder), peers, repeats) if folder else None,

@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import attention, launches, models, work
+from benchmarks import attention, hybrids, launches, models, work
 from benchmarks.measure import peak, side_by_side
 from benchmarks.run import Report, counts
 
@@ -46,6 +46,14 @@ def test_attention_and_recomputing_take_less_to_the_same_gradient(tmp_path: Path
     assert work.difference(gradients[ours], gradients[theirs]) < 1e-5
     assert peaks[ours] < most * peaks[theirs]
     assert all(s > 0 for s in seconds.values())
+
+
+def test_a_hybrids_update_is_the_same_in_chunks_and_token_by_token(tmp_path: Path):
+    runs = hybrids.runs(models.load(models.make_hybrid(tmp_path / "m", 352)), 30, 5)
+    gradients = {name: run() for name, run in runs.items()}
+    assert work.difference(gradients[hybrids.SHARED], gradients[hybrids.ONE_BY_ONE]) < 1e-5
+    apart = work.difference(gradients[hybrids.APART], gradients[hybrids.ONE_BY_ONE])
+    assert 0 < apart < 1e-5  # not the same function
 
 
 def test_runs_take_turns_and_a_number_is_believed():

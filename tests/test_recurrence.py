@@ -104,10 +104,10 @@ def test_half_precision_goes_in_and_comes_out():
 def test_a_model_gets_it_and_others_keep_mlx_lms():
     policy = tiny_policy("qwen3_5", **DELTA)
     layer = policy.model.layers[0].linear_attn
-    assert isinstance(recurrence._rule_of(type(layer)), Rule)
+    assert isinstance(recurrence.rule_of(type(layer)), Rule)
     assert type(layer).__module__ == "mlx_lm.models.qwen3_5"
     assert isinstance(layer, qwen3_5.GatedDeltaNet)
-    assert recurrence._rule_of(qwen3_5.GatedDeltaNet) is PLAIN is qwen3_5.gated_delta_update
+    assert recurrence.rule_of(qwen3_5.GatedDeltaNet) is PLAIN is qwen3_5.gated_delta_update
     assert install(policy.model) is None  # again: it stays
     assert install(tiny_policy().model) is None  # has no such layer
 
@@ -115,7 +115,7 @@ def test_a_model_gets_it_and_others_keep_mlx_lms():
 def test_what_does_not_agree_is_noted_and_left_to_mlx_lm(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(recurrence, "chunked", lambda *x: tuple(1.01 * y for y in chunked(*x)))
     policy = tiny_policy("qwen3_next", **HYBRIDS["qwen3_next"])
-    assert recurrence._rule_of(type(policy.model.layers[0].linear_attn)) is PLAIN
+    assert recurrence.rule_of(type(policy.model.layers[0].linear_attn)) is PLAIN
     assert any("token by token" in note for note in policy.notes)
 
 
@@ -128,5 +128,5 @@ def test_kernels_are_taken_where_mlx_has_them(monkeypatch: pytest.MonkeyPatch):
     assert agrees(Rule(kernels=True, size=4), **heads)
     monkeypatch.setattr(recurrence, "device_kind", lambda: "metal")
     policy = tiny_policy("qwen3_5", **DELTA)
-    assert recurrence._rule_of(type(policy.model.layers[0].linear_attn)).kernels
+    assert recurrence.rule_of(type(policy.model.layers[0].linear_attn)).kernels
     assert not policy.notes

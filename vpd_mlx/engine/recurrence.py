@@ -37,7 +37,7 @@ from mlx_lm.models import gated_delta
 
 from vpd_mlx.engine.device import close, device_kind, gpu_ways
 
-__all__ = ["Rule", "chunked", "install", "inverse"]
+__all__ = ["Rule", "agrees", "chunked", "install", "inverse", "rule_of"]
 
 NAME = "gated_delta_update"
 PLAIN: Callable[..., tuple[mx.array, mx.array]] = gated_delta.gated_delta_update
@@ -166,7 +166,7 @@ def install(model: nn.Module) -> str | None:
 
     Returns why they are left as they are, if there are such layers and they are.
     """
-    layers = [m for m in model.modules() if _rule_of(type(m)) is PLAIN]
+    layers = [m for m in model.modules() if rule_of(type(m)) is PLAIN]
     if not layers:
         return None
     kinds = [type(m) for m in layers]
@@ -230,7 +230,7 @@ def _has_kernels(results: list[mx.array]) -> bool:
     return "GatedDeltaUpdate" in graph.getvalue() and "GatedDeltaUpdateVJP" in graph.getvalue()
 
 
-def _rule_of(kind: type) -> Any:
+def rule_of(kind: type) -> Any:
     """What a layer's class calls for the gated delta rule, if it does."""
     call = _call_of(kind)
     return call.__globals__.get(NAME) if call is not None and NAME in call.__code__.co_names else None
