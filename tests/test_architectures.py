@@ -47,7 +47,7 @@ CASES = [
     ("qwen3", {"head_dim": 16}, True, True),
     ("phi3", {}, True, True),
     ("gemma", {"head_dim": 16}, True, True),
-    ("gemma2", {"head_dim": 16, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 5.0}, True, False),
+    ("gemma2", {"head_dim": 16, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 5.0}, True, True),
     ("olmo2", {}, True, True),
     ("granite", {"logits_scaling": 4.0, "attention_multiplier": 0.25, "embedding_multiplier": 2.0,
                  "residual_multiplier": 0.5, "attention_bias": False, "mlp_bias": False}, True, True),
@@ -109,7 +109,7 @@ def test_scores_and_gradients_are_those_of_the_plain_model(tmp_path: Path, kind,
         np.testing.assert_allclose(policy.logps([TokenRow(p, r.tokens)])[0], r.logps, atol=1e-3)
 
 
-@pytest.mark.parametrize(("kind", "shares"), [("llama", True), ("gemma2", False)])
+@pytest.mark.parametrize(("kind", "shares"), [("llama", True), ("gemma2", True)])
 def test_the_probe_shares_a_prompt_even_when_padding_leaves_nothing_to_save(kind: str, shares: bool):
     """On a GPU lengths are padded to a multiple, and the probe's few tokens would be read separately twice."""
     policy = tiny_policy(kind, **({"head_dim": 16} if kind == "gemma2" else {}))

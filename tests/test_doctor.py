@@ -105,8 +105,15 @@ def test_a_broken_prefix_is_caught(monkeypatch):
     def shifted(self, prompt, parents, lengths):
         real(self, prompt, parents, lengths + 3)
 
+    alone = caches.Behind.__init__
+
+    def shifted_alone(self, *args, **kwargs):
+        alone(self, *args, **kwargs)
+        self.offset += 3
+
     assert names_of_bad() == []
     monkeypatch.setattr(caches.Extend, "__init__", shifted)
+    monkeypatch.setattr(caches.Behind, "__init__", shifted_alone)
     # The self-test shares prompts whatever the probe at load says, and that would not have used it.
     assert any("shared prompts" in name for name in names_of_bad())
     policy = tiny_policy()

@@ -1,19 +1,25 @@
-"""Recurrent and convolution layers: prompts shared through their state."""
+"""Recurrent and convolution layers: prompts shared through their state, and whole runs."""
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm
 import numpy as np
 import pytest
+from command import within
+from conftest import SMALL
 from fakes import tiny_policy
 from mlx.utils import tree_flatten
+from test_architectures import make
 
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.recompute import recompute_blocks
-from vpd_mlx.engine.sampling import Sampling, generate
+from vpd_mlx.engine.sampling import Sampling, generate, probe_batches
 from vpd_mlx.engine.settings import LoraSettings
 from vpd_mlx.types import TokenRow
 
@@ -33,6 +39,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {
                          "attention_multiplier": 0.3, "logits_scaling": 2.0, "residual_multiplier": 0.5, "mlp_bias": False,
                          "attention_bias": False, "shared_intermediate_size": 64, "max_position_embeddings": 512},
 }  # fmt: skip
+MAMBA = {"state_size": 4, "conv_kernel": 4, "use_bias": False, "use_conv_bias": True, "time_step_rank": 4}
 LONG, SHORT = tuple(range(5, 45)), (7,)
 ROWS = [
     TokenRow(LONG, (1, 2, 3, 4, 5, 6)),
@@ -88,7 +95,52 @@ def test_a_prompts_state_is_handed_to_its_completions_with_its_gradient(policy: 
 
 def test_what_is_sampled_behind_a_shared_prompt_is_what_is_scored(policy: Policy):
     prompts = (LONG, LONG[:9])
+    probe_batches(policy)
+    assert (policy.widest, policy.reads_alone) == (None, False)
     found = list(generate(policy, prompts, 3, Sampling(1.0, 1.0, 5), 0))
     assert len(found) == 6
     for p, _, r in found:
         np.testing.assert_allclose(policy.logps([TokenRow(prompts[p], r.tokens)])[0], r.logps, atol=1e-5)
+
+
+def test_a_recurrence_without_masks_reads_each_prompt_by_itself():
+    policy = tiny_policy("mamba", LoraSettings(rank=2), **MAMBA)
+    policy.set_adapter({k: v + 0.05 for k, v in policy.adapter.items()})
+    assert policy.shares_prompts
+    assert policy._unpadded
+    probe_batches(policy)
+    assert policy.widest is None
+    assert policy.reads_alone  # side by side, the shorter prompt's padding would be read as tokens
+    prompts = (LONG, LONG[:9])
+    for p, _, r in generate(policy, prompts, 1, Sampling(1.0, 1.0, 5), 0):
+        np.testing.assert_allclose(policy.logps([TokenRow(prompts[p], r.tokens)])[0], r.logps, atol=1e-5)
+    policy._body = policy.model.backbone  # as if the head came off: the states are compared
+    assert_close(gradient(policy, shared=True), gradient(policy, shared=False))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_ten_steps_resume_to_the_bit_and_what_is_exported_loads(tmp_path: Path, kind: str):
+    settings = {**HYBRIDS[kind], **({"block_dim": 64} if kind == "lfm2" else {})}
+    model = make(tmp_path / "model", kind, settings, None)
+    own = {"model": model, "steps": 10, "checkpoint.every": 5, "optimizer.learning_rate": 1e-2}
+    changes = [word for key, value in {**SMALL, **own}.items() for word in ("--set", f"{key}={value}")]
+
+    def run(*words: str) -> None:
+        done = within(*words, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+
+    run("train", "quickstart", *changes, "--out", "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-000010")
+    run("train", "--resume", "cut")
+    adapters = [(tmp_path / name / "adapters" / "adapters.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert adapters[0] == adapters[1]
+    for form in ("adapters", "fused"):
+        run("export", "whole", "--to", form)
+    tokens = mx.array([list(range(5, 45))])
+    base = mlx_lm.load(str(model))[0](tokens)
+    adapted = mlx_lm.load(str(model), adapter_path=str(tmp_path / "whole" / "export-adapters"))[0](tokens)
+    fused = mlx_lm.load(str(tmp_path / "whole" / "export-fused"))[0](tokens)
+    assert mx.allclose(adapted, fused, atol=1e-4)
+    assert not mx.allclose(adapted, base, atol=1e-2)

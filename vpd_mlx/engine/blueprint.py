@@ -81,13 +81,19 @@ class Blueprint(Policy):
         self.width, self.dtype = int(states.shape[-1]), states.dtype
         self.vocabulary = int(self._plain_head(states).shape[-1])
         found = layout(make_prompt_cache(self.model))
-        self._layout, self.shares_prompts = found or [], found is not None
-        if self.shares_prompts:
-            rows = [TokenRow((1, 2, 3, 4, 5), (1, 2, 3)), TokenRow((1, 2, 3), (1, 2))]
-            try:
-                self.hidden(rows, shared=True)
-            except (TypeError, ValueError, AttributeError, IndexError):
-                self.shares_prompts = False  # as `models.can_share_prompts` finds on real weights
+        self._layout, self._unpadded, self.shares_prompts = found or [], False, found is not None
+        if self.shares_prompts and not self._shares():
+            self._unpadded = True
+            self.shares_prompts = self._shares()
+
+    def _shares(self) -> bool:
+        """What `models.can_share_prompts` finds on real weights, as far as shapes tell."""
+        rows = [TokenRow((1, 2, 3, 4, 5), (1, 2, 3)), TokenRow((1, 2, 3), (1, 2))]
+        try:
+            self.hidden(rows, shared=True)
+        except (TypeError, ValueError, AttributeError, IndexError):
+            return False
+        return True
 
     def _inputs(self) -> dict[str, mx.array]:
         return dict(tree_flatten(self.model.parameters()))

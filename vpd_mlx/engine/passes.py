@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from vpd_mlx.engine.batching import Padded, Shared
 from vpd_mlx.engine.caches import Held, Kind, capture, rows
@@ -20,13 +21,19 @@ NEVER = 1 << 30  # keys: more than any row has
 
 
 def states_of(
-    body: Body, layout: Sequence[Kind], tokens: Padded | Shared, long: int | None, *, banded: bool
+    body: Body,
+    layout: Sequence[Kind],
+    tokens: Padded | Shared,
+    long: int | None,
+    *,
+    banded: bool,
+    unpadded: bool = False,
 ) -> tuple[mx.array, mx.array]:
     """States that predict each completion token, and these tokens: (M, D) and (M,), rows in order.
 
     `layout` says what the body's caches hold. Where attention has `long` keys or more, masks are such as `attention.bounded`
     keeps small: it must be in force. `banded` says whether the network takes our caches, with which a sliding window needs no
-    array of all positions.
+    array of all positions. `unpadded` has each prompt read by a pass of its own, without padding.
     """
     long = long or NEVER
     if isinstance(tokens, Padded):
@@ -34,8 +41,10 @@ def states_of(
         flat = body(mx.array(tokens.inputs), cache=caches).flatten(0, 1)  # (B * L, D)
         return flat[mx.array(tokens.positions)], mx.array(tokens.targets)
     width, added = tokens.prompts.shape[1], tokens.completions.shape[1]
-    ends = np.zeros(len(tokens.prompts), np.int32)
-    ends[tokens.parents] = tokens.lengths
+    if unpadded:
+        flat = _prompt_by_prompt(body, layout, tokens, banded=width >= long)
+        return flat[mx.array(tokens.positions)], mx.array(tokens.targets)
+    ends = _ends(tokens)
     lengths = None if (ends == width).all() else mx.array(ends)
     captures = [capture(kind, lengths, banded=width >= long) for kind in layout]
     flat = body(mx.array(tokens.prompts), cache=captures).flatten(0, 1)  # (U * P, D)
@@ -43,6 +52,31 @@ def states_of(
         read = _one_by_one if added * (width + added) >= long**2 else _all_at_once
         flat = mx.concatenate([flat, read(body, tokens, captures).flatten(0, 1)])  # (U * P + B * T, D)
     return flat[mx.array(tokens.positions)], mx.array(tokens.targets)
+
+
+def _ends(together: Shared) -> npt.NDArray[np.int32]:
+    """The length of each prompt (U,)."""
+    ends = np.zeros(len(together.prompts), np.int32)
+    ends[together.parents] = together.lengths
+    return ends
+
+
+def _prompt_by_prompt(body: Body, layout: Sequence[Kind], together: Shared, *, banded: bool) -> mx.array:
+    """States of all prompts, padded again, and all completions (U * P + B * T, D), by passes for each prompt alone."""
+    width, added = together.prompts.shape[1], together.completions.shape[1]
+    before, behind = [], []
+    for prompt, length in enumerate(_ends(together).tolist()):
+        captures = [capture(kind, None, banded=banded) for kind in layout]
+        states = body(mx.array(together.prompts[prompt : prompt + 1, :length]), cache=captures)
+        before.append(mx.pad(states, [(0, 0), (0, width - length), (0, 0)]).flatten(0, 1))
+        own = np.flatnonzero(together.parents == prompt)
+        if added:
+            caches = [c.behind(0, length, len(own)) for c in captures]
+            behind.append(body(mx.array(together.completions[own]), cache=caches))
+    if not added:
+        return mx.concatenate(before)
+    order = np.argsort(np.argsort(together.parents, kind="stable"))
+    return mx.concatenate([*before, mx.concatenate(behind)[mx.array(order)].flatten(0, 1)])
 
 
 def _all_at_once(body: Body, together: Shared, captures: Sequence[Held]) -> mx.array:

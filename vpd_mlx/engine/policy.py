@@ -34,6 +34,7 @@ from vpd_mlx.engine.passes import states_of
 from vpd_mlx.engine.ranks import ALONE, Ranks
 from vpd_mlx.engine.recompute import recompute_blocks
 from vpd_mlx.engine.settings import LoraSettings, MemorySettings
+from vpd_mlx.engine.softcap import take_masks_of_rows
 from vpd_mlx.types import TokenRow
 
 __all__ = ["Policy"]
@@ -62,6 +63,7 @@ class Policy:
         shares_prompts: whether one pass over a prompt serves all its completions in updates.
         long: keys from which on attention is bounded (`attention.bounded`); None where the architecture does not allow it.
         widest: most rows that this architecture can decode side by side; None has no bound.
+        reads_alone: whether rollouts read each prompt by itself, as this architecture takes no notice of padding.
         rollout_rows: most rows that memory had room for side by side; None until it ran out in a rollout.
         notes: what a user should know of how this model is handled, e.g. a fallback.
         ranks: who else trains this policy.
@@ -74,6 +76,7 @@ class Policy:
         self.notes: list[str] = []
         self.ranks: Ranks = ALONE
         self.widest: int | None = None
+        self.reads_alone = False
         self.rollout_rows: int | None = None
         self.temperature = 1.0
         self._lora_config: dict[str, Any] = {}
@@ -82,6 +85,7 @@ class Policy:
         self._multiple = GPU_MULTIPLE if gpu_ways() else 1
         if not compiles():
             mx.disable_compile()
+        take_masks_of_rows(model)
         self._token_by_token = recurrence.install(model)
         self._probe()
 
@@ -130,13 +134,16 @@ class Policy:
 
     def _probe(self) -> None:
         """Find out, on a few tokens, what this architecture allows, and note what it does not."""
-        self.notes, self.shares_prompts = [], False
+        self.notes, self.shares_prompts, self._unpadded = [], False, False
         self._layout = layout(make_prompt_cache(self.model)) or []
         self.long: int | None = None
         self._body, head, self.vocabulary = models.split_head(self.model)
         self._plain_head: Head = head or (lambda logits: logits)
         self.temper(self.temperature)
         self.shares_prompts = models.can_share_prompts(self.model, self.hidden)
+        if not self.shares_prompts:  # perhaps it takes no notice of padding
+            self._unpadded = True
+            self.shares_prompts = self._unpadded = models.can_share_prompts(self.model, self.hidden)
         self.long = LONG if models.can_bound_attention(self.model, self.hidden, shares=self.shares_prompts) else None
         found = {
             WHOLE_LOGITS: head is None,
@@ -189,7 +196,8 @@ class Policy:
         together = None if apart else shared_prompts(rows, self._multiple, always=bool(shared))
         tokens = together or pad(rows, self._multiple)
         with contextlib.nullcontext() if long is None else bounded(self.model, long):
-            return states_of(self._body, self._layout, tokens, long, banded=self.shares_prompts)
+            how = {"banded": self.shares_prompts, "unpadded": self._unpadded}
+            return states_of(self._body, self._layout, tokens, long, **how)
 
     def logps(self, rows: Sequence[TokenRow]) -> list[npt.NDArray[np.float32]]:
         """Log-probability of every completion token, float32, by a forward pass without gradient: per row (T_i,)."""
