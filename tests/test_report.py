@@ -47,6 +47,12 @@ def run(runs: dict[str, Path], tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.fixture(scope="module")
+def whole_page(runs: dict[str, Path]) -> str:
+    """The page of the VPD run with its plots."""
+    return run_page(load_run(runs["vpd"]), 400)
+
+
 @pytest.fixture
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plots take most of the second that a page takes."""
@@ -90,8 +96,8 @@ def report(path: Path, most: int = 400) -> Parsed:
     return Parsed(run_page(load_run(path), most))
 
 
-def test_the_page_has_it_all_and_reads_nothing_from_anywhere(runs):
-    text = run_page(load_run(runs["vpd"]), 400)
+def test_the_page_has_it_all_and_reads_nothing_from_anywhere(whole_page):
+    text = whole_page
     page = Parsed(text)
     plots = page.ids("figure")
     assert {f"plot-{p}" for p in ALWAYS | {"divergence", "contexts"}} <= plots
@@ -157,8 +163,8 @@ def hostile(run: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("text", [HOSTILE, "<script>hacked()</script>", "{{ 7 * 191 }}{% raw %}"])
-def test_what_a_model_wrote_stays_text(run, text):
-    plain = run_page(load_run(run), 400)
+def test_what_a_model_wrote_stays_text(run, whole_page, text):
+    plain = whole_page
     hostile(run, text)
     page = run_page(load_run(run), 400)
     parsed = Parsed(page)
@@ -396,21 +402,22 @@ def test_a_page_leads_to_the_adapter_and_says_how_to_try_it(run, tmp_path, no_pl
     assert "vpd-mlx try" not in Parsed(run_page(load_run(run), 0, tmp_path)).text
 
 
-def test_points_under_the_pointer_are_those_of_the_run(runs):
+def test_points_under_the_pointer_are_those_of_the_run(runs, whole_page):
     found = load_run(runs["vpd"])
-    plots = run_plots(found)
-    (accuracy,) = plots["accuracy"].data["axes"]
+    plots = {str(a["id"])[5:]: json.loads(str(a["data-chart"])) for t, a in Parsed(whole_page).tags if t == "figure"}
+    (accuracy,) = plots["accuracy"]["axes"]
     steps, values, bounds = found.evaluations("student_greedy")
     greedy = next(t for t in accuracy["tracks"] if t["name"] == "student, greedy")
     assert (greedy["x"], greedy["y"]) == (steps, pytest.approx([100 * v for v in values], rel=1e-4))
     assert greedy["low"] == pytest.approx([100 * low for low, _ in bounds], rel=1e-4)
-    norms, rates = plots["updates"].data["axes"]
+    norms, rates = plots["updates"]["axes"]
+    assert [axis["name"] for axis in (norms, rates)] == ["gradient norm", "learning rate"]
     assert [t["y"] for t in norms["tracks"]] == [
         pytest.approx(found.series(f"{part}/grad_norm")[1], rel=1e-4) for part in ("student", "e_step")
     ]
     assert next(t["y"] for t in rates["tracks"]) == pytest.approx(found.series("student/rate")[1], rel=1e-4)
     for plot in plots.values():
-        for axis in plot.data["axes"]:
+        for axis in plot["axes"]:
             left, top, right, bottom = axis["box"]
             assert 0 < left < right <= 72 * 4.4
             assert 0 < top < bottom <= 72 * 3.0

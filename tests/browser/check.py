@@ -232,6 +232,17 @@ class Check:
             self.browser.eval("document.getElementById('numbers').click()")
             self.that(self.browser.eval(size) > 0, f"{name}: numbers shown on demand")
             self.browser.eval("document.getElementById('numbers').click()")
+        if again:
+            followed = self.browser.eval(
+                """(() => { document.querySelector('#list .follow').click(); const list = document.getElementById('list');
+                return [document.getElementById('problem').value, document.activeElement.id,
+                  [...list.querySelectorAll('article')].map(a => [a.querySelector('bdi').textContent,
+                    Number(a.querySelector('header b').textContent.slice(5))])]; })()"""
+            )
+            problem, focus, cards = followed
+            self.that(problem in again and focus == "problem", f"{name}: {problem} is followed, {focus} has the focus")
+            met_at = sorted(step for step, other in groups if other == problem)
+            self.that(cards == [[problem, step] for step in met_at], f"{name}: {problem} at {cards}, not {met_at}")
         if any(r["teacher"] and r["student"] for r in rows):
             added = self.browser.eval("[...document.querySelectorAll('#list ins')].map(i => i.textContent)")
             self.that(added, f"{name}: what the teacher reads besides is marked")
@@ -268,13 +279,13 @@ class Check:
             (False, False): "still wrong",
             (True, True): "kept right",
         }
-        for first, last in {(steps[0], steps[-1]), (steps[0], steps[1]), (steps[-1], steps[0])}:
+        for first, last in ((steps[-1], steps[0]), (steps[0], steps[1]), (steps[0], steps[-1])):
             change = {}
             for h in found:
                 by_step = {a["step"]: a["right"] for a in h["answers"]}
                 if first in by_step and last in by_step:
                     change[h["problem"]] = kinds[by_step[first], by_step[last]]
-            for kind in ("", *kinds.values()):
+            for kind in (*kinds.values(), ""):
                 shown = self.browser.eval(
                     f"""(() => {{ document.getElementById('from').value = '{first}';
                     document.getElementById('to').value = '{last}';
@@ -424,12 +435,16 @@ def small_runs(folder: Path) -> dict[str, Path]:
         recipe = load_recipe(QUICKSTART, list({**SMALL, "evaluation.every": 2, "algorithm": name, **changes}.items()))
         train(recipe, folder / name)
     path = folder / "vpd" / "rollouts.jsonl"
-    row = json.loads(path.read_text().splitlines()[0])
+    logged = [json.loads(line) for line in path.read_text().splitlines()]
+    row = logged[0]
     context = {"kind": HOSTILE, "text": HOSTILE, "cut": False}
     texts = dict.fromkeys(("problem", "prompt", "completion", "verdict", "teacher_prompt"), HOSTILE)
     hostile = {**row, **texts, "context": context, "pieces": [HOSTILE, "<b>"], "shift": ["nan", -9.0], "tokens": 2}
     with path.open("a", encoding="utf-8") as f:
         f.write(json.dumps(hostile) + "\n")
+        for again in logged:  # the first problem comes back in the last step
+            if again["problem"] == row["problem"]:
+                f.write(json.dumps({**again, "step": 4}) + "\n")
     path = folder / "vpd" / "answers.jsonl"
     texts = dict.fromkeys(("prompt", "completion", "verdict", "context", "teacher_prompt", "problem"), HOSTILE)
     answers = "".join(json.dumps({"step": step, "success": step > 0, **texts}) + "\n" for step in (0, 4))

@@ -61,6 +61,8 @@
       tip.replaceChildren(vpd.make("b", "", "step " + figures(x)));
       axes.forEach(function (a) {
         overlay.append(svgNode("line", { x1: toX(a, x), x2: toX(a, x), y1: a.box[1], y2: a.box[3], class: "cursor" }));
+        const there = a.tracks.some(function (t) { return t.x.includes(x); });
+        if (axes.length > 1 && there) tip.append(vpd.make("div", "soft", a.name));
         a.tracks.forEach(function (t) {
           const i = t.x.indexOf(x);
           if (i < 0) return;
@@ -77,7 +79,8 @@
       const box = svg.getBoundingClientRect(), around = figure.getBoundingClientRect(), unit = box.width / svg.viewBox.baseVal.width;
       const left = box.left - around.left + unit * toX(axes[0], x), room = around.width - tip.offsetWidth - 4;
       tip.style.left = Math.max(4, left + 12 <= room ? left + 12 : Math.min(room, left - tip.offsetWidth - 12)) + "px";
-      tip.style.top = box.top - around.top + unit * axes[0].box[1] + "px";
+      const top = box.top - around.top, narrow = tip.offsetWidth > box.width / 2; // then it would hide the curves
+      tip.style.top = (narrow ? Math.max(2, top - tip.offsetHeight) : top + unit * axes[0].box[1]) + "px";
     }
 
     // Every point of what is drawn inside the axes is moved; ticks and grid are made anew.

@@ -91,6 +91,7 @@ class Chart(Figure):
                     "box": [round(v, 2) for v in edges],
                     "x": list(axis.get_xlim()),
                     "y": list(axis.get_ylim()),
+                    "name": axis.get_ylabel(),
                     "log": axis.get_yscale() == "log",
                     "fixed": axis in self.fixed,
                     "tracks": tracks,

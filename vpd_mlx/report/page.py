@@ -193,7 +193,8 @@ def _commands(run: Run) -> list[tuple[str, str]]:
         return []
     answers = choose_answers(run.answers)
     found = answers[0].before if answers else next(run.read(run.rollouts[:1]), {})
-    prompt = str(found.get("prompt") or "")
+    if not (prompt := str(found.get("prompt") or "")):
+        return [("before and after", shlex.join(["vpd-mlx", "try", str(run.path)]))]
     tokens = number(by_dotted_key(run.config).get("rollout.max_completion_tokens"))
     options = [*(["--max-tokens", f"{tokens:.0f}"] if tokens else []), "--prompt", prompt]
     model = str(run.config.get("model") or "")
