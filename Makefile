@@ -46,6 +46,7 @@ suites-test: $(VENV)/.installed-dev
 
 browser-test: $(VENV)/.installed-dev
 	$(BIN)/python tests/browser/check.py
+	$(BIN)/python tests/browser/coach.py --steps 20
 
 # transformers and peft in an environment of their own, build/peft-venv: they must give mlx-lm's answers.
 peft-test: $(VENV)/.installed-dev

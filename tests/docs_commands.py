@@ -50,6 +50,9 @@ EXCEPTIONS = {
     "vpd-mlx train --model mlx-community/Qwen3-0.6B-4bit --set lora.scale=2.0": "fetches a model from the hub",
     "python recipes/smollm2/make_model.py": "downloads 93 MB and writes 650",
     "vpd-mlx train smollm2/dates": "wants that model, and minutes",
+    "pip install 'vpd-mlx[page]'": "needs the network",
+    "vpd-mlx train mine/mine.yaml --set 'feedback.sources=[human, sibling, verifier]' --set feedback.human=page": "wants "
+    "a model from the hub; tests/browser/coach.py trains and visits the toy",
     "vpd-mlx lab recipes/smollm2/grids/defaults.yaml": "hours on that model",
     "mlx.launch --hostfile hosts.json --backend ring -- vpd-mlx train mine.yaml": "wants two machines",
     "vpd-mlx lab recipes/lab/grids/paper.yaml": "hours; tests/test_lab.py runs a small grid",
