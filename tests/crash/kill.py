@@ -32,7 +32,7 @@ CASES = {
     "vpd-adapter": ["algorithm=vpd", "teacher.weights=adapter", "e_step.delta=ema"],
     "vpd-best": ["evaluation.keep_best=true", "evaluation.selection_every=1"],
     "sdpo": ["algorithm=sdpo"],
-    "opsd": ["algorithm=opsd", "feedback.sources=[reference]", "on_no_gap=warn"],
+    "opsd": ["algorithm=opsd", "feedback.sources=[reference]", "feedback.max_prompt_tokens=192", "on_no_gap=warn"],
     "grpo": ["algorithm=grpo", "grpo.epochs=2"],
     "joint": ["algorithm=joint"],
     "reshape": ["algorithm=reshape"],
