@@ -44,6 +44,11 @@ fuzz: $(VENV)/.installed-dev
 suites-test: $(VENV)/.installed-dev
 	$(BIN)/python tests/suites/check.py --data $(DATA)
 
+# docs/architectures.md: a tiny model of every architecture of the installed mlx-lm. To be made again when mlx-lm moves.
+.PHONY: architectures
+architectures: $(VENV)/.installed-dev
+	$(BIN)/python docs/make_architectures.py
+
 browser-test: $(VENV)/.installed-dev
 	$(BIN)/python tests/browser/check.py
 	$(BIN)/python tests/browser/coach.py --steps 20

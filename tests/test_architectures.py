@@ -17,11 +17,12 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import quantize_model
 
 from vpd_mlx import losses
+from vpd_mlx.engine.decoding import probe_batches
 from vpd_mlx.engine.heads import target_logps
 from vpd_mlx.engine.learner import accumulate
 from vpd_mlx.engine.models import lora_of
 from vpd_mlx.engine.policy import Policy
-from vpd_mlx.engine.sampling import Sampling, generate, probe_batches
+from vpd_mlx.engine.sampling import Sampling, generate
 from vpd_mlx.engine.settings import LoraSettings
 from vpd_mlx.errors import ModelError
 from vpd_mlx.types import TokenRow

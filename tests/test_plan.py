@@ -261,6 +261,7 @@ def test_the_wired_limit_is_set_where_there_is_one(small, monkeypatch):
     monkeypatch.setattr(mx, "set_wired_limit", given.append)
     load_policy(small(memory__wired_limit_gb=8.0))
     load_policy(small())
-    assert given == [8 << 30, 12 << 30]
+    assert given[0] == 8 << 30  # mlx-lm's generator, with which the load tries to decode, sets and restores its own
+    assert given[-1] == 12 << 30
     with pytest.raises(ConfigError, match=r"13 is more than this machine's 12\.0; lower it"):
         load_policy(small(memory__wired_limit_gb=13.0))

@@ -17,9 +17,10 @@ from fakes import tiny_policy
 from mlx.utils import tree_flatten
 from test_architectures import make
 
+from vpd_mlx.engine.decoding import probe_batches
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.recompute import recompute_blocks
-from vpd_mlx.engine.sampling import Sampling, generate, probe_batches
+from vpd_mlx.engine.sampling import Sampling, generate
 from vpd_mlx.engine.settings import LoraSettings
 from vpd_mlx.types import TokenRow
 

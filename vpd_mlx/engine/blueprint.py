@@ -60,8 +60,7 @@ class Blueprint(Policy):
 
     def adapt(self, lora: LoraSettings, seed: int) -> None:
         """Put LoRA on, without evaluating it."""
-        models.check_lora(self.model, lora)
-        config = models.config_of(lora, blocks=len(self.model.layers))
+        config = models.config_of(self.model, lora)
         adapters.adapt(self.model, config)
         self._lora_config = config
         self.model.train()  # else the adapter's layers evaluate their matrices

@@ -7,7 +7,6 @@ list of architectures has to be kept.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import os
 from collections.abc import Callable
@@ -28,8 +27,10 @@ from vpd_mlx.engine.attention import bounded
 from vpd_mlx.engine.caches import layout
 from vpd_mlx.engine.device import close, gpu_ways
 from vpd_mlx.engine.heads import Head
+from vpd_mlx.engine.keys import chosen_keys
+from vpd_mlx.engine.memory import out_of_memory
 from vpd_mlx.engine.settings import LoraSettings
-from vpd_mlx.errors import ConfigError, Fault, ModelError, RunError
+from vpd_mlx.errors import ModelError, RunError
 from vpd_mlx.types import TokenRow
 
 __all__ = ["Adapter", "first_line", "load_tokenizer", "lora_of"]
@@ -39,11 +40,11 @@ Adapter = dict[str, mx.array]
 
 TOKENIZER_FILES = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja"]
 PROBE = tuple(range(1, 9))
-LINEAR = ("Linear", "QuantizedLinear", "SwitchLinear", "QuantizedSwitchLinear", "Embedding", "QuantizedEmbedding")
+ALIKE = 0.2  # of the largest logit: far more than two ways to compute the same differ by in half precision
 
 
 def load_model(path: str, revision: str | None) -> tuple[nn.Module, Any]:
-    """Model and tokenizer from a folder or the hub.
+    """Model, frozen, and tokenizer from a folder or the hub.
 
     Raises:
         ModelError: there is no such model, or it cannot be loaded.
@@ -54,10 +55,12 @@ def load_model(path: str, revision: str | None) -> tuple[nn.Module, Any]:
     try:
         with contextlib.nullcontext() if folder.is_dir() else reaching_hub():
             model, tokenizer = mlx_lm.load(str(folder) if folder.is_dir() else path, revision=revision)
+        model.freeze()
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
         raise ModelError(f"model: {path!r} is no local folder, and on the hub: {hub_fault(error)}") from None
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        problem = f"{path!r} cannot be loaded ({first_line(error)})"
+    except (Exception, SystemExit) as error:
+        what = first_line(error) if isinstance(error, Exception) else "mlx-lm's file of its architecture exits"
+        problem = f"{path!r} cannot be loaded ({what})"
         raise ModelError(f"model: {problem}; it must be a complete model in mlx-lm's format") from error
     if not tokenizer.encode("a 1", add_special_tokens=False):
         raise ModelError(f"model: {path!r} has no tokenizer; put its files, such as tokenizer.json, beside the weights")
@@ -85,7 +88,7 @@ def load_tokenizer(path: str, revision: str | None) -> Any:
         raise ModelError(f"model: {problem}; put its files, such as tokenizer.json, beside the weights") from error
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its kind where it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
@@ -100,7 +103,7 @@ def split_head(model: nn.Module) -> tuple[Any, Head | None, int]:
     """(body, head, vocabulary) such that head(body(x)) is model(x); (model, None, vocabulary) where none is found."""
     outer, inner = outer_and_inner(model)
     probe = mx.array([PROBE])
-    full = model(probe).astype(mx.float32)  # (1, T, V)
+    full = _run(model, probe)  # (1, T, V)
     tolerance = 1e-4 * float(mx.abs(full).max()) + 1e-6
     for head in heads(outer, inner) if callable(inner) else []:
         try:
@@ -110,6 +113,59 @@ def split_head(model: nn.Module) -> tuple[Any, Head | None, int]:
         if logits.shape == full.shape and float(mx.abs(logits - full).max()) <= tolerance:
             return inner, head, int(full.shape[-1])
     return model, None, int(full.shape[-1])
+
+
+def _run(model: nn.Module, ids: mx.array) -> mx.array:
+    """Logits (1, T, V), float32, of an architecture that is computed as our passes need it.
+
+    Raises:
+        ModelError: it fails, sees later tokens, or gives other logits without a cache than with one.
+    """
+    name = architecture_of(model)
+    try:
+        logits: mx.array = model(ids)
+        fewer: mx.array = model(ids[:, : ids.shape[1] // 2])
+        cached: mx.array = model(ids, cache=make_prompt_cache(model))
+        mx.eval(logits, fewer, cached)
+    except Exception as error:  # whatever its architecture raises, nothing works without this
+        if out_of_memory(error):
+            raise
+        problem = f"{name} cannot be run on {mx.default_device()} ({_what(error)})"
+        raise ModelError(f"model: {problem}; take another architecture or device") from error
+    allowed = 1e-3 if logits.dtype == mx.float32 and not gpu_ways() else ALIKE
+    logits = logits.astype(mx.float32)
+    for other, problem in ((fewer, "lets tokens see later ones"), (cached, "gives other scores than it decodes by")):
+        here = logits[:, : other.shape[1]]
+        most = float(mx.abs(mx.where(mx.isinf(here), 0.0, here)).max())
+        if not float(mx.abs(mx.where(here == other, 0.0, here - other)).max()) <= allowed * most + 1e-6:
+            raise ModelError(f"model: {name}, as mlx-lm computes it, {problem}; take another architecture")
+    return logits
+
+
+def architecture_of(model: nn.Module) -> str:
+    """mlx-lm's name of the model's kind."""
+    return type(model).__module__.rsplit(".", 1)[-1]
+
+
+def _what(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def check_gradient(model: nn.Module, hidden: Callable[..., tuple[mx.array, mx.array]]) -> None:
+    """See that mlx has a gradient of the adapter in this architecture. Its graph alone is built, nothing is computed.
+
+    Raises:
+        ModelError: it has none.
+    """
+    rows = [TokenRow(PROBE[:3], PROBE[:2])]
+    model.train()
+    try:
+        nn.value_and_grad(model, lambda: hidden(rows, shared=False)[0].sum())()
+    except Exception as error:
+        problem = f"{architecture_of(model)} has no gradient in mlx ({_what(error)})"
+        raise ModelError(f"model: {problem}; take another architecture") from error
+    finally:
+        model.eval()
 
 
 def heads(outer: Any, inner: Any) -> list[Head]:
@@ -197,38 +253,16 @@ def _attends(cache: Any) -> bool:
     return type(cache).__name__ in ("KVCache", "RotatingKVCache")
 
 
-def check_lora(model: nn.Module, lora: LoraSettings) -> None:
-    """See that the model has the blocks and the layers that `lora` names.
+def config_of(model: nn.Module, lora: LoraSettings) -> dict[str, Any]:
+    """`lora` as mlx-lm's `adapter_config.json` has it, for this model; `lora_of` reads it back.
 
     Raises:
-        ConfigError: it does not; every wrong key is named, with what the model has.
+        ConfigError: `lora` does not fit the model (`keys.chosen_keys`).
     """
-    blocks = len(model.layers)
-    if lora.layers > blocks:
-        problem = f"{lora.layers} is more than the model's {blocks} blocks"
-        raise ConfigError([Fault("lora.layers", problem, f"use -1 or 1 to {blocks}")])
-    if lora.keys is None:
-        return
-    chosen = model.layers[-lora.layers :] if lora.layers > 0 else model.layers
-    known = {k for m in (*chosen, model) for k, layer in m.named_modules() if type(layer).__name__ in LINEAR}
-    short_names = sorted(k for k in known if ".layers." not in k)
-    faults = []
-    for key in (k for k in lora.keys if k not in known):
-        close = difflib.get_close_matches(key, short_names, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"use some of: {', '.join(short_names)}"
-        faults.append(Fault("lora.keys", f"{key!r} matches no linear layer of the model", hint))
-    if not lora.keys:
-        faults.append(Fault("lora.keys", "[] adapts nothing", "name layers, or use null for all"))
-    if faults:
-        raise ConfigError(faults)
-
-
-def config_of(lora: LoraSettings, blocks: int) -> dict[str, Any]:
-    """`lora` as mlx-lm's `adapter_config.json` has it, for a model of so many blocks; `lora_of` reads it back."""
     parameters: dict[str, Any] = {"rank": lora.rank, "scale": lora.scale, "dropout": lora.dropout}
-    if lora.keys is not None:
-        parameters["keys"] = list(lora.keys)
-    layers = lora.layers if lora.layers > 0 else blocks
+    if (keys := chosen_keys(model, lora)) is not None:
+        parameters["keys"] = keys
+    layers = lora.layers if lora.layers > 0 else len(model.layers)
     return {"fine_tune_type": "lora", "num_layers": layers, "lora_parameters": parameters}
 
 
@@ -245,13 +279,22 @@ def lora_of(folder: Path) -> LoraSettings:
         if kind != "lora":
             raise ModelError(f"{path}: fine_tune_type is {kind!r}; only LoRA adapters can be evaluated")
         scale, dropout = float(parameters["scale"]), float(parameters.get("dropout", 0.0))
-        layers, keys = config["num_layers"], parameters.get("keys")
+        layers, keys = config["num_layers"], parameters.get("keys") or _keys_of(folder)
         return LoraSettings(rank=parameters["rank"], scale=scale, dropout=dropout, layers=layers, keys=keys)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror}); give an adapter folder of mlx-lm's") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # ValueError: bad JSON or a bad value
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ModelError(f"{path}: is not an adapter's config ({what}); export it again") from None
+
+
+def _keys_of(folder: Path) -> list[str] | None:
+    """The layers that an adapter of another program is on, where it has matrices for each expert; None for all of a block."""
+    path = folder / "adapters.safetensors"
+    tensors: Any = mx.load(str(path)) if path.is_file() else {}
+    if all(t.ndim < 3 for t in tensors.values()):
+        return None
+    return sorted({name.rpartition(".")[0].partition(".layers.")[2].partition(".")[2] for name in tensors})
 
 
 def load_adapter(folder: Path, like: Adapter) -> Adapter:

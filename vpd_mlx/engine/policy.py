@@ -106,7 +106,6 @@ class Policy:
             ConfigError: `lora` does not fit it.
         """
         model, tokenizer = models.load_model(path, revision)
-        model.freeze()
         policy = cls(model, tokenizer, path, memory)
         if lora is not None:
             policy.adapt(lora, seed)
@@ -116,13 +115,13 @@ class Policy:
 
     def adapt(self, lora: LoraSettings, seed: int) -> None:
         """Put LoRA on the frozen base: A uniform from `seed`, B zero, so the network is unchanged at first."""
-        models.check_lora(self.model, lora)
-        config = models.config_of(lora, blocks=len(self.model.layers))
+        config = models.config_of(self.model, lora)
         mx.random.seed(phase_seed(seed, 0, "lora"))
         adapters.adapt(self.model, config)
         self._lora_config = config
         mx.eval(self.model.parameters())
         self._probe()
+        models.check_gradient(self.model, self.hidden)
 
     def temper(self, temperature: float) -> None:
         """From here on score, and take gradients of, the distribution that is sampled at this temperature.
@@ -156,7 +155,7 @@ class Policy:
     @property
     def architecture(self) -> str:
         """mlx-lm's name of the model's kind."""
-        return type(self.model).__module__.rsplit(".", 1)[-1]
+        return models.architecture_of(self.model)
 
     @property
     def head_chunk(self) -> int:

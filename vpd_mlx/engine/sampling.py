@@ -26,11 +26,10 @@ from vpd_mlx.engine.live_rows import LiveRows
 from vpd_mlx.engine.memory import free, out_of_memory
 from vpd_mlx.engine.nucleus import nucleus
 from vpd_mlx.engine.policy import Policy
-from vpd_mlx.types import FinishReason, Rollout, TokenRow
+from vpd_mlx.types import FinishReason, Rollout
 
-__all__ = ["Finished", "Reply", "Sampling", "default_streams", "generate", "probe_batches", "stream"]
+__all__ = ["Finished", "Reply", "Sampling", "can_merge", "default_streams", "generate", "stream"]
 
-ROUNDING = 1e-3  # nats: what float32 may be off
 PREFILL = 2048  # prompt tokens read at once
 PATIENCE = 5.0  # seconds for the decoding threads to end with the process
 CPU_STREAMS = 2  # one mlx stream keeps one core busy; a constant, so that a run is the same on any number of cores
@@ -348,7 +347,7 @@ def _continuous(
 
 def _behind_prompts(policy: Policy, prompts: Sequence[tuple[int, ...]], samples: int) -> list[Any] | None:
     """One cache for all rows, each prompt read once and nothing kept of it but the rows' own copies."""
-    if not _can_merge(policy):
+    if not can_merge(policy):
         return None
     by_layer = [list(layers) for layers in zip(*(_read(policy, p) for p in prompts), strict=True)]
     merged = []
@@ -360,7 +359,7 @@ def _behind_prompts(policy: Policy, prompts: Sequence[tuple[int, ...]], samples:
     return merged
 
 
-def _can_merge(policy: Policy) -> bool:
+def can_merge(policy: Policy) -> bool:
     """Whether rows of this architecture can start from what one of them read."""
     return all(hasattr(c, "merge") for c in make_prompt_cache(policy.model))
 
@@ -392,7 +391,7 @@ def _insert(
 ) -> dict[int, tuple[int, int]]:
     """Queue all rows; a prompt with several samples is read once, and its cache shared."""
     places: dict[int, tuple[int, int]] = {}
-    share = (samples > 1 or policy.reads_alone) and _can_merge(policy)
+    share = (samples > 1 or policy.reads_alone) and can_merge(policy)
     for p, prompt in enumerate(prompts):
         shared = share and len(prompt) > 1
         caches: Any = [_ReadWhenNeeded(policy, prompt)] * samples if shared else None
@@ -406,34 +405,3 @@ def _rollout(policy: Policy, ids: list[int], logps: list[float], reason: FinishR
     stopped = ids[-1] in policy.tokenizer.eos_token_ids
     text = policy.tokenizer.decode(ids[:-1] if stopped else ids)
     return Rollout(tokens=tuple(ids), logps=tuple(logps), text=text, finish="stop" if stopped else reason)
-
-
-def probe_batches(policy: Policy) -> None:
-    """Find out whether mlx-lm can decode this architecture in batches; where it cannot, rows are decoded one by one.
-
-    Prompts that are read side by side are padded. An architecture that takes no notice of this gives other log-probabilities than
-    scoring does: then each prompt is read by itself.
-    """
-    policy.widest, policy.reads_alone = None, False
-    try:
-        for _ in generate(policy, [(1, 2, 3), (4, 5)], 2, Sampling(1.0, 1.0, 3), 0):
-            pass
-        padded = _apart_from_scoring(policy)
-        policy.reads_alone = padded > ROUNDING and _can_merge(policy)
-        policy.reads_alone = policy.reads_alone and _apart_from_scoring(policy) < padded / 4  # else padding is not why
-    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
-        policy.widest = 1
-        policy.notes.append(
-            f"{policy.architecture}: mlx-lm cannot decode it in batches ({str(error).splitlines()[0]}), so completions are "
-            "sampled one by one: the same results, several times slower"
-        )
-
-
-def _apart_from_scoring(policy: Policy) -> float:
-    """How far the log-probabilities of tokens behind prompts of different lengths are from those that scoring gives them."""
-    prompts = [(1, 2, 3, 4, 5, 6, 7), (4, 5)]
-    rollouts = [
-        (TokenRow(prompts[p], r.tokens), r.logps) for p, _, r in generate(policy, prompts, 1, Sampling(1.0, 1.0, 3), 0)
-    ]
-    scores = policy.logps([row for row, _ in rollouts])
-    return max(float(np.abs(np.array(logps) - own).max()) for (_, logps), own in zip(rollouts, scores, strict=True))

@@ -23,7 +23,13 @@ class LoraSettings(Section):
     )
     layers: int = Field(-1, ge=-1, description="Adapt the last n blocks; -1 adapts all.")
     keys: list[str] | None = Field(
-        None, description="Names of the linear layers within a block, e.g. `self_attn.q_proj`; null adapts all of them."
+        None,
+        description="Names of the linear layers within a block, e.g. `self_attn.q_proj`; null adapts all of them but routers "
+        "and experts.",
+    )
+    experts: bool = Field(
+        False,
+        description="Adapt a mixture's experts too, where `keys` is null: each has matrices of its own. The router stays frozen.",
     )
 
 

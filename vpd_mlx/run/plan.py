@@ -23,7 +23,7 @@ from vpd_mlx.engine.blueprint import Blueprint
 from vpd_mlx.engine.device import compiles
 from vpd_mlx.engine.models import first_line
 from vpd_mlx.engine.sampling import PREFILL, Sampling, default_streams
-from vpd_mlx.errors import ConfigError, Fault, ModelError, config_error
+from vpd_mlx.errors import ConfigError, Fault, ModelError, VpdError, config_error
 from vpd_mlx.recipe import Recipe
 from vpd_mlx.types import Context, Group, Problem, Rollout, TokenRow, Verdict
 
@@ -120,9 +120,12 @@ def plan(recipe: Recipe, *, prompt: int | None = None, context: int | None = Non
         blueprint.temper(recipe.rollout.temperature)
         update, held = _update(recipe, config, blueprint, lengths)
         moments = {**_decoding(recipe, blueprint, lengths), "update": update}
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        problem = f"{recipe.model!r} cannot be planned for ({type(error).__name__}: {first_line(error)})"
-        raise ModelError(f"model: {problem}; it needs a dense architecture that mlx-lm knows") from error
+    except VpdError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever mlx-lm's file of an architecture raises
+        what = f"{type(error).__name__}: {first_line(error)}"
+        problem = f"{recipe.model!r} cannot be planned for ({what})"
+        raise ModelError(f"model: {problem}; it needs an architecture that mlx-lm knows") from error
     finally:
         if compiles():
             mx.enable_compile()

@@ -16,9 +16,10 @@ from vpd_mlx import __version__
 from vpd_mlx.algos.base import Algorithm, Function
 from vpd_mlx.common.functions import NOTHING, PREFIX, Handed
 from vpd_mlx.common.seeds import phase_seed
+from vpd_mlx.engine.decoding import probe_batches
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.ranks import ALONE, Ranks
-from vpd_mlx.engine.sampling import Sampling, generate, probe_batches
+from vpd_mlx.engine.sampling import Sampling, generate
 from vpd_mlx.errors import ConfigError, DataError, Fault, ModelError, config_error
 from vpd_mlx.feedback import SOURCES, Sources, build_sources
 from vpd_mlx.feedback.base import Generate, Host
