@@ -43,7 +43,9 @@ def run(
 
     def total(*given: mx.array) -> tuple[mx.array, ...]:
         *rest, state = given
-        out, last = rule(*rest, mx.full(HV, a_log), mx.ones(HV), state, mask, use_kernel=False, **how)
+        gates = x["a"].shape[2:]
+        rates = mx.full((HV, 1)[: len(gates)], a_log)
+        out, last = rule(*rest, rates, mx.ones(gates), state, mask, use_kernel=False, **how)
         out = out * real[..., None, None]
         return (mx.sin(out).sum() + mx.cos(last).sum(), out, last)
 
@@ -92,6 +94,13 @@ def test_other_gates(how: dict[str, Any]):
     same(inputs(), **how)
 
 
+@pytest.mark.parametrize("a_log", [-30.0, 0.0, 9.0])
+def test_a_gate_for_each_channel(a_log: float):
+    x = inputs()
+    x["a"] = 2 * mx.random.normal((B, T, HV, DK), key=mx.random.key(7))
+    same(x, a_log, mask=mx.arange(T) < mx.array([[13], [T]]))
+
+
 def test_half_precision_goes_in_and_comes_out():
     x = {n: v.astype(mx.bfloat16) for n, v in inputs().items()}
     x["state"] = x["state"].astype(mx.float32)
@@ -121,7 +130,7 @@ def test_what_does_not_agree_is_noted_and_left_to_mlx_lm(monkeypatch: pytest.Mon
 
 def test_kernels_are_taken_where_mlx_has_them(monkeypatch: pytest.MonkeyPatch):
     """Here mlx's function agrees and falls back to a token at a time, which its graph shows."""
-    heads = {"each": 1, "keys": 4, "values": 4, "dtype": mx.float32, "how": {}}
+    heads = {"each": 1, "keys": 4, "values": 4, "channels": False, "dtype": mx.float32, "how": {}}
     monkeypatch.setattr(recurrence, "GPU_CHUNK", 4)
     assert not agrees(Rule(kernels=True, size=4), **heads)
     monkeypatch.setattr(recurrence, "_has_kernels", lambda results: True)

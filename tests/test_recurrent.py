@@ -22,12 +22,13 @@ from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.recompute import recompute_blocks
 from vpd_mlx.engine.sampling import Sampling, generate
 from vpd_mlx.engine.settings import LoraSettings
+from vpd_mlx.errors import ModelError
 from vpd_mlx.types import TokenRow
 
 DELTA = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
          "linear_conv_kernel_dim": 4, "full_attention_interval": 2, "head_dim": 8, "max_position_embeddings": 512,
          "rope_theta": 1e4}  # fmt: skip
-MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_d_conv": 4, "mamba_n_groups": 1,
+MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_d_conv": 4, "mamba_n_groups": 1,
           "mamba_proj_bias": False, "mamba_conv_bias": True}  # fmt: skip
 HYBRIDS: dict[str, dict[str, Any]] = {
     "qwen3_5": DELTA,
@@ -107,6 +108,7 @@ def test_what_is_sampled_behind_a_shared_prompt_is_what_is_scored(policy: Policy
 def test_a_recurrence_without_masks_reads_each_prompt_by_itself():
     policy = tiny_policy("mamba", LoraSettings(rank=2), **MAMBA)
     policy.set_adapter({k: v + 0.05 for k, v in policy.adapter.items()})
+    assert any("in a loop, so it goes token by token" in note for note in policy.notes)
     assert policy.shares_prompts
     assert policy._unpadded
     probe_batches(policy)
@@ -119,11 +121,17 @@ def test_a_recurrence_without_masks_reads_each_prompt_by_itself():
     assert_close(gradient(policy, shared=True), gradient(policy, shared=False))
 
 
+def test_a_config_that_transformers_refuses_is_named(tmp_path: Path):
+    folder = make(tmp_path / "model", "granitemoehybrid", HYBRIDS["granitemoehybrid"], None)
+    with pytest.raises(ModelError, match=r"config.json that transformers refuses \(The dimensions for the Mamba head"):
+        Policy.load(str(folder), None)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("kind", HYBRIDS)
 def test_ten_steps_resume_to_the_bit_and_what_is_exported_loads(tmp_path: Path, kind: str):
-    settings = {**HYBRIDS[kind], **({"block_dim": 64} if kind == "lfm2" else {})}
-    model = make(tmp_path / "model", kind, settings, None)
+    wider = {"lfm2": {"block_dim": 64}, "granitemoehybrid": {"mamba_d_head": 32}}
+    model = make(tmp_path / "model", kind, {**HYBRIDS[kind], **wider.get(kind, {})}, None)
     own = {"model": model, "steps": 10, "checkpoint.every": 5, "optimizer.learning_rate": 1e-2}
     changes = [word for key, value in {**SMALL, **own}.items() for word in ("--set", f"{key}={value}")]
 

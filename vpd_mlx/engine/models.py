@@ -18,7 +18,13 @@ import mlx.nn as nn
 import mlx_lm
 import mlx_lm.utils
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    StrictDataclassError,
+)
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import CacheList, make_prompt_cache
 
@@ -58,6 +64,9 @@ def load_model(path: str, revision: str | None) -> tuple[nn.Module, Any]:
         model.freeze()
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
         raise ModelError(f"model: {path!r} is no local folder, and on the hub: {hub_fault(error)}") from None
+    except StrictDataclassError as error:  # transformers reads the config too, for the tokenizer
+        problem = f"{path!r} has a config.json that transformers refuses ({first_line(error.__cause__ or error)})"
+        raise ModelError(f"model: {problem}; correct it, or take another copy of the model") from error
     except (Exception, SystemExit) as error:
         what = first_line(error) if isinstance(error, Exception) else "mlx-lm's file of its architecture exits"
         problem = f"{path!r} cannot be loaded ({what})"

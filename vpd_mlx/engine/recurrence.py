@@ -1,4 +1,4 @@
-"""The gated delta rule, the recurrence of Qwen3.5, Qwen3-Next and OLMo's hybrid, by chunks of tokens in the place of one by one.
+"""The gated delta rule by chunks of tokens, not one by one: the recurrence of Qwen3.5, Qwen3-Next, OLMo's hybrid and Kimi Linear.
 
 A head keeps a matrix S (Dv, Dk). A token with query q, key k, value v, gate g in (0, 1] and rate b changes and reads it:
 
@@ -14,7 +14,8 @@ matrices (Yang et al. 2024, arXiv 2406.06484 and, with gates, arXiv 2412.06464, 
 
 This is exact. Only sums of log g, which are never positive, are exponentiated; each G_i - G_j is summed up by itself, as a
 difference of two long sums would lose digits after a strong decay. (I + L)^-1 is put together from the inverses of its diagonal
-blocks: powers of L would grow to 10^18 where a token is repeated.
+blocks: powers of L would grow to 10^18 where a token is repeated. With a gate for each channel of the key (Kimi Linear, arXiv
+2510.26692), k_i.k_j and q_i.k_j are sums of channels that decay on their own, of (C, C, Dk) products for each chunk.
 
 `install` gives the layers of the model at hand a class of their own, in whose `__call__` the name of mlx-lm's function means
 ours. Other models of the process keep mlx-lm's, every pass of this one is served, whatever thread runs it, and no code of
@@ -34,7 +35,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import gated_delta
+from mlx_lm.models.cache import make_prompt_cache
 
+from vpd_mlx.engine.caches import KEYS, layout
 from vpd_mlx.engine.device import close, device_kind, gpu_ways
 
 __all__ = ["Rule", "agrees", "chunked", "install", "inverse", "rule_of"]
@@ -72,15 +75,25 @@ def inverse(lower: mx.array) -> mx.array:
     return found.squeeze(-3)
 
 
+def _decays(log_g: mx.array) -> mx.array:
+    """e^(G_i - G_j) for j <= i, else 0: (..., C, D) -> (..., C, C, D)."""
+    at = mx.arange(log_g.shape[-2])
+    before, seen = (x[..., None] for x in (at[:, None] > at, at[:, None] >= at))
+    sums = mx.cumsum(mx.where(before, log_g[..., :, None, :], 0.0), axis=-3)  # of those behind j up to i
+    return mx.exp(mx.where(seen, sums, -mx.inf))
+
+
 def chunked(
     q: mx.array, k: mx.array, v: mx.array, log_g: mx.array, beta: mx.array, state: mx.array, size: int
 ) -> tuple[mx.array, mx.array]:
     """Outputs (B, T, Hv, Dv) and the last state (B, Hv, Dv, Dk), float32.
 
-    `q` and `k` (B, T, Hk, Dk), `v` (B, T, Hv, Dv), `log_g` and `beta` (B, T, Hv), `state` (B, Hv, Dv, Dk); `size` tokens per
-    chunk, a power of 2. A token with `log_g` and `beta` 0 leaves the state as it is.
+    `q` and `k` (B, T, Hk, Dk), `v` (B, T, Hv, Dv), `log_g` (B, T, Hv) or, a gate for each channel, (B, T, Hv, Dk), `beta` (B,
+    T, Hv), `state` (B, Hv, Dv, Dk); `size` tokens per chunk, a power of 2. A token with `log_g` and `beta` 0 leaves the state
+    as it is.
     """
     rows, length, heads, _ = q.shape
+    v_shape = v.shape[:3]
     each = v.shape[2] // heads  # value heads that share a key head
     size = min(size, max(LEAST, 1 << (length - 1).bit_length()))
     count = -(-length // size)
@@ -91,22 +104,26 @@ def chunked(
         return x.reshape(rows, count, size, heads, shared, -1).transpose(1, 0, 3, 4, 2, 5)
 
     q, k, v = cut(q, 1), cut(k, 1), cut(v, each)
-    log_g, beta = cut(log_g[..., None], each), cut(beta[..., None], each)
+    log_g, beta = cut(log_g.reshape(*v_shape, -1), each), cut(beta[..., None], each)
     state = state.astype(mx.float32).reshape(rows, heads, each, *state.shape[2:]).swapaxes(-1, -2)  # S^T
-    at = mx.arange(size)
-    before, seen = at[:, None] > at, at[:, None] >= at
-    sums = mx.cumsum(mx.where(before, log_g, 0.0), axis=-2)  # G_i - G_j
-    decay = mx.exp(mx.where(seen, sums, -mx.inf))
+    decay = _decays(log_g)
     since = mx.exp(mx.cumsum(log_g, axis=-2))  # e^G
-    keys = k.swapaxes(-1, -2)
-    solve = inverse(mx.where(before, (k @ keys) * decay * beta, 0.0))
+
+    def scores_of(x: mx.array) -> mx.array:
+        """x_i . k_j, each channel decayed since j: (..., C, C)."""
+        if decay.shape[-1] == 1:  # one gate comes out of the product
+            return (x @ k.swapaxes(-1, -2)) * decay.squeeze(-1)
+        return (x[..., :, None, :] * k[..., None, :, :] * decay).sum(axis=-1)
+
+    before = mx.arange(size)[:, None] > mx.arange(size)
+    solve = inverse(mx.where(before, scores_of(k) * beta, 0.0))
     parts = (
         solve @ (v * beta),
         solve @ (k * (beta * since)),
         q * since,
-        (q @ keys) * decay,
-        keys * decay[..., -1:, :],
-        since[..., -1:, :],
+        scores_of(q),
+        (k * decay[..., -1, :, :]).swapaxes(-1, -2),
+        since[..., -1:, :].swapaxes(-1, -2),
     )
     found = []
     for own, away, query, scores, key, left in zip(*(mx.split(x, count) for x in parts), strict=True):
@@ -142,7 +159,7 @@ class Rule:
     ) -> tuple[mx.array, mx.array]:
         """Outputs (B, T, Hv, Dv) in the dtype of `q`, and the last state (B, Hv, Dv, Dk)."""
         how = {"lower_bound": lower_bound, "allow_neg_eigval": allow_neg_eigval}
-        if q.shape[1] == 1 or a.ndim > 3:  # a gate for each channel is no scalar that could be taken out of a product
+        if q.shape[1] == 1:
             return PLAIN(q, k, v, a, b, A_log, dt_bias, state, mask, use_kernel=use_kernel, **how)
         beta = mx.sigmoid(b) * (2.0 if allow_neg_eigval else 1.0)
         scale = mx.exp(A_log.astype(mx.float32))
@@ -151,7 +168,8 @@ class Rule:
         else:
             log_g = lower_bound * mx.sigmoid(scale * (a.astype(mx.float32) + dt_bias))
         if mask is not None:
-            log_g, beta = mx.where(mask[..., None], log_g, 0.0), mx.where(mask[..., None], beta, 0.0)
+            log_g = mx.where(mask.reshape(*mask.shape, *[1] * (a.ndim - 2)), log_g, 0.0)
+            beta = mx.where(mask[..., None], beta, 0.0)
         if state is None:
             state = mx.zeros((q.shape[0], *v.shape[2:], k.shape[-1]), mx.float32)
         if self.kernels:
@@ -164,11 +182,12 @@ class Rule:
 def install(model: nn.Module) -> str | None:
     """Have this model's layers compute the gated delta rule by the first of our ways that agrees with mlx-lm's.
 
-    Returns why they are left as they are, if there are such layers and they are.
+    Returns why a recurrence of the model goes token by token, if one does: another one may.
     """
     layers = [m for m in model.modules() if rule_of(type(m)) is PLAIN]
     if not layers:
-        return None
+        recurrent = layout(make_prompt_cache(model)) != [KEYS] * len(model.layers)
+        return "mlx-lm computes its recurrence in a loop" if recurrent and _grows(model) else None
     kinds = [type(m) for m in layers]
     seen: list[tuple[Any, ...]] = []
 
@@ -185,27 +204,41 @@ def install(model: nn.Module) -> str | None:
     if not seen:
         return "its layers with a gated delta rule are not reached by a token"
     (q, _, v, a, *_), kwargs = seen[0]
-    if a.ndim > 3:
-        return "its gated delta rule has a gate for each channel"
     how = {name: value for name, value in kwargs.items() if name in ("lower_bound", "allow_neg_eigval")}
-    size = GPU_CHUNK if gpu_ways() else CHUNK
-    ways = [Rule(kernels=True)] if device_kind() == "metal" and hasattr(mx.fast, NAME) else []
+    channels = a.ndim > 3
+    size = GPU_CHUNK if gpu_ways() and not channels else CHUNK
+    ways = [Rule(kernels=True)] if device_kind() == "metal" and hasattr(mx.fast, NAME) and not channels else []
+    heads = {"each": v.shape[2] // q.shape[2], "keys": q.shape[-1], "values": v.shape[-1], "channels": channels}
     for rule in [*ways, Rule(size=size)]:
-        if agrees(rule, each=v.shape[2] // q.shape[2], keys=q.shape[-1], values=v.shape[-1], dtype=q.dtype, how=how):
+        if agrees(rule, **heads, dtype=q.dtype, how=how):
             _give(layers, rule)
             return None
     return "its gated delta rule in chunks differs from mlx-lm's"
 
 
-def agrees(rule: Rule, *, each: int, keys: int, values: int, dtype: mx.Dtype, how: dict[str, Any]) -> bool:
+def _grows(model: nn.Module) -> bool:
+    """Whether more tokens take more operations, as a loop over them does; what goes by chunks takes a tenth more here."""
+    sizes = []
+    for length in (16, 48):
+        graph = io.StringIO()
+        mx.export_to_dot(graph, model(mx.zeros((1, length), mx.int32)))  # never evaluated
+        sizes.append(graph.getvalue().count("label"))
+    return sizes[1] > 1.4 * sizes[0]
+
+
+def agrees(
+    rule: Rule, *, each: int, keys: int, values: int, channels: bool, dtype: mx.Dtype, how: dict[str, Any]
+) -> bool:
     """Whether values and gradients of one key head with `each` value heads are mlx-lm's; for kernels, whether there are any."""
     length = 2 * rule.size + 3
-    shapes = [(1, keys), (1, keys), (each, values), (each,), (each,)]
+    gates = (each, keys) if channels else (each,)
+    shapes = [(1, keys), (1, keys), (each, values), gates, (each,)]
     random = [mx.random.normal((2, length, *shape), key=mx.random.key(i)) for i, shape in enumerate(shapes)]
     start = mx.random.normal((2, each, values, keys), key=mx.random.key(len(shapes)))
     q, k = (x.astype(dtype) for x in gated_delta.normalize_qk(*random[:2], inv_scale=keys**-0.5, eps=1e-6))
     inputs = [q, k, *(x.astype(dtype) for x in random[2:]), start]
-    rates, bias = mx.log(mx.linspace(0.01, 16.0, each)), mx.ones(each)  # from hardly any decay to a strong one
+    rates, bias = mx.log(mx.linspace(0.01, 16.0, each)), mx.ones(gates)  # from hardly any decay to a strong one
+    rates = rates[:, None] if channels else rates
     mask = mx.arange(length) < mx.array([[length], [length - 5]])
 
     def results(function: Callable[..., tuple[mx.array, mx.array]]) -> list[mx.array]:
