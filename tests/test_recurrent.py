@@ -117,7 +117,7 @@ def test_a_recurrence_without_masks_reads_each_prompt_by_itself():
     prompts = (LONG, LONG[:9])
     for p, _, r in generate(policy, prompts, 1, Sampling(1.0, 1.0, 5), 0):
         np.testing.assert_allclose(policy.logps([TokenRow(prompts[p], r.tokens)])[0], r.logps, atol=1e-5)
-    policy._body = policy.model.backbone  # as if the head came off: the states are compared
+    assert policy._body is policy.model.backbone
     assert_close(gradient(policy, shared=True), gradient(policy, shared=False))
 
 

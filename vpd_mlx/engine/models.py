@@ -105,7 +105,7 @@ def first_line(error: BaseException) -> str:
 def outer_and_inner(model: nn.Module) -> tuple[Any, Any]:
     """The module with the head, and the one below, which holds the embedding and the blocks; None where there is none."""
     outer = getattr(model, "language_model", model)  # some architectures wrap it once more
-    return outer, getattr(outer, "model", None) or getattr(outer, "transformer", None)
+    return outer, next((m for n in ("model", "transformer", "backbone") if (m := getattr(outer, n, None))), None)
 
 
 def split_head(model: nn.Module) -> tuple[Any, Head | None, int]:
@@ -116,7 +116,7 @@ def split_head(model: nn.Module) -> tuple[Any, Head | None, int]:
     tolerance = 1e-4 * float(mx.abs(full).max()) + 1e-6
     for head in heads(outer, inner) if callable(inner) else []:
         try:
-            logits = head(inner(probe)).astype(mx.float32)
+            logits = head(inner(probe, cache=None)).astype(mx.float32)
         except (TypeError, ValueError, AttributeError):
             break  # this architecture calls its inner model in another way
         if logits.shape == full.shape and float(mx.abs(logits - full).max()) <= tolerance:
@@ -180,15 +180,17 @@ def check_gradient(model: nn.Module, hidden: Callable[..., tuple[mx.array, mx.ar
 def heads(outer: Any, inner: Any) -> list[Head]:
     """What may turn the body's states into logits: the projection or the embedding, scaled or capped as the arguments say."""
     projection = getattr(outer, "lm_head", None)
-    embedding = getattr(inner, "embed_tokens", None) or getattr(inner, "wte", None)
+    embedding = next((m for n in ("embed_tokens", "wte", "embeddings") if (m := getattr(inner, n, None))), None)
     linear: Head | None = projection if projection is not None else getattr(embedding, "as_linear", None)
     if linear is None or _is_adapted(projection) or _is_adapted(embedding):
         return []
-    found = [linear]
+    found, args = [linear], getattr(outer, "args", None)
     for name in ("logit_scale", "logits_scaling", "final_logit_softcapping"):
-        value = getattr(getattr(outer, "args", None), name, None)
+        value = getattr(args, name, None)
         if isinstance(value, int | float) and value:
             found += [_scaled(linear, value), _scaled(linear, 1 / value), _capped(linear, value)]
+    if (out := getattr(args, "lm_head_multiplier", None)) and (into := getattr(args, "embedding_multiplier", None)):
+        found.append(_scaled(linear, out / into))  # an embedding that is kept multiplied
     return found
 
 
