@@ -117,6 +117,7 @@ generated from `vpd_mlx/run/records.py` by `docs/make_reference.py`; a test keep
 | `answers.jsonl` | a row for each held-out problem of an evaluation, up to 200 of them |
 | `general.jsonl` | a row for each general check of `retain` |
 | `summary.json` | written once, when the run has ended |
+| `start/` | the adapter before the first step, where the run continued one (`adapter`) or was warmed up (`warm_start`) |
 | `adapters/` | the trained adapter, as mlx-lm loads it |
 | `checkpoints/` | what a resume needs |
 | `nonfinite/` | the completions of steps whose update was left out as not finite |

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar, Union
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar, Union
 
 from pydantic import Field, create_model
 from pydantic.fields import FieldInfo
@@ -86,6 +86,28 @@ class EvaluationSettings(Section):
             yield Fault("evaluation.patience", "needs evaluations during training", remedy)
 
 
+class WarmStartSettings(Section):
+    """Supervised steps on demonstrations before the first step, for a student that succeeds at nothing: there is then no right
+    answer to learn from. Left out where it is right in one of a few sampled answers to training problems."""
+
+    paths: ClassVar[tuple[str, ...]] = ("data",)
+
+    steps: int = Field(
+        0,
+        ge=0,
+        description="Supervised steps of `rollout.prompts` demonstrations each, at `optimizer.learning_rate`; 0 has none.",
+    )
+    data: str | None = Field(
+        None,
+        description="Rows with a right answer, in the task's columns; null takes the task's training rows. None may be held out.",
+    )
+
+    def faults(self, recipe: Any) -> Iterator[Fault]:
+        """Demonstrations are for steps."""
+        if self.data is not None and not self.steps:
+            yield Fault("warm_start.data", "means nothing with warm_start.steps 0", "set warm_start.steps, e.g. to 20")
+
+
 class CheckpointSettings(Section):
     """What a run keeps, to be resumed from."""
 
@@ -114,6 +136,8 @@ _TASK: Any = Annotated[Union[tuple(settings for settings, _ in TASKS)], Field(di
 
 class _Core(Section):
     """Everything that decides a run."""
+
+    paths: ClassVar[tuple[str, ...]] = ("adapter",)
 
     version: Literal[2] = Field(
         2,
@@ -144,6 +168,12 @@ class _Core(Section):
         "8 problems or more: `stop`, or `warn` and train. Only for algorithms that learn from feedback.",
     )
     task: _TASK = Field(description="Problems and verifier.")
+    adapter: str | None = Field(
+        None,
+        description="Adapter folder in mlx-lm's format, of `mlx_lm.lora` or of a run here, to continue from. Its rank, scale, "
+        "layers and keys are taken over; null starts with a fresh adapter.",
+    )
+    warm_start: WarmStartSettings = WarmStartSettings()
     lora: LoraSettings = LoraSettings()
     feedback: FeedbackSettings = FeedbackSettings()
     templates: Templates = Templates()

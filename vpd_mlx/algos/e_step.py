@@ -159,7 +159,7 @@ def bco_update(
     if not labels.any() or labels.all():
         return EStepResult({**counts, "skipped": 1}, previous_delta)
     student_rows = [s.student for s in contexted]
-    with policy.adapter_off() if cfg.prior == "fixed" else contextlib.nullcontext():
+    with policy.as_begun() if cfg.prior == "fixed" else contextlib.nullcontext():
         anchor = scored(policy, student_rows)
     lengths = np.array([len(r.completion) for r in student_rows], np.float32)
     bco = _Bco(cfg, labels, lengths, np.array([a.sum() for a in anchor], np.float32), previous_delta)

@@ -230,6 +230,6 @@ def _batch(policy: Policy, samples: Sequence[Sample], cfg: GrpoSettings, batches
         old = {i: logps for i, logps in enumerate(scored(policy, rows)) if i not in set(first)}
     reference = None
     if cfg.kl > 0:
-        with policy.adapter_off():
+        with policy.as_begun():
             reference = scored(policy, rows)
     return Batch(samples, cfg, advantages_of(samples, cfg), old, reference)

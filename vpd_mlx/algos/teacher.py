@@ -63,7 +63,7 @@ class Teacher(Stateful):
         """Hidden states of the completion positions under the teacher's weights, per row, without gradient."""
         if self.kind == "trust_region":
             live = policy.states(rows)
-            with policy.adapter_off():
+            with policy.as_begun():
                 initial = policy.states(rows)
             return [{"teacher": a, "initial": b} for a, b in zip(live, initial, strict=True)]
         with contextlib.nullcontext() if self.weights is None else policy.using(self.weights):

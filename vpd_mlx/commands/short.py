@@ -15,7 +15,7 @@ from vpd_mlx.recipe import Recipe, load_recipe, made_recipe, resolve_recipe_path
 
 __all__ = ["asked_recipe", "by_key", "named_flags"]
 
-FILES = ("model", "data", "verifier")  # whose paths are relative to the folder where the command is given
+FILES = ("model", "adapter", "data", "verifier")  # whose paths are relative to the folder where the command is given
 
 
 def by_key(flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -42,6 +42,9 @@ def train(
         str | None, typer.Argument(help="A built-in recipe's name or a .yaml file.", show_default="quickstart")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Model folder or hub id.", show_default="the recipe's")] = None,
+    adapter: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Adapter of `mlx_lm.lora` or of a run, to continue from.")
+    ] = None,
     data: Annotated[
         str | None, typer.Option(metavar="FILE", help="Rows to train on. With --model, no RECIPE is needed.")
     ] = None,
@@ -68,7 +71,7 @@ def train(
 
     Ctrl-C stops the run at the next safe moment, with a checkpoint and adapters; a second Ctrl-C stops it at once.
     """
-    short = {"model": model, "data": data, "verifier": verifier, "algorithm": algorithm, "lr": lr}
+    short = {"model": model, "adapter": adapter, "data": data, "verifier": verifier, "algorithm": algorithm, "lr": lr}
     short |= {"steps": steps, "seed": seed, "name": name}
     stop = Stop()
 

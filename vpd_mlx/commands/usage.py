@@ -22,6 +22,7 @@ UsageError: type[Any] = typer.BadParameter.__bases__[0]
 
 SHORT = {
     "model": "model",
+    "adapter": "adapter",
     "name": "name",
     "algorithm": "algorithm",
     "steps": "steps",
@@ -39,6 +40,7 @@ ELSEWHERE = {
     "num-layers": "lora.layers",
     "learning-rate": "--lr",
     "adapter-path": "--out",
+    "resume-adapter-file": "--adapter",
     "max-seq-length": "rollout.max_prompt_tokens",
     "grad-checkpoint": "memory.gradient_checkpointing",
     "val-batches": "evaluation.problems",

@@ -17,9 +17,10 @@ in float32, where launches cost little, keeps mlx-lm's layer, and with it the bi
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from vpd_mlx.engine.device import gpu_ways
 
-__all__ = ["Lora", "adapt", "lean", "share"]
+__all__ = ["Lora", "adapt", "lean", "share", "switched_off"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +112,20 @@ def adapt(model: nn.Module, config: dict[str, Any]) -> None:
     linear_to_lora_layers(model, config["num_layers"], dict(config["lora_parameters"]))
     model.eval()
     lean(model, float32=gpu_ways())
+
+
+@contextlib.contextmanager
+def switched_off(model: nn.Module) -> Iterator[None]:
+    """Within the block the model's adapter changes nothing: its scale is 0."""
+    modules = [m for m in model.modules() if "lora_b" in m]
+    scales = [m.scale for m in modules]
+    for m in modules:
+        m.scale = 0.0
+    try:
+        yield
+    finally:
+        for m, scale in zip(modules, scales, strict=True):
+            m.scale = scale
 
 
 def lean(model: nn.Module, *, float32: bool = True) -> None:

@@ -288,7 +288,7 @@ def lora_of(folder: Path) -> LoraSettings:
         config = json.loads(path.read_text(encoding="utf-8"))
         kind, parameters = config.get("fine_tune_type", "lora"), config["lora_parameters"]
         if kind != "lora":
-            raise ModelError(f"{path}: fine_tune_type is {kind!r}; only LoRA adapters can be evaluated")
+            raise ModelError(f"{path}: fine_tune_type is {kind!r}; only LoRA adapters can be used")
         scale, dropout = float(parameters["scale"]), float(parameters.get("dropout", 0.0))
         layers, keys = config["num_layers"], parameters.get("keys") or _keys_of(folder)
         return LoraSettings(rank=parameters["rank"], scale=scale, dropout=dropout, layers=layers, keys=keys)
@@ -318,7 +318,7 @@ def load_adapter(folder: Path, like: Adapter) -> Adapter:
     if not path.is_file():
         raise ModelError(f"{path}: no such adapter; finish or resume the run first")
     try:
-        loaded: Adapter = dict(mx.load(str(path)))  # type: ignore[arg-type]
+        loaded: Adapter = {k: v.astype(mx.float32) for k, v in dict(mx.load(str(path))).items()}  # type: ignore[arg-type]
         mx.eval(loaded)
     except (OSError, RuntimeError, ValueError) as error:
         what = f"cannot be read ({first_line(error)})"

@@ -1,8 +1,8 @@
 """One network, one copy of its weights: load, adapt, score, switch adapters, save.
 
-Student and teacher are this same network under two prompts. The initial model is this network with its adapter off; an
-EMA teacher or a teacher's own adapter is this network with other adapter tensors put in for a moment. Only LoRA tensors
-ever exist twice.
+Student and teacher are this same network under two prompts. The initial model is this network with its adapter off, or with the
+one that the run began with; an EMA teacher or a teacher's own adapter is this network with other adapter tensors put in for a
+moment. Only LoRA tensors ever exist twice.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ class Policy:
         widest: most rows that this architecture can decode side by side; None has no bound.
         reads_alone: whether rollouts read each prompt by itself, as this architecture takes no notice of padding.
         rollout_rows: most rows that memory had room for side by side; None until it ran out in a rollout.
+        start: the adapter that training begins with, where it is not a fresh one, which changes nothing.
         notes: what a user should know of how this model is handled, e.g. a fallback.
         ranks: who else trains this policy.
     """
@@ -79,6 +80,7 @@ class Policy:
         self.reads_alone = False
         self.rollout_rows: int | None = None
         self.temperature = 1.0
+        self.start: Adapter | None = None
         self._lora_config: dict[str, Any] = {}
         self._micro_batch_tokens = memory.micro_batch_tokens
         self._head_chunk = memory.head_chunk
@@ -266,18 +268,13 @@ class Policy:
         finally:
             self.set_adapter(before)
 
-    @contextlib.contextmanager
-    def adapter_off(self) -> Iterator[None]:
-        """Within the block the network is the initial model."""
-        modules = [m for m in self.model.modules() if "lora_b" in m]
-        scales = [m.scale for m in modules]
-        for m in modules:
-            m.scale = 0.0
-        try:
-            yield
-        finally:
-            for m, scale in zip(modules, scales, strict=True):
-                m.scale = scale
+    def adapter_off(self) -> contextlib.AbstractContextManager[None]:
+        """A block within which the network is the base alone."""
+        return adapters.switched_off(self.model)
+
+    def as_begun(self) -> contextlib.AbstractContextManager[None]:
+        """A block within which the network is as it was before the first step: the base, with `start` where there is one."""
+        return self.adapter_off() if self.start is None else self.using(self.start)
 
     @property
     def has_dropout(self) -> bool:

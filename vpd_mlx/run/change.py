@@ -40,7 +40,7 @@ def evaluate_change(
         VpdError: data, model or recipe are unusable, or the verifier failed.
     """
     if adapter is not None:
-        recipe = recipe.model_copy(update={"lora": lora_of(adapter)})
+        recipe = recipe.model_copy(update={"lora": lora_of(adapter), "adapter": None})
     trainer, before = Trainer.build(recipe, progress, handed=handed), None
     with contextlib.closing(trainer.sources):
         _, reported = apart(recipe, trainer.task)

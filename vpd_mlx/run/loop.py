@@ -17,6 +17,7 @@ from vpd_mlx.run.advice import gap_line
 from vpd_mlx.run.awake import awake
 from vpd_mlx.run.best import finish, look, patience_is_out
 from vpd_mlx.run.collapse import react
+from vpd_mlx.run.continued import continued, start_of
 from vpd_mlx.run.followers import Followers
 from vpd_mlx.run.log import RECIPE_FILE, RunLog, check_free, json_lines
 from vpd_mlx.run.progress import Interrupted, Progress, Silent, Stop
@@ -24,6 +25,7 @@ from vpd_mlx.run.records import Summary
 from vpd_mlx.run.retain import check_after, check_before
 from vpd_mlx.run.selection import unchosen
 from vpd_mlx.run.setup import refuse_what_cannot_fit
+from vpd_mlx.run.start import begin
 from vpd_mlx.run.state import RunState
 from vpd_mlx.run.step import Trainer
 from vpd_mlx.run.warnings import Warnings, no_gap
@@ -56,10 +58,12 @@ def train(
     followers = Followers(recipe.logging, progress)
     if ranks.first and not resume:
         check_free(out, overwrite=overwrite)  # before anything takes time
+    recipe = recipe if resume else continued(recipe)
+    start = ranks.from_first(lambda: start_of(recipe, out, resume=resume))
     if recipe.entry.contexts:
         check_reachable(recipe.feedback)
     refuse_what_cannot_fit(recipe)
-    trainer = Trainer.build(recipe, progress, stop, ranks, handed)
+    trainer = Trainer.build(recipe, progress, stop, ranks, handed, start)
     for note in (*trainer.policy.notes, *notices(trainer.task), *recipe.notices(), *unchosen(recipe, trainer.task)):
         progress.note(note)
     trainer.sources.ready()
@@ -92,6 +96,7 @@ def _run(state: RunState, followers: Followers, resume: bool) -> Summary:
             state.log.write(RECIPE_FILE, dump(recipe))
         if trainer.ranks.first:
             followers.start(state.log.path)
+        begin(state, resume=resume)
         look(state)
         if state.done == 0:
             _check_gap(state, state.evaluations[0])

@@ -17,6 +17,7 @@ from vpd_mlx.algos.base import Algorithm, Function
 from vpd_mlx.common.functions import NOTHING, PREFIX, Handed
 from vpd_mlx.common.seeds import phase_seed
 from vpd_mlx.engine.decoding import probe_batches
+from vpd_mlx.engine.models import load_adapter
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.ranks import ALONE, Ranks
 from vpd_mlx.engine.sampling import Sampling, generate
@@ -26,6 +27,7 @@ from vpd_mlx.feedback.base import Generate, Host
 from vpd_mlx.feedback.prompts import NoRoom, Prompter
 from vpd_mlx.recipe import Recipe
 from vpd_mlx.run.collect import rows_at_once, student_prompts
+from vpd_mlx.run.continued import continued, start_of
 from vpd_mlx.run.plan import check_fits, memory_limit, model_config, plan
 from vpd_mlx.run.progress import Progress, Silent, Stop
 from vpd_mlx.tasks import Task, build_task, fingerprint, prove
@@ -58,13 +60,16 @@ class Parts:
         stop: Stop | None = None,
         ranks: Ranks = ALONE,
         handed: Handed = NOTHING,
+        start: Path | None = None,
     ) -> Self:
-        """Load and check everything that a run needs; writes nothing.
+        """Load and check everything that a run needs; writes nothing. `start` is the adapter to begin with, if there is one.
 
         Raises:
             VpdError: data, model or recipe are unusable; the message gives the place and the remedy.
         """
         progress, stop = progress or Silent(), stop or Stop()
+        if start is None and recipe.adapter is not None:
+            recipe, start = continued(recipe), start_of(recipe, Path(), resume=False)
         task = build_task(recipe, handed)
         for side, rows in (("train", task.train), ("evaluate", task.held_out)):
             if not rows:
@@ -76,6 +81,9 @@ class Parts:
         with nullcontext() if Path(recipe.model).exists() else progress.paused():  # downloads show bars of their own
             policy = load_policy(recipe)
         policy.ranks = ranks
+        if start is not None:
+            policy.start = ranks.from_first(lambda: load_adapter(start, policy.adapter))
+            policy.set_adapter(policy.start)
         check_ranks(recipe, policy, task)
         prompter = build_prompter(recipe, policy.tokenizer)
         prompter.check_style()

@@ -6,7 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
@@ -29,6 +29,7 @@ from vpd_mlx.types import Group, Problem
 
 __all__ = ["Trainer", "problems_of_step"]
 
+Row = TypeVar("Row")
 FAILURES_IN_A_ROW = 64  # a verifier that fails so often without one success is broken, not unlucky
 NONFINITE_IN_A_ROW = 5
 FINITE = "start a new run with a lower optimizer.learning_rate; nonfinite/ has the completions of these steps"
@@ -45,12 +46,12 @@ class _RankRollouts:
     error: tuple[type[VpdError], str] | None = None
 
 
-def problems_of_step(problems: Sequence[Problem], step: int, count: int, seed: int) -> list[Problem]:
+def problems_of_step(problems: Sequence[Row], step: int, count: int, seed: int) -> list[Row]:
     """The `count` problems of a step, counted from 1: epoch after epoch, each in an order of its own.
 
     A pure function of its arguments, so that a resume needs no cursor.
     """
-    chosen: list[Problem] = []
+    chosen: list[Row] = []
     at = (step - 1) * count
     while len(chosen) < count:
         epoch, offset = divmod(at + len(chosen), len(problems))

@@ -37,7 +37,7 @@ class Style:
     def shift(self) -> float:
         """Total variation between the untrained model's first token and the one of now, 0..1, a mean over prompts."""
         if self._untrained is None:
-            with self._policy.adapter_off():
+            with self._policy.as_begun():
                 self._untrained = self._first_token()
         return float((0.5 * mx.abs(self._first_token() - self._untrained).sum(axis=-1)).mean())
 
