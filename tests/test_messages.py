@@ -65,7 +65,7 @@ def test_rows_that_cannot_be_split(tmp_path: Path, rows: list[str], words: str):
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("def verify(completion): return 1.0", "cannot call verify(completion) does not take (problem, completion)"),
+        ("def verify(completion): return 1.0", "verify(completion) does not take (problem, completion)"),
         ("async def verify(problem, completion): return 1.0", "`verify` is async"),
         ("def verfy(problem, completion): return 1.0", "rename 'verfy'"),
     ],

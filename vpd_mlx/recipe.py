@@ -277,8 +277,11 @@ def resolve_recipe_path(recipe: str) -> Path:
     if path.is_file():
         return path
     close = difflib.get_close_matches(recipe, known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"give a .yaml file or one of: {', '.join(known)}"
-    what = "is a folder, not a file" if path.is_dir() else "there is no such file or built-in recipe"
+    hint = f"did you mean {close[0]!r}?" if close else "give a .yaml file, or a name that `vpd-mlx recipes` lists"
+    what = "there is no such file or built-in recipe"
+    if path.is_dir():
+        inside = next(iter(sorted(path.glob("*.yaml"))), path / "….yaml")
+        what, hint = "is a folder, not a file", f"name the recipe in it, e.g. {inside}"
     raise config_error(recipe, what, hint)
 
 

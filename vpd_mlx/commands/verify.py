@@ -74,7 +74,8 @@ def _read(completion: str) -> str:
             return sys.stdin.read()
         return Path(completion).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--completion: {completion} cannot be read ({error}); give a UTF-8 text file") from None
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"--completion: {completion} cannot be read ({why}); give a UTF-8 text file") from None
 
 
 def _feedback(cfg: Recipe, problem: Problem, rollout: Rollout, problems: set[str]) -> dict[str, Any]:

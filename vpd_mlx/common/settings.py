@@ -228,7 +228,8 @@ def parse_yaml(text: str, where: str, *, as_text: bool = False) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}" if mark is not None else "text"
         what = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise config_error(line, f"not valid YAML ({what})", "fix that line", where) from None
+        remedy = "indent by spaces, not tabs" if r"'\t'" in what else "fix that line"
+        raise config_error(line, f"not valid YAML ({what})", remedy, where) from None
 
 
 def parse_set(items: list[str]) -> list[tuple[str, Any]]:
@@ -375,7 +376,7 @@ NEEDED = {
     "float_parsing": "a number",
     "finite_number": "a finite number",
     "bool_type": "true or false",
-    "string_type": "text, in quotes if it looks like a number",
+    "string_type": "text",
     "list_type": "a list, e.g. [a, b]",
     "dict_type": "keys and values, e.g. {a: 1}",
     "greater_than": "more than {gt}",
@@ -396,6 +397,8 @@ def needed(error: Any) -> str:
         return "an address that begins with http:// or https://"
     if kind == "list_type" and isinstance(error["input"], str):
         return f"a list, e.g. [{error['input']}]"
+    if kind == "string_type" and isinstance(error["input"], int | float):
+        return f"text; write it in quotes, '{error['input']}'"
     if kind in NEEDED:
         shown = {k: f"{v:g}" if isinstance(v, float) else v for k, v in context.items()}
         return NEEDED[kind].format(**shown)

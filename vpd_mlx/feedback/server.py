@@ -12,6 +12,7 @@ import hashlib
 import ipaddress
 import json
 import os
+import re
 import socket
 import threading
 import urllib.parse
@@ -236,10 +237,9 @@ def check_reachable(cfg: Any, transport: httpx.BaseTransport | None = None) -> N
             f"feedback.server.url: {url} does not answer within {seconds:g} s; start it, or wait for it"
         ) from None
     except (OSError, httpx.HTTPError, httpx.InvalidURL) as error:
-        why = str(error) or type(error).__name__
-        raise SourceError(
-            f"feedback.server.url: {url} cannot be reached ({why}); start the server, or correct it"
-        ) from None
+        why = re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
+        remedy = "start the server, or correct the address"
+        raise SourceError(f"feedback.server.url: {url} cannot be reached ({why}); {remedy}") from None
     if status in (401, 403):
         remedy = "set feedback.server.api_key_env, or correct the key"
         raise SourceError(f"feedback.server.url: {url} refuses us (status {status}); {remedy}")

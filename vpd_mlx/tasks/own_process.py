@@ -252,7 +252,7 @@ def _load(path: Path, source: bytes) -> tuple[Any, tuple[str, str] | None]:
         near = difflib.get_close_matches("verify", [n for n, v in vars(module).items() if callable(v)], n=1, cutoff=0.5)
         return None, ("has no function `verify`", f"rename {near[0]!r}, or {define}" if near else define)
     for fault in arity_faults("verify", verify, "problem", "completion"):
-        return None, (f"cannot call {fault.problem}", define)
+        return None, (fault.problem, define)
     if inspect.iscoroutinefunction(verify):
         return None, ("`verify` is async, and its verdict is wanted at once", "define it with `def`")
     return verify, None
