@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from vpd_mlx.commands.app import app
 from vpd_mlx.common.files import read_rows
+from vpd_mlx.errors import ConfigError
 from vpd_mlx.recipe import load_recipe
 from vpd_mlx.report.answers import print_answers
 from vpd_mlx.report.page import run_page
@@ -222,3 +223,35 @@ def test_the_expected_answer_is_the_datas_or_a_right_completion_and_never_endles
     assert [of("7", "3+4=7"), of("", "7"), of(None, "7"), of(None, None)] == ["7", "", "<b>7</b>", None]
     long = of("x" * 10_000, None)
     assert long == "x" * 4000 + " …"
+
+
+def shown(run: Path, *options: str) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["show", str(run), *options], env={"COLUMNS": "80", "NO_COLOR": "1"})
+    return done.exit_code, done.output
+
+
+def test_show_goes_through_held_out_problems_by_what_became_of_them(own: Path):
+    rows = read_rows(own / "answers.jsonl")
+    (names,) = {tuple(r["problem"] for r in rows if r["step"] == s) for s in (0, 2, 3)}
+    for r in rows:  # before, after step 2 and at the end: gained, lost, still wrong, kept right …
+        n = names.index(r["problem"]) % 4
+        r["success"] = {0: r["step"] == 3, 1: r["step"] != 3, 2: False, 3: True}[n]
+        r["completion"] = f"{r['problem']} after {r['step']} " + "x" * 3000
+    (own / "answers.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    for n, kind in enumerate(("gained", "lost", "still-wrong", "kept-right")):
+        code, text = shown(own, "--answers", kind)
+        assert (code, re.findall(r"problem (\S+)", text)) == (0, list(names[n::4]))
+        assert f"2 of 2 {kind} of 8, in the order of evaluation." in text
+        for step in (0, 3):
+            assert re.search(rf"{re.escape(names[n])} after {step}\s", text)
+        assert re.search(rf"expected +{rows[n]['expected']}\b", text)
+    assert len(re.findall(r"problem \S+", shown(own, "--answers", "all", "--limit", "3")[1])) == 3
+    assert shown(own, "--answers", "gained", "--step", "2")[1] == "None of 8 held-out problems is gained.\n"
+    assert "characters" in shown(own, "--answers", "lost")[1]
+    assert "characters" not in shown(own, "--answers", "lost", "--full")[1]
+    for wrong, words in ((("--step", "1"), "give one of 2, 3"), (("--right",), "leave it out, or --answers")):
+        refused = CliRunner().invoke(app, ["show", str(own), "--answers", "all", *wrong]).exception
+        assert isinstance(refused, ConfigError)
+        assert words in str(refused)
+    (own / "answers.jsonl").unlink()
+    assert "No held-out problem has been answered" in shown(own, "--answers", "all")[1]

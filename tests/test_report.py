@@ -350,6 +350,7 @@ def told(run: Path, before: tuple[float, float] | None, after: tuple[float, floa
     rows = read_rows(run / "evals.jsonl")[:2]
     scores = [
         {**row, "teacher": t, "student": s, "student_there": s, "gap": t - s, "teacher_problems": 8, "step": 2 * i}
+        | {"gap_interval": [t - s - 0.1, t - s + 0.1]}
         for i, (row, both) in enumerate(zip(rows, (before, after), strict=True))
         if both is not None
         for t, s in [both]
@@ -365,6 +366,13 @@ def told(run: Path, before: tuple[float, float] | None, after: tuple[float, floa
     [
         ((0.1, 0.2), (0.1, 0.2), "No gap from the start: before training", True),
         ((0.9, 0.1), (0.9, 0.5), "+80.0 points (teacher 90.0 %, student 10.0 %), after it +40.0", False),
+        (
+            (0.15, 0.1),
+            (0.9, 0.9),
+            "No certain gap from the start: +5.0 points (95 % interval −5.0 to +15.0; teacher",
+            False,
+        ),
+        ((0.9, 0.1), (0.95, 0.9), "after it +5.0 (teacher 95.0 %, student 90.0 %): the gap is closed", False),
         ((0.9, 0.1), (0.9, 0.9), "after it +0.0 (teacher 90.0 %, student 90.0 %): the gap is closed", False),
         ((0.9, 0.1), (0.1, 0.1), "after it +0.0 (teacher 10.0 %, student 10.0 %): the gap is lost", False),
         ((0.9, 0.1), None, "Before training, feedback is worth +80.0 points (teacher 90.0 %, student 10.0 %).", False),

@@ -243,6 +243,11 @@ class Check:
             self.that(problem in again and focus == "problem", f"{name}: {problem} is followed, {focus} has the focus")
             met_at = sorted(step for step, other in groups if other == problem)
             self.that(cards == [[problem, step] for step in met_at], f"{name}: {problem} at {cards}, not {met_at}")
+            self.browser.eval(
+                """(() => { const all = document.getElementById('problem'), more = document.getElementById('more');
+                all.value = ''; all.dispatchEvent(new Event('change'));
+                for (let i = 0; i < 1000 && !more.hidden; i++) more.click(); })()"""
+            )
         if any(r["teacher"] and r["student"] for r in rows):
             added = self.browser.eval("[...document.querySelectorAll('#list ins')].map(i => i.textContent)")
             self.that(added, f"{name}: what the teacher reads besides is marked")

@@ -1,8 +1,10 @@
-"""`vpd-mlx show RUN`: rollouts in the terminal."""
+"""`vpd-mlx show RUN`: rollouts in the terminal, or the answers to held-out problems before and after training."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +17,8 @@ from rich.text import Text
 from vpd_mlx.common.text import number, visible
 from vpd_mlx.errors import ConfigError, Fault, wrong_option
 from vpd_mlx.feedback import SOURCES
+from vpd_mlx.report.answers import both_answers
+from vpd_mlx.run.answers import CHANGES, pairs
 from vpd_mlx.run.folder import NO_CONTEXT, LoggedRollout, Run, load_run
 
 __all__ = ["show"]
@@ -22,6 +26,19 @@ __all__ = ["show"]
 NOTABLE = 0.5  # nats; a token whose shift is smaller is neither coloured nor listed
 MOST_LISTED = 6  # tokens listed with their shift, the largest first
 MOST_CHARACTERS = 1200  # of one text; both ends are kept
+
+
+class Kind(StrEnum):
+    """What became of a held-out problem."""
+
+    ALL = "all"
+    GAINED = "gained"
+    LOST = "lost"
+    STILL_WRONG = "still-wrong"
+    KEPT_RIGHT = "kept-right"
+
+
+BECAME = dict(zip(list(Kind)[1:], CHANGES.values(), strict=True))
 
 
 def show(
@@ -32,13 +49,25 @@ def show(
     kind: Annotated[
         str | None, typer.Option(help=f"Only with this feedback: {', '.join(SOURCES)}, both or {NO_CONTEXT}.")
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Maximum number of rollouts.")] = 5,
+    answers: Annotated[
+        Kind | None,
+        typer.Option(
+            help="Held-out problems in place of rollouts: those of this kind, before training and after --step."
+        ),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of rollouts, or of problems.")] = 5,
     full: Annotated[bool, typer.Option("--full", help="Show long texts in full instead of their two ends.")] = False,
 ) -> None:
     """Show rollouts of a run: prompt, completion, expected answer, verdict, and how the teacher rates each token."""
     if right and wrong:
         raise wrong_option("--right", "contradicts --wrong", "leave one out, or both for all")
     found = load_run(run)
+    if answers is not None:
+        if right or wrong or kind is not None:
+            given = "--right" if right else "--wrong" if wrong else "--kind"
+            raise wrong_option(given, "says nothing of held-out problems", "leave it out, or --answers")
+        _answers(found, answers, step, limit, full)
+        return
     entries = _chosen(found, step, right, wrong, kind)
     console = Console(highlight=False)
     for row in found.read(entries[:limit]):
@@ -48,6 +77,28 @@ def show(
     elif len(entries) > limit:
         console.print(Rule(style="dim"))
         console.print(f"{limit} of {len(entries):,} shown, newest first; --limit shows more.")
+
+
+def _answers(run: Run, kind: Kind, step: int | None, limit: int, full: bool) -> None:
+    steps = sorted({int(number(e.get("step")) or 0) for e in run.evals} - {0})
+    if step is not None and step not in steps:
+        remedy = f"give one of {', '.join(map(str, steps))}" if steps else "wait for the first evaluation after a step"
+        raise wrong_option("--step", f"got {step}, after which nothing was evaluated", remedy)
+    every = pairs(list(run.answer_rows()), run.evaluated if step is None else step) if run.evaluated or step else []
+    found = [a for a in every if a.change == BECAME.get(kind, a.change)]
+    console = Console(highlight=False)
+    for answered in found[:limit]:
+        shown = both_answers(answered, console.width, sys.maxsize if full else MOST_CHARACTERS)
+        console.print(Rule(style="dim"), shown)
+    if not every:
+        console.print("No held-out problem has been answered before and after training yet.")
+    elif not found:
+        console.print(f"None of {len(every):,} held-out problems is {kind}.")
+    else:
+        console.print(Rule(style="dim"))
+        of = f"{len(every):,} held-out problems" if kind is Kind.ALL else f"{len(found):,} {kind} of {len(every):,}"
+        more = "; --limit shows more" if len(found) > limit else ""
+        console.print(f"{min(limit, len(found))} of {of}, in the order of evaluation{more}.")
 
 
 def _chosen(run: Run, step: int | None, right: bool, wrong: bool, kind: str | None) -> list[LoggedRollout]:

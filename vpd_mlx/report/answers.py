@@ -13,7 +13,7 @@ from rich.text import Text
 from vpd_mlx.common.text import visible
 from vpd_mlx.run.answers import Answered, choose, rule
 
-__all__ = ["LABEL", "WIDE", "print_answers", "shortened", "side_by_side"]
+__all__ = ["LABEL", "WIDE", "both_answers", "print_answers", "shortened", "side_by_side"]
 
 WIDE = 100  # columns from which two answers stand side by side
 LABEL = 14  # columns of what stands left of the texts
@@ -50,27 +50,28 @@ def print_answers(console: Console, answers: Sequence[Answered]) -> None:
     read = " What the teacher read is feedback on a sampled answer." if any(a.taught for a in chosen) else ""
     console.print(Text(rule(answers, chosen) + read, style="dim"))
     for answered in chosen:
-        console.print(Rule(style="dim"), _problem(answered, console.width))
+        console.print(Rule(style="dim"), both_answers(answered, console.width))
     console.print(Rule(style="dim"))
 
 
-def _problem(answered: Answered, width: int) -> RenderableType:
+def both_answers(answered: Answered, width: int, most: int = MOST_CHARACTERS) -> RenderableType:
+    """One held-out problem: prompt, expected answer, both answers, what the teacher read; of each at most `most` characters."""
     head = Text.assemble((answered.change, "bold"), f"  problem {visible(answered.problem)}")
-    prompt = [(Text("prompt"), shortened(answered.before.get("prompt") or ""))]
+    prompt = [(Text("prompt"), shortened(answered.before.get("prompt") or "", most))]
     if answered.expected:
-        prompt.append((Text("expected"), shortened(answered.expected)))
-    answers = [_answer("base", answered.before), _answer("trained", answered.after)]
-    read = [(Text("teacher read"), shortened(answered.taught))] if answered.taught else []
+        prompt.append((Text("expected"), shortened(answered.expected, most)))
+    answers = [_answer("base", answered.before, most), _answer("trained", answered.after, most)]
+    read = [(Text("teacher read"), shortened(answered.taught, most))] if answered.taught else []
     return Group(head, _labelled(prompt), side_by_side(width, answers), _labelled(read))
 
 
-def _answer(name: str, row: Mapping[str, Any]) -> tuple[Text, RenderableType]:
+def _answer(name: str, row: Mapping[str, Any], most: int) -> tuple[Text, RenderableType]:
     mark, colour = MARKS[bool(row.get("success"))]
     cut = ", cut off at the limit" if row.get("finish") == "length" else ""
     verdict = Text.assemble((mark, colour), cut)
     if row.get("verdict"):
-        verdict.append(": ").append_text(shortened(row["verdict"]))
-    return Text(name, style="dim"), Group(shortened(row.get("completion") or ""), verdict)
+        verdict.append(": ").append_text(shortened(row["verdict"], most))
+    return Text(name, style="dim"), Group(shortened(row.get("completion") or "", most), verdict)
 
 
 def _labelled(rows: Sequence[tuple[Text, RenderableType]]) -> RenderableType:

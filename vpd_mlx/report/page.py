@@ -23,6 +23,7 @@ from vpd_mlx.common.files import write_atomic
 from vpd_mlx.common.text import (
     duration,
     figures,
+    interval,
     mlx_lm_command,
     number,
     percent,
@@ -158,8 +159,8 @@ def _headline(run: Run) -> str:
     if change is None:
         return f"{text}."
     verdict = {"better": "a gain", "worse": "a loss", "within noise": "within noise"}[change.verdict]
-    interval = f"95 % interval {points_range(change.low, change.high)}, paired by problem"
-    return f"{text}: {points(change.difference)} points ({interval}), {verdict}."
+    bounds = f"95 % interval {points_range(change.low, change.high)}, paired by problem"
+    return f"{text}: {points(change.difference)} points ({bounds}), {verdict}."
 
 
 def _gap_story(run: Run) -> str:
@@ -167,24 +168,32 @@ def _gap_story(run: Run) -> str:
     before, after = number(run.before.get("gap")), number(run.after.get("gap"))
     if before is None:
         return ""
-    scores = [
-        (percent(row.get("teacher")), percent(row.get("student_there"))) for row in (run.before, run.after) if row
-    ]
-    read = "teacher {0}, student {1}".format
+    read = _teacher_and_student(run.before)
     if before <= 0:
-        return (
-            f"No gap from the start: before training the teacher solves no more than the student ({read(*scores[0])})."
-        )
-    worth = f"Before training, feedback is worth {points(before)} points ({read(*scores[0])})"
+        return f"No gap from the start: before training the teacher solves no more than the student ({read})."
+    if _may_be_none(run.before):
+        bounds = f"95 % interval {points_range(*(interval(run.before, 'gap') or (before, before)))}"
+        return f"No certain gap from the start: {points(before)} points ({bounds}; {read}). More held-out problems would tell."
+    worth = f"Before training, feedback is worth {points(before)} points ({read})"
     if after is None:
         return f"{worth}."
-    worth += f", after it {points(after)} ({read(*scores[-1])}): "
-    if after >= GAP_LEFT:
+    worth += f", after it {points(after)} ({_teacher_and_student(run.after)}): "
+    if after >= GAP_LEFT and not _may_be_none(run.after):
         return f"{worth}there is more to learn from it."
     rose = (number(run.after.get("student_there")) or 0.0) - (number(run.before.get("student_there")) or 0.0)
     if rose >= before / 2:
         return f"{worth}the gap is closed, the student has caught up."
     return f"{worth}the gap is lost, the teacher has come down to the student."
+
+
+def _teacher_and_student(evaluation: Mapping[str, Any]) -> str:
+    return f"teacher {percent(evaluation.get('teacher'))}, student {percent(evaluation.get('student_there'))}"
+
+
+def _may_be_none(evaluation: Mapping[str, Any]) -> bool:
+    """Whether the gap's interval holds 0."""
+    bounds = interval(evaluation, "gap")
+    return bounds is not None and bounds[0] <= 0
 
 
 def _commands(run: Run) -> list[tuple[str, str]]:
