@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from vpd_mlx.recipe import load_recipe
 from vpd_mlx.report.browse import choose, histories
 from vpd_mlx.report.page import comparison_page, run_page
 from vpd_mlx.report.plots import run_plots
+from vpd_mlx.report.tries import try_commands
 from vpd_mlx.run.folder import LoggedRollout, load_run, short_names
 from vpd_mlx.run.loop import train
 from vpd_mlx.run.warnings import findings
@@ -403,6 +405,13 @@ def test_a_page_leads_to_the_adapter_and_says_how_to_try_it(run, tmp_path, no_pl
     assert f"--adapter-path {run / 'adapters'} --max-tokens 6 --prompt " in page.text
     places = {link[1:] for link in links if link.startswith("#")}
     assert {"figures", "answers", "curves", "browse"} <= places <= {str(a["id"]) for _, a in page.tags if "id" in a}
+    rows = read_rows(run / "answers.jsonl")
+    for prompt, last in (("[bold]it's[/bold]\n", f"try {run} '[bold]it"), ("a\x1b[2J\u202eb", f"vpd-mlx try {run}")):
+        write(run / "answers.jsonl", [{**r, "prompt": prompt} for r in rows])
+        commands = [command for _, command in try_commands(load_run(run))]
+        assert last in commands[0]
+        assert "\x1b" not in "".join(commands)
+        assert all(shlex.split(command)[-1] in (prompt, str(run)) for command in commands)
     (run / "report.html").write_text("")
     compared = Parsed(comparison_page({"a": load_run(run), "b": load_run(run)}, tmp_path))
     assert {"run/report.html", "run/adapters/"} <= {str(a["href"]) for t, a in compared.tags if t == "a"}

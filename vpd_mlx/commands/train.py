@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shlex
 import signal
 import threading
 from collections.abc import Callable
@@ -21,12 +20,13 @@ from vpd_mlx.commands.evaluate import NAMES
 from vpd_mlx.commands.options import SetOption, json_alone, overridden
 from vpd_mlx.commands.short import asked_recipe, by_key, named_flags
 from vpd_mlx.common.streams import lasting
-from vpd_mlx.common.text import duration, mlx_lm_command, percent
+from vpd_mlx.common.text import duration, percent
 from vpd_mlx.errors import wrong_option
 from vpd_mlx.recipe import Recipe, load_recipe
 from vpd_mlx.report.answers import print_answers
 from vpd_mlx.report.live import make_view
 from vpd_mlx.report.retained import print_retained
+from vpd_mlx.report.tries import try_commands
 from vpd_mlx.run.folder import load_run
 from vpd_mlx.run.log import RECIPE_FILE, claimed_folder
 from vpd_mlx.run.progress import Stop
@@ -163,8 +163,5 @@ def _report(cfg: Recipe, folder: Path, summary: Summary) -> None:
     print_answers(console, found.answers)
     print_retained(console, found.retained)
     console.print(f"adapters: {folder / 'adapters'}", soft_wrap=True)
-    with (folder / "rollouts.jsonl").open(encoding="utf-8") as f:
-        prompt = str(json.loads(f.readline())["prompt"])
-    options = ("--max-tokens", str(cfg.rollout.max_completion_tokens), "--prompt", prompt)
-    console.print(f"try it: {shlex.join(['vpd-mlx', 'try', str(folder), prompt])}", soft_wrap=True)
-    console.print(f"in mlx-lm: {mlx_lm_command('generate', cfg.model, folder / 'adapters', *options)}", soft_wrap=True)
+    for what, command in try_commands(found):
+        console.print(f"{what}: {command}", soft_wrap=True, markup=False)

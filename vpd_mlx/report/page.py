@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -24,7 +23,6 @@ from vpd_mlx.common.text import (
     duration,
     figures,
     interval,
-    mlx_lm_command,
     number,
     percent,
     points,
@@ -35,6 +33,7 @@ from vpd_mlx.common.text import (
 from vpd_mlx.errors import wrong_option
 from vpd_mlx.report.browse import MOST_BYTES, histories, rollouts
 from vpd_mlx.report.plots import comparison_plots, legend_colors, run_plots
+from vpd_mlx.report.tries import try_commands
 from vpd_mlx.run.answers import choose as choose_answers
 from vpd_mlx.run.answers import rule
 from vpd_mlx.run.folder import Run, by_dotted_key
@@ -101,7 +100,7 @@ def run_page(run: Run, most: int, folder: Path | None = None) -> str:
         histories=kept,
         answered=len(run.answers),
         gap_story=_gap_story(run),
-        commands=_commands(run),
+        commands=try_commands(run),
         adapters=_link(run.adapters, folder),
         recipe=[(key, [value]) for key, value in by_dotted_key(run.config).items()],
         versions=[(key, [value]) for key, value in _mapping(run.summary.get("versions")).items()],
@@ -196,23 +195,6 @@ def _may_be_none(evaluation: Mapping[str, Any]) -> bool:
     return bounds is not None and bounds[0] <= 0
 
 
-def _commands(run: Run) -> list[tuple[str, str]]:
-    """What to type to try the adapter that the run hands over: (with what, command). Empty before there is one."""
-    if not run.adapters.is_dir():
-        return []
-    answers = choose_answers(run.answers)
-    found = answers[0].before if answers else next(run.read(run.rollouts[:1]), {})
-    if not (prompt := str(found.get("prompt") or "")):
-        return [("before and after", shlex.join(["vpd-mlx", "try", str(run.path)]))]
-    tokens = number(by_dotted_key(run.config).get("rollout.max_completion_tokens"))
-    options = [*(["--max-tokens", f"{tokens:.0f}"] if tokens else []), "--prompt", prompt]
-    model = str(run.config.get("model") or "")
-    return [
-        ("before and after", shlex.join(["vpd-mlx", "try", str(run.path), prompt])),
-        ("in mlx-lm", mlx_lm_command("generate", model, run.adapters, *options)),
-    ]
-
-
 def _link(target: Path, folder: Path | None) -> str | None:
     """The address of a file or folder in a page of `folder`; None for a page that lies nowhere, or without a target."""
     if folder is None or not target.exists():
@@ -229,7 +211,7 @@ def comparison_page(runs: Mapping[str, Run], folder: Path | None = None) -> str:
             "run": run,
             "color": color,
             "progress": _progress(run),
-            "commands": _commands(run),
+            "commands": try_commands(run),
             "adapters": _link(run.adapters, folder),
             "report": _link(run.path / "report.html", folder),
             "paired": None if name == first else pair_up(base, run).difference,
