@@ -26,7 +26,7 @@ from vpd_mlx.run.commented import commented
 from vpd_mlx.run.folder import LoggedRollout, load_run
 from vpd_mlx.run.loop import train
 from vpd_mlx.run.progress import Progress
-from vpd_mlx.run.step import Trainer
+from vpd_mlx.run.step import Trainer, ask_again
 from vpd_mlx.types import Group, Problem, Rollout, Verdict
 
 
@@ -105,6 +105,22 @@ def test_the_nearest_comment_counts_and_a_later_one_replaces_it():
     for bad in (("", "task"), ("x" * 5000, "task"), (3, "task"), ("x", "everything"), ("x", None), ("x", ["task"])):
         with pytest.raises(Refused):
             board.comment(first, *bad)
+
+
+def test_a_problem_with_a_comment_is_asked_again():
+    board, given = Board(), [problem(f"p{i}") for i in range(5)]
+    for p in given:
+        board.wait(p, wrong("a"))
+    for number, scope in ((1, "problem"), (1, "answer"), (2, "task"), (3, "answer"), (4, "problem")):
+        board.comment(number, "x", scope)
+    assert [p.id for p in board.again(2)] == ["p0", "p2"]
+    assert [p.id for p in board.again(2)] == ["p3"]
+    assert board.again(2) == []
+    names = [
+        [p.id for p in ask_again(given[:3], again)] for again in ([], given[3:], given[1:2], given[1:], [given[4]] * 1)
+    ]
+    assert names == [["p0", "p1", "p2"], ["p0", "p3", "p4"], ["p0", "p1", "p2"], ["p0", "p3", "p4"], ["p0", "p1", "p4"]]
+    assert [p.id for p in ask_again(given[:1], given[3:4])] == ["p3"]
 
 
 def test_a_comment_that_cannot_be_kept_does_not_count():
@@ -263,7 +279,7 @@ def test_where_the_libraries_are_missing_the_error_names_the_extra(
 class Person(Progress):
     """Comments on the first card after the first step, as a browser would."""
 
-    address = ""
+    address = problem = ""
 
     def note(self, text: str) -> None:
         if text.startswith("comment on failures"):
@@ -271,19 +287,27 @@ class Person(Progress):
 
     def step(self, step: int, *_: object) -> None:
         if step == 1:
-            card = httpx.get(f"{self.address}cards").json()["cards"][0]
-            comment = {"card": card["number"], "text": "ones right, tens too low", "scope": "task"}
-            assert httpx.post(f"{self.address}comment", json=comment).status_code == 200
+            cards = httpx.get(f"{self.address}cards").json()["cards"]
+            self.problem = cards[-1]["problem"]
+            for card, scope in ((cards[0], "task"), (cards[-1], "problem")):
+                comment = {"card": card["number"], "text": "ones right, tens too low", "scope": scope}
+                assert httpx.post(f"{self.address}comment", json=comment).status_code == 200
 
 
 def test_a_run_reads_what_was_given_while_it_trained(small, tmp_path: Path):
-    train(small(feedback__sources=["human"], feedback__human="page"), tmp_path / "run", progress=Person())
+    person = Person()
+    train(small(feedback__sources=["human"], feedback__human="page"), tmp_path / "run", progress=person)
     run = load_run(tmp_path / "run")
-    assert [(r["human/comments"], r["human/comments_in_all"]) for r in run.metrics] == [(0, 0), (1, 1)]
+    assert [(r["human/comments"], r["human/comments_in_all"]) for r in run.metrics] == [(0, 0), (2, 2)]
     assert run.metrics[0]["contexts"] == {}
     assert run.metrics[1]["contexts"] == {"human": sum(not r.right for r in run.rollouts if r.step == 2)}
-    (found,) = run.comments
-    assert (found.step, found.scope, found.before[1], found.after[1]) == (1, "task", 16, 16)
+    assert [(c.step, c.scope, c.before[1], c.after[1]) for c in run.comments] == [
+        (1, "task", 16, 16),
+        (1, "problem", 4, 4),
+    ]
+    assert {r.problem for r in run.rollouts if r.step == 1} & {r.problem for r in run.rollouts if r.step == 2} == {
+        person.problem  # asked again at once
+    }
     assert "Comments, and what came after them" in run_page(run, 10)
     again = Trainer.build(small(feedback__sources=["replay"], feedback__replay=str(run.path), steps=1))
     _, groups = again.roll_out(1, Clock())

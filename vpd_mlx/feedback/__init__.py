@@ -138,6 +138,10 @@ class Sources(dict[str, Source]):
         """What a checkpoint must hold of them."""
         return {name: state for name, source in self.outside().items() if (state := source.state())}
 
+    def again(self, most: int) -> list[Problem]:
+        """Problems that the sources want to be asked again in the next step, `most` at most of each."""
+        return [problem for source in self.outside().values() for problem in source.again(most)]
+
     def figures(self) -> dict[str, float]:
         """What a row of `metrics.jsonl` says of them."""
         return {name: value for source in self.outside().values() for name, value in source.figures().items()}

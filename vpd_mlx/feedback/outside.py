@@ -73,6 +73,10 @@ class Outside:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take up the state of a checkpoint."""
 
+    def again(self, most: int) -> list[Problem]:
+        """Problems to be asked again in the next step, `most` at most."""
+        return []
+
     def figures(self) -> dict[str, float]:
         """What a row of `metrics.jsonl` says of it, since the last call."""
         return {}

@@ -27,7 +27,7 @@ from vpd_mlx.run.style import PROMPTS, Style
 from vpd_mlx.tasks import expected
 from vpd_mlx.types import Group, Problem
 
-__all__ = ["Trainer", "problems_of_step"]
+__all__ = ["Trainer", "ask_again", "problems_of_step"]
 
 Row = TypeVar("Row")
 FAILURES_IN_A_ROW = 64  # a verifier that fails so often without one success is broken, not unlucky
@@ -61,6 +61,12 @@ def problems_of_step(problems: Sequence[Row], step: int, count: int, seed: int) 
     return chosen
 
 
+def ask_again(problems: Sequence[Problem], again: Sequence[Problem]) -> list[Problem]:
+    """As many problems, with `again` in place of the last of them, unless they are there already."""
+    new = [p for p in again if p.id not in {q.id for q in problems}]
+    return [*problems[: len(problems) - len(new)], *new] if len(new) < len(problems) else list(new[: len(problems)])
+
+
 @dataclass
 class Trainer(Parts):
     """A run's parts at work."""
@@ -91,6 +97,7 @@ class Trainer(Parts):
     def roll_out(self, step: int, clock: Clock) -> tuple[Batch, list[Group]]:
         """Graded rollouts of a step, and the same with contexts: those of all ranks."""
         problems = problems_of_step(self.task.train, step, self.recipe.rollout.prompts, self.recipe.seed)
+        problems = ask_again(problems, self.sources.again(max(1, len(problems) // 2)))
         if self.ranks.size == 1:
             batch, groups = self._roll_out(problems, step, clock)
         else:

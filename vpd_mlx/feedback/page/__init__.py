@@ -1,8 +1,8 @@
 """C = what a person writes on a local page about failures, while training goes on.
 
 The source never waits: failures become cards of the page, and a comment counts from the next step on, for the same answer, for
-all failures on its problem, or for all failures, as the person chose. Comments are kept in `human.jsonl`, like those typed at a
-terminal: a resumed run takes them up, and a later one can replay them.
+all failures on its problem, or for all failures, as the person chose; its problem is asked again in the next step. Comments are
+kept in `human.jsonl`, like those typed at a terminal: a resumed run takes them up, and a later one can replay them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vpd_mlx.feedback.base import Answer, Host, answer_each
 from vpd_mlx.feedback.outside import Outside
 from vpd_mlx.feedback.page.board import SCOPES, Board
 from vpd_mlx.feedback.page.server import Server
-from vpd_mlx.types import Group, Rollout
+from vpd_mlx.types import Group, Problem, Rollout
 
 __all__ = ["Page"]
 
@@ -86,6 +86,10 @@ class Page(Outside):
             return self._board.text(group.problem.id, rollout.text) if self.asks(rollout) else None
 
         return answer_each(groups, wanted, known)
+
+    def again(self, most: int) -> list[Problem]:
+        """The problems that were commented on since the last step: asked again, they show what the words are worth."""
+        return self._board.again(most)
 
     def figures(self) -> dict[str, float]:
         """Comments given since the last call, and in all."""

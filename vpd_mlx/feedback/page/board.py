@@ -72,6 +72,7 @@ class Board:
         self._exact: dict[tuple[str, str], str] = {}
         self._problem: dict[str, str] = {}
         self._task: str | None = None
+        self._again: dict[str, Problem] = {}
         self._version = 0
         self._numbers = 0
         self.given = 0
@@ -150,7 +151,14 @@ class Board:
             )
             self._count(card.problem.id, card.completion, text, scope)
             self._cards[key] = replace(card, comment=text, scope=scope)
+            if scope != "task":
+                self._again[card.problem.id] = card.problem
             self._version += 1
+
+    def again(self, most: int) -> list[Problem]:
+        """The first problems whose comments have not met another answer yet, `most` at most; each is named once."""
+        with self._lock:
+            return [self._again.pop(name) for name in list(self._again)[:most]]
 
     def view(self, version: int) -> dict[str, Any]:
         """What the page shows, newest first; without the cards where nothing has changed since this version."""
