@@ -292,7 +292,7 @@ class Summary(TypedDict, total=False):
     before: Annotated[Scores, "0..1", "`student`, `student_greedy` and `teacher` before the first step."]
     after: Annotated[Scores, "0..1", "The same of the adapter that is handed over."]
     problems: Annotated[int, "problems", "Held-out problems of that evaluation."]
-    general: Annotated[dict[str, Scores], "", "`before` and `after` of each check of `retain`; absent without."]
+    general: Annotated[dict[str, Scores], "", "`before` and `after` of each check of `retain`; empty without."]
     tokens: Annotated[int, "tokens", "Completion tokens sampled for training."]
     seconds: Annotated[
         Seconds, "seconds", "By phase, as in `metrics.jsonl`; `evaluation`; `selection`; `wall`, all in all."

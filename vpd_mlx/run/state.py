@@ -172,7 +172,7 @@ class RunState:
         recipe = self.trainer.recipe
         scores = ("student", "student_greedy", "teacher")
         seconds = {**self.seconds, "wall": self._wall_now()}
-        found: Summary = {
+        return {
             "format": FORMAT,
             "name": recipe.name,
             "algorithm": recipe.algorithm,
@@ -184,6 +184,7 @@ class RunState:
             "before": {name: self.evaluations[0][name] for name in scores},
             "after": {name: result[name] for name in scores},
             "problems": result["problems"],
+            "general": self._general(),
             "tokens": self._tokens,
             "seconds": {phase: round(value, 2) for phase, value in seconds.items()},
             "nonfinite_updates": self._nonfinite,
@@ -197,7 +198,6 @@ class RunState:
                 "device": str(mx.default_device()),
             },
         }
-        return {**found, "general": self._general()} if self.general else found
 
     def _general(self) -> dict[str, dict[str, float | None]]:
         """The general checks' values before and after."""
