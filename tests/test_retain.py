@@ -164,5 +164,5 @@ def test_what_is_wrong_with_the_text_is_said_before_anything_runs(small, tmp_pat
         small(retain=["format"], retain__text="x")
     with pytest.raises(ConfigError, match=r"retain.checks: .*names a check twice"):
         small(retain=["format", "format"])
-    with pytest.raises(ConfigError, match=r"needs 'instructions', 'arithmetic', 'format' or 'perplexity'"):
+    with pytest.raises(ConfigError, match=r"needs one of 'instructions', 'arithmetic', 'format' or 'perplexity'"):
         small(retain=["speed"])
