@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 from command import within
 from conftest import SMALL
-from fakes import tiny_policy
+from fakes import ARGUMENTS, tiny_policy
 from mlx.utils import tree_flatten
 from test_architectures import make
 
+from vpd_mlx.engine.blueprint import Blueprint
 from vpd_mlx.engine.decoding import probe_batches
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.recompute import recompute_blocks
 from vpd_mlx.engine.sampling import Sampling, generate
-from vpd_mlx.engine.settings import LoraSettings
+from vpd_mlx.engine.settings import LoraSettings, MemorySettings
 from vpd_mlx.errors import ModelError
 from vpd_mlx.types import TokenRow
 
@@ -119,6 +120,18 @@ def test_a_recurrence_without_masks_reads_each_prompt_by_itself():
         np.testing.assert_allclose(policy.logps([TokenRow(prompts[p], r.tokens)])[0], r.logps, atol=1e-5)
     assert policy._body is policy.model.backbone
     assert_close(gradient(policy, shared=True), gradient(policy, shared=False))
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5", "lfm2"])
+def test_an_update_and_a_rollout_are_planned_from_the_config(kind: str):
+    config = {"model_type": kind, **ARGUMENTS, **HYBRIDS[kind]}
+    blueprint = Blueprint.of(config, LoraSettings(rank=2), MemorySettings())
+    assert blueprint.shares_prompts
+    rows = [TokenRow(LONG, (1,) * 6)] * 6
+    shared, prefill = blueprint.gradient(rows)[0], blueprint.prefill(2, 40)
+    assert prefill > 0
+    blueprint.shares_prompts = False
+    assert shared < 0.5 * blueprint.gradient(rows)[0]
 
 
 def test_a_config_that_transformers_refuses_is_named(tmp_path: Path):
