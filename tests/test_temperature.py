@@ -19,6 +19,7 @@ from vpd_mlx.algos.grpo import policy_gradient_update
 from vpd_mlx.algos.samples import gather
 from vpd_mlx.algos.settings import GrpoSettings
 from vpd_mlx.common.stats import Clock
+from vpd_mlx.engine.decoding import probe_batches
 from vpd_mlx.engine.heads import tempered
 from vpd_mlx.engine.learner import Learner
 from vpd_mlx.engine.policy import Policy
@@ -218,3 +219,10 @@ def test_what_is_inconsistent_gets_a_note(small: Callable[..., Recipe], tmp_path
     recipe = small(rollout__top_p=0.9, rollout__temperature=0.8, steps=1, evaluation__problems=2)
     train(recipe, tmp_path / "run", progress=notes)
     assert nucleus in notes.all
+
+
+def test_a_tempered_policy_is_not_taken_for_one_that_cannot_be_decoded():
+    policy = tiny_policy()
+    policy.temper(0.5)
+    probe_batches(policy)
+    assert (policy.widest, policy.notes) == (None, [])

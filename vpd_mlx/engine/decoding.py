@@ -69,7 +69,7 @@ def _fault(policy: Policy) -> str | None:
 
 def _off(policy: Policy, counts: Sequence[int]) -> float:
     """How far sampled tokens' log-probabilities are at most from those that scoring gives, with so many samples a prompt."""
-    how = Sampling(1.0, 1.0, 3)
+    how = Sampling(policy.temperature, 1.0, 3)
     found = [
         (TokenRow(PROMPTS[p], r.tokens), r.logps) for n in counts for p, _, r in generate(policy, PROMPTS, n, how, 0)
     ]
