@@ -138,7 +138,7 @@ def test_lora_keys_that_contradict_the_adapter_are_one_line(
 ):
     cfg = recipe()
     for given, words in (
-        ({"rank": 4}, f"lora.rank: 4, and the adapter {demonstrated} has 8; leave lora.rank out"),
+        ({"rank": 4}, f"lora.rank: 4, and the adapter {demonstrated} has 8; leave lora.rank out, or give 8"),
         ({"scale": 1.0}, "lora.scale: 1.0, and the adapter"),
     ):
         with pytest.raises(ConfigError) as refused:

@@ -47,7 +47,9 @@ def continued(recipe: Recipe) -> Recipe:
     theirs = lora_of(folder)
     given = own.model_fields_set
     faults = [
-        Fault(f"lora.{key}", f"{mine!r}, and the adapter {folder} has {its!r}", f"leave lora.{key} out")
+        Fault(
+            f"lora.{key}", f"{mine!r}, and the adapter {folder} has {its!r}", f"leave lora.{key} out, or give {its!r}"
+        )
         for key in ("rank", "scale", "layers", "keys")
         if key in given and (mine := getattr(own, key)) != (its := getattr(theirs, key))
     ]
