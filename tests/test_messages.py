@@ -11,7 +11,10 @@ import pytest
 from command import within
 from conftest import QUICKSTART
 from fakes import ByteTokenizer
+from huggingface_hub import constants
+from huggingface_hub.utils import are_progress_bars_disabled
 
+from vpd_mlx.common import hub
 from vpd_mlx.errors import ConfigError, DataError, SourceError
 from vpd_mlx.feedback.server import check_reachable
 from vpd_mlx.recipe import Recipe, load_recipe
@@ -199,3 +202,30 @@ def test_data_check_prints_them_and_loads_no_model(own_task, tmp_path: Path, mon
     assert json.loads(told.stdout)["completion"] == "22"
     both = within("verify", "-r", str(path), "--text", "22", "--completion", "-", cwd=tmp_path)
     assert "--text: is given beside --completion" in both.stderr
+
+
+def test_an_export_that_has_no_place_is_refused_before_a_model_is_loaded(tmp_path: Path):
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    for out, words in (
+        ("file", "file: is a file; give another --out"),
+        ("full", "full: is not empty; give another --out"),
+    ):
+        found = within("export", "runs/no-run-is-looked-for", "--to", "adapters", "--out", out, cwd=tmp_path)
+        assert found.returncode == 3
+        assert words in found.stderr
+
+
+def test_downloads_are_quiet_where_there_is_no_terminal_and_offline_is_told_at_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", None)
+    for terminal in (True, False):
+        monkeypatch.setattr("sys.stderr.isatty", lambda terminal=terminal: terminal, raising=False)
+        for there in (True, False):
+            monkeypatch.setattr(hub, "_reachable", lambda _, there=there: there)
+            with hub.reaching_hub():
+                assert are_progress_bars_disabled() is not terminal
+                assert constants.HF_HUB_OFFLINE is not there
+            assert not are_progress_bars_disabled()
+            assert not constants.HF_HUB_OFFLINE

@@ -37,13 +37,14 @@ def export(
     faults = _faults(to, bits, group_size, repo)
     if faults:
         raise ConfigError(faults, "command line")
-    from vpd_mlx.tools.export import export_adapters, export_fused, export_peft, open_run, reserve, upload
+    from vpd_mlx.tools.export import check_empty, export_adapters, export_fused, export_peft, open_run, reserve, upload
 
     target = out if out is not None else run / f"export-{to.value}"
     if repo is not None:
         reserve(repo, private=private)
         if out is None and target.exists():
             shutil.rmtree(target)  # our own, from an earlier upload
+    check_empty(target)
     source = open_run(run)
     if to is Format.fused:
         done = export_fused(source, target, bits=bits, group_size=group_size or 64)

@@ -28,7 +28,16 @@ from vpd_mlx.run.folder import Run, load_run
 from vpd_mlx.run.log import RECIPE_FILE
 from vpd_mlx.run.setup import build_prompter, load_policy
 
-__all__ = ["export_adapters", "export_fused", "export_peft", "model_card", "open_run", "reserve", "upload"]
+__all__ = [
+    "check_empty",
+    "export_adapters",
+    "export_fused",
+    "export_peft",
+    "model_card",
+    "open_run",
+    "reserve",
+    "upload",
+]
 
 PROMPTS = 16  # prompts on which an export is compared with the trained model
 
@@ -100,10 +109,19 @@ def _difference(a: Sequence[mx.array], b: Sequence[mx.array]) -> float:
     return max(apart, key=lambda x: math.inf if math.isnan(x) else x)  # NaN is the largest
 
 
+def check_empty(out: Path) -> None:
+    """See that an export may be written here; asked before a model is loaded.
+
+    Raises:
+        RunError: it is a file, or holds something.
+    """
+    if out.is_file() or (out.exists() and any(out.iterdir())):
+        raise RunError(f"{out}: is {'a file' if out.is_file() else 'not empty'}; give another --out")
+
+
 def _new_folder(out: Path, run: TrainedRun, what: str) -> None:
     """An empty folder, but for the model card."""
-    if out.exists() and any(out.iterdir()):
-        raise RunError(f"{out}: is not empty; give another --out")
+    check_empty(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "README.md").write_text(model_card(run, what), encoding="utf-8")
 
