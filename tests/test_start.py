@@ -18,7 +18,7 @@ from mlx_lm import lora as mlx_lm_lora
 from vpd_mlx.common.files import read_rows
 from vpd_mlx.engine.models import lora_of
 from vpd_mlx.engine.settings import LoraSettings
-from vpd_mlx.errors import ConfigError, DataError, ModelError
+from vpd_mlx.errors import ConfigError, DataError, ModelError, RunError
 from vpd_mlx.recipe import Recipe, load_recipe
 from vpd_mlx.run.change import evaluate_change
 from vpd_mlx.run.continued import continued
@@ -173,6 +173,16 @@ def test_a_warm_start_is_left_out_where_the_student_can_do_something(small: Call
     train(small(warm_start__steps=3, steps=1, evaluation__keep_best=False), tmp_path / "run", progress=notes)
     assert [n for n in notes.lines if "warm_start: left out, since the student is right in " in n]
     assert not (tmp_path / "run" / "start").exists()
+
+
+def test_a_run_that_would_stop_for_want_of_a_beginning_names_the_warm_start(
+    own_task: Callable[..., Path], tmp_path: Path
+):
+    rows = ROWS.replace('"77"', '"none of these"')
+    keys = [("on_no_gap", "stop"), ("evaluation.problems", 8), ("feedback.sources", ["verifier"])]
+    keys += [("rollout.max_completion_tokens", 2), ("evaluation.keep_best", False)]
+    with pytest.raises(RunError, match=r"let demonstrations make a beginning \(warm_start\), or set on_no_gap"):
+        train(load_recipe(own_task(rows), keys), tmp_path / "run")
 
 
 def test_demonstrations_are_checked(own_task: Callable[..., Path], tmp_path: Path):

@@ -159,6 +159,8 @@ def _check_gap(state: RunState, row: Mapping[str, Any]) -> None:
         return
     target = state.log.path / RECIPE_FILE
     text = f"{gap_line(row)}: training on it would do harm; ask `vpd-mlx probe {target}` what helps"
+    if not row["student"] and not recipe.warm_start.steps:
+        text += ", let demonstrations make a beginning (warm_start)"
     if recipe.on_no_gap == "stop":
         raise RunError(f"{text}, or set on_no_gap to warn to train all the same")
     state.trainer.progress.note(text)
