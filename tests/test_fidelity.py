@@ -9,8 +9,9 @@ from fakes import Chat
 from vpd_mlx.algos.grpo import _minibatches, advantages_of
 from vpd_mlx.algos.samples import Sample
 from vpd_mlx.algos.settings import GrpoSettings
+from vpd_mlx.common.thoughts import spoken, without_thoughts
 from vpd_mlx.engine.ranks import Ranks
-from vpd_mlx.feedback.prompts import CUT_MARK, NoRoom, Prompter, Templates, demonstration
+from vpd_mlx.feedback.prompts import CUT_MARK, NoRoom, Prompter, Templates
 from vpd_mlx.recipe import Recipe
 from vpd_mlx.tasks import build_task
 from vpd_mlx.types import Problem, Rollout, TokenRow, Verdict
@@ -89,6 +90,8 @@ def test_no_room_at_all_is_said():
 
 # --- thoughts
 
+ANALYSIS = "<|channel|>analysis<|message|>4? 5?"  # what gpt-oss says before
+
 
 @pytest.mark.parametrize(
     ("text", "want"),
@@ -99,10 +102,19 @@ def test_no_room_at_all_is_said():
         ("It is 4. <think>or 5", "It is 4."),
         ("a</think>b<think>c</think>d", "bd"),
         ("It is 4.", "It is 4."),
+        ("<|channel>thought\n4? 5?<channel|>It is 4.", "It is 4."),  # Gemma 4
+        ("[THINK]4? 5?[/THINK]It is 4.", "It is 4."),  # Magistral
+        ("4? 5?</longcat_think>It is 4.", "It is 4."),
+        (f"{ANALYSIS}<|end|><|start|>assistant<|channel|>final<|message|>It is 4.", "It is 4."),  # gpt-oss
+        (f"{ANALYSIS}<|end|><|start|>assistant<|channel|>final<|message|>It is 4.<|end|>", "It is 4."),
+        (ANALYSIS, ""),
+        (f"{ANALYSIS}<|end|><|start|>assistant<|channel|>final", ""),
     ],
 )
 def test_a_demonstration_has_no_thought(text: str, want: str):
-    assert demonstration(text) == want
+    assert without_thoughts(text) == want
+    if "<think>" not in text.removeprefix("<think>"):  # text between two thoughts is shown, and not judged
+        assert spoken(text).strip() == want
 
 
 def test_exact_and_regex_judge_the_answer_not_the_thought(tmp_path):

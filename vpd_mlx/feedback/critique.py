@@ -8,8 +8,9 @@ from functools import partial
 from pydantic import Field
 
 from vpd_mlx.common.settings import Positive, Section
+from vpd_mlx.common.thoughts import without_thoughts
 from vpd_mlx.feedback.base import Answer, Failed, SourceEntry, SourceParts, answer_each
-from vpd_mlx.feedback.prompts import NoRoom, demonstration
+from vpd_mlx.feedback.prompts import NoRoom
 from vpd_mlx.types import Group, Rollout
 
 __all__ = ["CRITIQUE", "CritiqueKeys", "critique"]
@@ -38,7 +39,7 @@ def critique(parts: SourceParts, groups: Sequence[Group], wanted: list[list[bool
 
     places = answer_each(groups, wanted, place)
     texts = parts.generate(prompts, parts.cfg.critique_tokens) if prompts else []
-    return [[demonstration(texts[at]) or None if isinstance(at, int) else at for at in row] for row in places]
+    return [[without_thoughts(texts[at]) or None if isinstance(at, int) else at for at in row] for row in places]
 
 
 CRITIQUE = SourceEntry(

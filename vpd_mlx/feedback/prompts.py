@@ -21,7 +21,7 @@ from vpd_mlx.errors import Fault, config_error
 from vpd_mlx.feedback.wordings import COMMON, STYLES
 from vpd_mlx.types import Message, Problem
 
-__all__ = ["PLACEHOLDERS", "NoRoom", "Prompter", "Templates", "demonstration"]
+__all__ = ["PLACEHOLDERS", "NoRoom", "Prompter", "Templates"]
 
 _TEACHERS = ("prompt", "student", "context")
 PLACEHOLDERS: Mapping[str, tuple[str, ...]] = {
@@ -100,18 +100,6 @@ class NoRoom(Exception):
 
 
 CUT_MARK = "\n[...]\n"
-_THINKING = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
-
-
-def demonstration(text: str) -> str:
-    """A completion without its thinking, as a teacher may see it.
-
-    A chat template may open `<think>` in the prompt itself: then the completion has the closing tag alone.
-    """
-    opened, closed = text.find("<think>"), text.find("</think>")
-    if closed >= 0 and not 0 <= opened < closed:
-        text = text[closed + len("</think>") :]
-    return _THINKING.sub("", text).strip()
 
 
 def _lowered(budgets: Sequence[int], over: int) -> list[int]:

@@ -24,10 +24,11 @@ from pydantic import Field
 
 from vpd_mlx import __version__
 from vpd_mlx.common.settings import Positive, Section
+from vpd_mlx.common.thoughts import without_thoughts
 from vpd_mlx.errors import SourceError, config_error
 from vpd_mlx.feedback.base import Host, SourceEntry
 from vpd_mlx.feedback.outside import Asking
-from vpd_mlx.feedback.prompts import Prompter, demonstration
+from vpd_mlx.feedback.prompts import Prompter
 from vpd_mlx.types import Problem, Rollout
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ class Server(Asking):
                 text = self._ask(json.dumps(request).encode())
                 if text is not None and file is not None:
                     self._keep(file, {"url": self._url, "request": request, "answer": text})
-        return demonstration(text or "") or None
+        return without_thoughts(text or "") or None
 
     def _ask(self, body: bytes) -> str | None:
         import httpx

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vpd_mlx.common.settings import Section
+from vpd_mlx.common.thoughts import without_thoughts
 from vpd_mlx.errors import Fault
 from vpd_mlx.feedback.base import Answer, SourceEntry, answer_each
-from vpd_mlx.feedback.prompts import demonstration
 from vpd_mlx.types import Group, Rollout
 
 __all__ = ["SIBLING", "SiblingKeys", "sibling"]
@@ -32,7 +32,7 @@ def sibling(groups: Sequence[Group], wanted: list[list[bool]]) -> list[list[Answ
     """The text of a correct sibling for every rollout that has one, without its thinking."""
 
     def first_other(group: Group, rollout: Rollout) -> Answer:
-        return next((demonstration(r.text) for r in group.rollouts if r.success and r is not rollout), None)
+        return next((without_thoughts(r.text) for r in group.rollouts if r.success and r is not rollout), None)
 
     return answer_each(groups, wanted, first_other)
 

@@ -24,9 +24,9 @@ from typing import Any, Protocol
 
 from vpd_mlx.common.functions import NOTHING, Handed
 from vpd_mlx.common.settings import Section
+from vpd_mlx.common.thoughts import spoken
 from vpd_mlx.errors import DataError
 from vpd_mlx.tasks.addition import Addition, AdditionSettings
-from vpd_mlx.tasks.answers import spoken
 from vpd_mlx.tasks.code import Code, CodeSettings
 from vpd_mlx.tasks.exact import Exact, ExactSettings
 from vpd_mlx.tasks.json_schema import JsonSchema, JsonSchemaSettings

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import re
 
+from vpd_mlx.common.thoughts import spoken
+
 __all__ = ["boxed", "final_answer", "in_fence", "in_tag", "spoken"]
 
 # Possessive: a line of 40,000 tildes must not be tried 40,000 times.
 _FENCE = re.compile(r"^[ \t]*+(```++|~~~++)[^\n`]*+$", re.M)
 _BRACES = re.compile(r"\\boxed\{|[{}]")
-
-
-def spoken(completion: str) -> str:
-    """The completion without its thinking: all after the last `</think>`, and before a thought that was never closed."""
-    return completion.rpartition("</think>")[2].partition("<think>")[0]
 
 
 def in_tag(completion: str, tag: str) -> str | None:

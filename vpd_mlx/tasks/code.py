@@ -21,9 +21,10 @@ from typing import Any, Literal
 from pydantic import Field
 
 from vpd_mlx.common.settings import Positive
+from vpd_mlx.common.thoughts import spoken
 from vpd_mlx.errors import DataError, Fault, SourceError
 from vpd_mlx.sandbox import Ended, Failure, Limits, Sandbox
-from vpd_mlx.tasks.answers import in_fence, spoken
+from vpd_mlx.tasks.answers import in_fence
 from vpd_mlx.tasks.data import DatasetSettings, read_all, read_split
 from vpd_mlx.tasks.suites import Suite, imports_for, read_suite
 from vpd_mlx.types import Problem, Verdict

@@ -18,8 +18,8 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from vpd_mlx.common.settings import OneOf, Section
+from vpd_mlx.common.thoughts import spoken
 from vpd_mlx.errors import DataError, Fault
-from vpd_mlx.tasks.answers import spoken
 
 __all__ = ["CHECKS", "TEXT", "Check", "RetainSettings", "passages"]
 

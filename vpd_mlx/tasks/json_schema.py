@@ -8,8 +8,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from vpd_mlx.common.thoughts import spoken
 from vpd_mlx.errors import DataError, SourceError, config_error
-from vpd_mlx.tasks.answers import in_fence, spoken
+from vpd_mlx.tasks.answers import in_fence
 from vpd_mlx.tasks.checker import Checker
 from vpd_mlx.tasks.data import DatasetSettings, read_split
 from vpd_mlx.types import Problem, Verdict

@@ -6,8 +6,9 @@ from typing import Literal
 
 from pydantic import Field
 
+from vpd_mlx.common.thoughts import spoken
 from vpd_mlx.errors import DataError
-from vpd_mlx.tasks.answers import final_answer, spoken
+from vpd_mlx.tasks.answers import final_answer
 from vpd_mlx.tasks.checker import Checker
 from vpd_mlx.tasks.data import DatasetSettings, read_split
 from vpd_mlx.types import Problem, Verdict

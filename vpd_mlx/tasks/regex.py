@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
+from vpd_mlx.common.thoughts import spoken
 from vpd_mlx.errors import DataError, SourceError, config_error
-from vpd_mlx.tasks.answers import spoken
 from vpd_mlx.tasks.checker import Checker
 from vpd_mlx.tasks.data import DatasetSettings, read_split
 from vpd_mlx.types import Problem, Verdict

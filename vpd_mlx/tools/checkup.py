@@ -20,6 +20,7 @@ from mlx_lm.utils import load_tokenizer
 
 from vpd_mlx.common.hub import reaching_hub
 from vpd_mlx.common.text import one_line, size
+from vpd_mlx.common.thoughts import CHANNEL
 from vpd_mlx.engine.blueprint import Blueprint
 from vpd_mlx.engine.keys import experts_of, routers_of
 from vpd_mlx.engine.miniature import miniature
@@ -166,7 +167,8 @@ def _rendering(plain: Prompter) -> Iterator[Fact]:
         yield Fact("chat template", "refuses a user's message", _line(error))
         return
     switch = "switched by the recipe's `thinking`" if on != off else "no switch in the chat template"
-    yield Fact("thinking", f"{switch}; thoughts are in {tokenizer.think_start or 'no tokens of their own'}")
+    marks = tokenizer.think_start or ("channels" if CHANNEL in tokenizer.get_vocab() else "no tokens of their own")
+    yield Fact("thinking", f"{switch}; thoughts are in {marks}")
     tail = _tail(*(plain.encode([{"role": "user", "content": text}]) for text in ("one", "a b")))
     same = bool(tail) and student[-len(tail) :] == teacher[-len(tail) :]
     text = f"both end in {tokenizer.decode(list(tail))!r}" if same else "their ends differ"
