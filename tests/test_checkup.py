@@ -12,8 +12,9 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
+from conftest import QUICKSTART
 from fakes import ByteTokenizer, tiny_policy
-from mlx_lm.utils import load_adapters
+from mlx_lm.utils import load_adapters, load_tokenizer
 from typer.testing import CliRunner
 
 from vpd_mlx.commands.app import app
@@ -101,6 +102,16 @@ def test_the_command_says_how_a_folder_speaks(monkeypatch: pytest.MonkeyPatch):
         assert words in done.output
     facts = json.loads(CliRunner().invoke(app, ["doctor", "recipes/quickstart/model", "--json"]).output)["facts"]
     assert {"weights", "gradient", "samples"} <= {fact["name"] for fact in facts}
+
+
+def test_an_answer_must_end_in_a_stop_token():
+    tokenizer = load_tokenizer(QUICKSTART.parent / "model", eos_token_ids=[4])
+    ask = [{"role": "user", "content": "2+2?"}]
+    (fact,) = checkups._ending(tokenizer, ask)
+    assert (fact.value, fact.remedy) == ("<|end|> (4)", "")
+    tokenizer._eos_token_ids = {5}
+    (fact,) = checkups._ending(tokenizer, ask)
+    assert "it is no stop token" in fact.remedy
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from vpd_mlx.types import Message, Problem, TokenRow
 
 __all__ = ["apart", "checkup"]
 
+ANSWER = "It is four"
 ROW = 64  # tokens of the row whose gradient is measured
 Tried = Callable[[Mapping[str, Any]], Trial]
 
@@ -166,6 +167,7 @@ def _rendering(plain: Prompter) -> Iterator[Fact]:
     except (TemplateError, ValueError) as error:
         yield Fact("chat template", "refuses a user's message", _line(error))
         return
+    yield from _ending(tokenizer, ask)
     switch = "switched by the recipe's `thinking`" if on != off else "no switch in the chat template"
     marks = tokenizer.think_start or ("channels" if CHANNEL in tokenizer.get_vocab() else "no tokens of their own")
     yield Fact("thinking", f"{switch}; thoughts are in {marks}")
@@ -175,6 +177,23 @@ def _rendering(plain: Prompter) -> Iterator[Fact]:
     yield Fact(
         "student and teacher", text, "" if same else "they would not score the same completion: mend the template"
     )
+
+
+def _ending(tokenizer: Any, ask: list[Message]) -> Iterator[Fact]:
+    """What the template puts behind an answer: a completion that ends in no stop token runs on to its limit."""
+    if CHANNEL in tokenizer.get_vocab():
+        return  # gpt-oss ends an earlier answer otherwise than one that it gives
+    said: list[Message] = [*ask, {"role": "assistant", "content": ANSWER}]
+    ids = tokenizer.apply_chat_template(said, tokenize=True, enable_thinking=False)
+    after = next((n for n in range(len(ids)) if ANSWER in tokenizer.decode(ids[: n + 1])), None)
+    if after is None or after + 1 == len(ids):
+        return
+    end = int(ids[after + 1])
+    stops = end in tokenizer.eos_token_ids
+    remedy = (
+        "" if stops else "it is no stop token: completions run on; add it to eos_token_id in generation_config.json"
+    )
+    yield Fact("end of an answer", f"{tokenizer.decode([end])} ({end})", remedy)
 
 
 def _tail(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
