@@ -131,7 +131,7 @@ def test_an_update_and_a_rollout_are_planned_from_the_config(kind: str):
     shared, prefill = blueprint.gradient(rows)[0], blueprint.prefill(2, 40)
     assert prefill > 0
     blueprint.shares_prompts = False
-    assert shared < 0.5 * blueprint.gradient(rows)[0]
+    assert shared < 0.8 * blueprint.gradient(rows)[0]
 
 
 def test_a_config_that_transformers_refuses_is_named(tmp_path: Path):
