@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from vpd_mlx.commands.app import app
 from vpd_mlx.engine.decoding import probe_batches
+from vpd_mlx.engine.experts import watched
 from vpd_mlx.engine.keys import chosen_keys, experts_of, routers_of
 from vpd_mlx.engine.miniature import miniature
 from vpd_mlx.engine.models import load_model, lora_of
@@ -227,3 +228,20 @@ def test_experts_are_trained_exported_and_loaded(tmp_path: Path):
     keys = given["lora_parameters"].pop("keys")
     (tmp_path / "adapter_config.json").write_text(json.dumps(given))
     assert lora_of(tmp_path).keys == keys  # another program names none: its tensors tell
+
+
+def test_the_load_of_experts_is_seen():
+    policy = Policy(build(miniature(of("qwen3-30b-a3b-4bit"))), ByteTokenizer(), "tiny")
+    policy.adapt(LoraSettings(rank=2, experts=True), 0)
+    with watched(policy.model) as load:
+        policy.model(mx.array([[1, 2]]))
+        policy.model(mx.array([[7, 8, 9]]))
+    (first, experts), (second, _) = load.taken.values()  # two blocks, and of each its last pass
+    assert (first.size, second.size, experts) == (6, 6, 4)
+    policy.model(mx.array([[1, 2]]))
+    assert load.taken[0][0] is first
+    load.taken = {0: (mx.array([[[0, 1]], [[0, 2]]]), 4)}
+    assert load.figures() == {"experts/busiest": 2.0, "experts/idle": 0.25}
+    with watched(tiny_policy().model) as load:
+        pass
+    assert load.figures() == {}

@@ -101,6 +101,12 @@ _Learning = TypedDict(
 _Watching = TypedDict(
     "_Watching",
     {
+        "experts/busiest": Annotated[
+            float,
+            "1",
+            "Of a mixture of experts: the most loaded expert's tokens over the mean expert's, on those prompts.",
+        ],
+        "experts/idle": Annotated[Fraction, "0..1", "Of a mixture of experts: experts that got none of their tokens."],
         "style/first_token": Annotated[
             Fraction,
             "0..1",

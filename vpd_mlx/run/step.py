@@ -13,6 +13,7 @@ import mlx.core as mx
 from vpd_mlx.algos.base import Step
 from vpd_mlx.common.seeds import phase_seed
 from vpd_mlx.common.stats import Clock
+from vpd_mlx.engine.experts import watched
 from vpd_mlx.engine.ranks import Ranks
 from vpd_mlx.engine.sampling import Sampling
 from vpd_mlx.errors import RunError, SourceError, VpdError
@@ -175,7 +176,7 @@ class Trainer(Parts):
         self.progress.phase("update")
         step = Step(number, self.recipe.seed, clock)
         metrics = self.algorithm(self.policy, groups, step)
-        with clock("watch"):
+        with clock("watch"), watched(self.policy.model) as load:
             style = self.style.shift()
         with clock("log"):
             mx.clear_cache()
@@ -185,6 +186,7 @@ class Trainer(Parts):
                 **metrics,
                 **self.sources.figures(),
                 "style/first_token": style,
+                **load.figures(),
                 "tokens_per_s": round(sum(len(r.tokens) for r in batch.rollouts) / clock.seconds["rollout"], 1),
                 "peak_memory_mb": round(mx.get_peak_memory() / 2**20, 1),
             }
