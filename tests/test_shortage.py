@@ -99,7 +99,8 @@ def test_the_bound_holds_for_rollouts_critiques_and_evaluations(
 ):
     from vpd_mlx.common.stats import Clock
 
-    recipe = small(feedback__sources=["critique"], memory__rollout_rows=3, memory__rollout_streams=1)
+    room = {"feedback__max_prompt_tokens": 192}
+    recipe = small(feedback__sources=["critique"], memory__rollout_rows=3, memory__rollout_streams=1, **room)
     trainer = Trainer.build(recipe)
     with watched(trainer.policy, monkeypatch) as widths:
         trainer.roll_out(1, Clock())
