@@ -305,11 +305,21 @@ def _all_at_once(
             tokens, chosen = tokens[index], chosen[index]
 
 
+class _Bounded(BatchGenerator):  # type: ignore[misc]
+    """Never more rows than places. mlx-lm does not count the prompts that it is reading, which all become rows in the end."""
+
+    def _next(self) -> Any:
+        reading = len(self._prompt_batch)
+        free = self.completion_batch_size - len(self._generation_batch)
+        self.prefill_batch_size = max(reading, free) if reading else self.completion_batch_size
+        return super()._next()
+
+
 def _continuous(
     policy: Policy, prompts: Sequence[tuple[int, ...]], samples: int, how: Sampling, width: int
 ) -> Generator[list[Finished], None, None]:
     """At most `width` rows at a time: the next one takes the place of one that has finished."""
-    generator = BatchGenerator(
+    generator = _Bounded(
         _Float32(policy.model),
         stop_tokens=[[int(t)] for t in sorted(policy.tokenizer.eos_token_ids)],
         sampler=_sampler(how),
