@@ -664,6 +664,7 @@ def test_a_real_terminal(last: bytes, tmp_path: Path, monkeypatch: pytest.Monkey
         if key:
             os.write(ours, key)
         else:
+            time.sleep(0.3)  # one that comes between the change of the terminal and the read would wait for a key
             os.kill(os.getpid(), signal.SIGTERM)
 
     def type_it() -> None:
