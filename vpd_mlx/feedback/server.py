@@ -220,7 +220,8 @@ class Server(Asking):
 def check_reachable(cfg: Any, transport: httpx.BaseTransport | None = None) -> None:
     """One request, before a run loads anything, for the list of models: a dead server is told now, not after the first rollouts.
 
-    A server that has no such list answers too. `cfg` is the recipe's section `feedback`; a test passes its own `transport`.
+    A server that has no such list answers too. Where `cache_dir` holds answers, nobody is asked: they may be all that the run
+    needs. `cfg` is the recipe's section `feedback`; a test passes its own `transport`.
 
     Raises:
         SourceError: nobody answers, or the key is refused.
@@ -229,6 +230,8 @@ def check_reachable(cfg: Any, transport: httpx.BaseTransport | None = None) -> N
     import httpx
 
     url, own = _endpoint(cfg.server.url or ""), cfg.server
+    if own.cache_dir is not None and any(Path(own.cache_dir).glob("*/*.json")):
+        return
     seconds = min(PROBE_SECONDS, own.timeout)
     try:
         with _client(url, _headers(own), seconds, transport) as client:
