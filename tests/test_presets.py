@@ -160,6 +160,12 @@ def test_the_page_lists_every_preset():
     assert all(f"- `{name}`: {preset.what}" in page for name, preset in PRESETS.items())
 
 
+def test_recipes_of_earlier_versions_warm_up_by_updates(tmp_path: Path):
+    for version, by in ((1, "updates"), (2, "updates"), (3, "steps")):
+        assert recipe_of(tmp_path, f"version: {version}\n").optimizer.warmup_by == by
+    assert recipe_of(tmp_path, "version: 2\noptimizer: {warmup_by: steps}\n").optimizer.warmup_by == "steps"
+
+
 def test_a_recipe_of_version_1_keeps_the_teacher_of_then(tmp_path: Path):
     for algorithm, kind in {**dict.fromkeys(ALGORITHMS, "live"), "sdpo": "ema", "opsd": "ema"}.items():
         sources = "feedback: {sources: [reference]}\n" if algorithm == "opsd" else ""

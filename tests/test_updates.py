@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from vpd_mlx import losses
 from vpd_mlx.algos import ALGORITHMS
@@ -353,10 +353,32 @@ def test_warm_up_and_clipping(world):
     assert rates == pytest.approx([1.25e-4, 2.5e-4, 3.75e-4, 5e-4, 5e-4])
 
 
+def test_warm_up_goes_by_the_steps_of_the_run_and_starts_again_at_a_reset(world):
+    trainer = world[0]
+    policy, start = trainer.policy, trainer.policy.adapter
+    cfg = trainer.recipe.optimizer.model_copy(update={"warmup_steps": 10, "learning_rate": 1e-3})
+    gradients = tree_map(mx.ones_like, policy.model.trainable_parameters())
+
+    def rate(learner: Learner, step: int) -> float:
+        learner.begin(step)
+        return learner.apply(policy, gradients)["rate"]
+
+    e_step = Learner(cfg)  # before every fifth M-step
+    assert [rate(e_step, n) for n in (5, 10, 15)] == pytest.approx([5e-4, 1e-3, 1e-3])
+    by_updates = Learner(cfg.model_copy(update={"warmup_by": "updates"}))
+    assert [rate(by_updates, n) for n in (5, 10, 15)] == pytest.approx([1e-4, 2e-4, 3e-4])
+    e_step.reset(policy, 0.5)
+    resumed = Learner(cfg)
+    resumed.restore(e_step.arrays(), e_step.scalars())
+    for learner in (e_step, resumed):
+        assert [rate(learner, n) for n in (17, 20, 25, 30)] == pytest.approx([1e-4, 2.5e-4, 5e-4, 5e-4])
+    policy.set_adapter(start)
+
+
 COMPILED_UPDATES = """
 import json, sys
 import mlx.core as mx
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 from vpd_mlx.engine import learner as optimizer
 from vpd_mlx.engine.settings import OptimizerSettings
 
@@ -430,6 +452,7 @@ OPTIONS = [
     ("vpd", {"optimizer.beta2": 0.5}),
     ("vpd", {"optimizer.grad_clip": 0.01}),
     ("vpd", {"optimizer.warmup_steps": 0}),
+    ("vpd", {"optimizer.warmup_by": "updates", "e_step.every": 2}),
     ("vpd", {"seed": 1}),
     ("sdpo", {"teacher.ema_rate": 0.5}),
     ("sdpo", {"teacher.weights": "live"}),

@@ -44,6 +44,7 @@ class Grpo:
     def __call__(self, policy: Policy, groups: Sequence[Group], step: Step) -> Metrics:
         """One update."""
         seed = phase_seed(step.seed, step.number, "update")
+        self.learner.begin(step.number)
         with step.clock("student"):
             metrics, _ = policy_gradient_update(policy, gather(groups), self.learner, self.cfg, seed=seed)
         return prefixed("student", metrics)

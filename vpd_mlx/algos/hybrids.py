@@ -63,6 +63,7 @@ class _Hybrid(ABC):
             return [self.portion(policy, step.number, batch, minibatch, p, of) for of, p in split.items() if p]
 
         cfg, seed = self.recipe.section(GrpoSettings), phase_seed(step.seed, step.number, "update")
+        self.learner.begin(step.number)
         with step.clock("student"):
             self.teacher.begin_batch(policy)
             metrics, seen = policy_gradient_update(policy, samples, self.learner, cfg, seed=seed, portions=portions)

@@ -58,7 +58,14 @@ _PUBLISHED: Values = {
         "top_p": 1.0,
         "success_threshold": 0.5,
     },
-    "optimizer": {"warmup_steps": 10, "weight_decay": 0.01, "beta1": 0.9, "beta2": 0.999, "grad_clip": 1.0},
+    "optimizer": {
+        "warmup_steps": 10,
+        "warmup_by": "steps",
+        "weight_decay": 0.01,
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "grad_clip": 1.0,
+    },
     "e_step": {
         "every": 5,
         "beta": 0.1,
@@ -167,6 +174,8 @@ PRESETS: dict[str, Preset] = {
     "paper-math": _MATH,
 }
 
+_COUNTED = {"optimizer": {"warmup_by": "updates"}}
+
 EARLIER: Mapping[int, Preset] = {
     1: Preset(
         "what recipes of version 1 meant where they say nothing",
@@ -176,8 +185,10 @@ EARLIER: Mapping[int, Preset] = {
             "on_collapse": "warn",
             "on_no_gap": "warn",
             "evaluation": {"keep_best": False},
+            **_COUNTED,
         },
         {"sdpo": _EMA, "opsd": _EMA},
-    )
+    ),
+    2: Preset("what recipes of version 2 meant where they say nothing", _COUNTED),
 }
 """By version of the recipe format: so a run that began under other defaults is resumed as it began."""

@@ -38,6 +38,7 @@ class Sdpo:
     def __call__(self, policy: Policy, groups: Sequence[Group], step: Step) -> Metrics:
         """One M-step."""
         seed = phase_seed(step.seed, step.number, "update")
+        self.learner.begin(step.number)
         with step.clock("student"):
             self.teacher.begin_batch(policy)
             metrics, tokens = divergence_update(

@@ -43,6 +43,7 @@ class Vpd(Sdpo):
         if step.number % self.e_step.every:
             return super().__call__(policy, groups, step)
         samples = gather(groups)
+        self.e_learner.begin(step.number)
         with step.clock("e_step"):
             done = bco_update(
                 policy,

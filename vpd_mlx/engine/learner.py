@@ -195,7 +195,10 @@ def adam_step(adam: optim.AdamW) -> AdamStep:
 
 
 class Learner:
-    """AdamW over the adapter with linear warm-up and clipping. An update whose gradient is not finite is skipped."""
+    """AdamW over the adapter with linear warm-up and clipping. An update whose gradient is not finite is skipped.
+
+    Warm-up goes by the run's steps, once `begin` has told them, and starts again at a reset.
+    """
 
     def __init__(self, cfg: OptimizerSettings, ratio: float = 1.0) -> None:
         self.cfg = cfg
@@ -203,6 +206,8 @@ class Learner:
         self.factor = 1.0
         self.updates = 0
         self.skipped = 0
+        self.step: int | None = None
+        self.since = 0  # the step of the last reset
         self._adam = optim.AdamW(
             learning_rate=self.rate,
             betas=[cfg.beta1, cfg.beta2],
@@ -219,6 +224,18 @@ class Learner:
             self._ready = True
             mx.eval(self._adam.state)
 
+    def begin(self, step: int) -> None:
+        """The updates that follow belong to this step of the run."""
+        self.step = step
+
+    @property
+    def warmth(self) -> float:
+        """Share of the full rate that the update now being made has."""
+        done = self.updates
+        if self.step is not None and self.cfg.warmup_by == "steps":
+            done = max(1, self.step - self.since)  # `plan` measures a step 0
+        return min(1.0, done / max(1, self.cfg.warmup_steps))
+
     def apply(self, policy: Policy, gradients: Any) -> Metrics:
         """Move the policy's adapter by one update, by the gradients of all ranks; returns `grad_norm`, `rate`, `applied`."""
         gradients = policy.ranks.sum(gradients)
@@ -229,7 +246,7 @@ class Learner:
             self.skipped += 1
             return {"grad_norm": None, "rate": 0.0, "applied": 0}
         self.updates += 1
-        rate = self.rate * self.factor * min(1.0, self.updates / max(1, self.cfg.warmup_steps))
+        rate = self.rate * self.factor * self.warmth
         most = self.cfg.grad_clip
         factor = mx.array(1.0 if most is None or norm <= most else most / norm, mx.float32)
         self.prepare(policy)
@@ -246,8 +263,8 @@ class Learner:
         return dict(tree_flatten(self._adam.state))
 
     def scalars(self) -> dict[str, float]:
-        """Updates made and skipped since the start or the last reset, and the factor on the rate, for a checkpoint."""
-        return {"updates": self.updates, "skipped": self.skipped, "factor": self.factor}
+        """Updates made and skipped since the start or the last reset, its step, and the factor on the rate, for a checkpoint."""
+        return {"updates": self.updates, "skipped": self.skipped, "factor": self.factor, "since": self.since}
 
     def restore(self, arrays: Mapping[str, mx.array], scalars: Mapping[str, float]) -> None:
         """Continue from what `arrays` and `scalars` gave."""
@@ -255,11 +272,12 @@ class Learner:
         self._ready = True
         self.updates, self.skipped = int(scalars["updates"]), int(scalars["skipped"])
         self.factor = scalars.get("factor", 1.0)  # the first versions never changed it
+        self.since = int(scalars.get("since", 0))
 
     def reset(self, _policy: Policy, rate: float) -> None:
         """Forget the moments, warm up again, and go on at `rate` times the rate."""
         self.factor *= rate
-        self.updates = 0
+        self.updates, self.since = 0, self.step or 0
         self._adam.state = tree_map(mx.zeros_like, self._adam.state)
 
 

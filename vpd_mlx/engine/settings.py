@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -66,7 +66,12 @@ class OptimizerSettings(Section):
     learning_rate: float = Field(
         1e-4, gt=0, description="Rate after warm-up. LoRA wants about 10 x a full fine-tune's."
     )
-    warmup_steps: int = Field(10, ge=0, description="Updates over which the rate rises linearly to its full value.")
+    warmup_steps: int = Field(10, ge=0, description="Steps over which the rate rises linearly to its full value.")
+    warmup_by: Literal["steps", "updates"] = Field(
+        "steps",
+        description="What warm-up counts: `steps` of the run, for E-steps and M-steps alike, or each optimizer's own `updates`, "
+        "of which an E-step before every fifth M-step has few.",
+    )
     weight_decay: float = Field(0.01, ge=0, description="Decoupled weight decay.")
     beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment.")
     beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the second moment.")
