@@ -66,6 +66,8 @@ def test_all_faults_at_once_with_path_value_and_remedy(tmp_path: Path):
     ("extra", "place"),
     [
         ("rollout: {group_size: 1}\nfeedback: {sources: [sibling]}", "rollout.group_size"),
+        ("rollout: {group_size: 1}\nfeedback: {sources: [attempts, verifier]}", "rollout.group_size"),
+        ("feedback: {sources: [sibling, attempts]}", "feedback.sources"),
         ("algorithm: grpo\nrollout: {group_size: 1}", "rollout.group_size"),
         ("feedback: {sources: [verifier, verifier]}", "feedback.sources"),
         ("algorithm: opsd", "feedback.sources"),

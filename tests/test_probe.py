@@ -107,6 +107,8 @@ def test_a_source_that_reaches_few_problems_is_backed_by_the_others():
     text = teacher("verifier", "after", 0.2, 0.1, 0.3)
     other = teacher("reference", "before", 0.1, 0.05, 0.2)
     assert advise([few, text, other]).keys["feedback.sources"] == ["sibling", "verifier"]
+    same = teacher("attempts", "after", 0.7, 0.6, 0.9, problems=16)  # would never be asked behind sibling
+    assert advise([few, same, text]).keys["feedback.sources"] == ["sibling", "verifier"]
     found = advise([few])
     assert found.keys["feedback.sources"] == ["sibling"]
     assert "nothing on 84 of 184 wrong completions" in " ".join(found.reasons)
@@ -276,7 +278,7 @@ def test_the_quickstart_is_measured_and_recommended():
     assert verifier["contexts"]["missing"] == 0
     assert verifier["style"]["first_token"] > 0
     assert verifier["style"]["right_share"] == 0.0  # successes have no verifier's text
-    assert set(found["silent"]) == {"reference", "sibling, closing", "verifier, closing"} | {
+    assert set(found["silent"]) == {"reference", *(f"{name}, closing" for name in ("sibling", "attempts", "verifier"))} | {
         f"{name}, {wording}" for name in ("verifier",) for wording in ("before", "sdpo")
     }
     assert "max_prompt_tokens" in found["silent"]["verifier, closing"]

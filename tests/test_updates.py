@@ -672,10 +672,11 @@ def test_crossed_contexts_pair_a_failures_words_with_a_right_answer():
         sample(0, (8,), True, None),
         sample(0, (5, 5), False, "sibling", (9, 2)),
         sample(1, (5,), False, "verifier", (9, 3)),
+        sample(0, (5, 4), False, "attempts", (9, 4)),
     ]
     out = crossed(samples)
-    assert out[:5] == samples
-    (extra,) = out[5:]  # not for the sibling's context, not in the group without a success
+    assert out[:6] == samples
+    (extra,) = out[6:]  # not for contexts that show a sibling's answer, not in the group without a success
     assert extra.teacher == TokenRow((9, 1), (6, 7))
     assert extra.student == samples[1].student
     assert extra.rollout.success

@@ -66,7 +66,7 @@ class RewardShift(Stateful):
 def crossed(samples: Sequence[Sample]) -> list[Sample]:
     """The samples, and for each failure with a context of its own the group's first success behind that context.
 
-    A context that is itself a sibling's solution is left out: behind it that very answer would be a copy.
+    A context that shows a sibling's solution is left out: the first success is in it, and behind it would be a copy.
     """
     first: dict[int, Sample] = {}
     for s in samples:
@@ -77,7 +77,7 @@ def crossed(samples: Sequence[Sample]) -> list[Sample]:
         right, context = first.get(s.group), s.rollout.context
         if right is None or s.rollout.success or s.teacher is None or context is None:
             continue
-        if context.kind in ("sibling", "both"):
+        if context.kind in ("sibling", "attempts", "both"):
             continue
         teacher = TokenRow(s.teacher.prompt, right.student.completion)
         rollout = replace(right.rollout, context=context, teacher_prompt=s.teacher.prompt)

@@ -29,6 +29,7 @@ from pydantic import Field
 from vpd_mlx.common.functions import Listed
 from vpd_mlx.common.settings import OneOf
 from vpd_mlx.errors import Fault
+from vpd_mlx.feedback.attempts import ATTEMPTS
 from vpd_mlx.feedback.base import Answer, CommonKeys, Failed, Generate, Host, Source, SourceEntry, SourceParts
 from vpd_mlx.feedback.command import COMMAND
 from vpd_mlx.feedback.critique import CRITIQUE
@@ -55,6 +56,7 @@ __all__ = [
 SOURCES: dict[str, SourceEntry] = Listed(
     function_entry,
     sibling=SIBLING,
+    attempts=ATTEMPTS,
     verifier=VERIFIER,
     critique=CRITIQUE,
     reference=REFERENCE,
@@ -86,8 +88,12 @@ class FeedbackSettings(*reversed(_KEYS), CommonKeys):  # type: ignore[misc]
     )
 
     def faults(self, recipe: Any) -> Iterator[Fault]:
-        """Some sources need a key of their own, and some have no feedback on a success."""
+        """Some sources need a key of their own, some are never asked behind another, some say nothing on a success."""
         yield from super().faults(recipe)
+        first, *rest = [name for name in self.sources if SOURCES[name].siblings] or [""]
+        if rest and rest[0] != first:
+            what = f"{self.sources} would never ask {rest[0]}: {first} speaks wherever it would"
+            yield Fault("feedback.sources", what, f"take {rest[0]} or {first} out")
         for name in dict.fromkeys(self.sources):
             match SOURCES[name].required:
                 case (key, remedy) if attrgetter(key)(self) is None:

@@ -89,6 +89,7 @@ class SourceEntry:
         whole_groups: it answers only once all rollouts of a group are graded.
         on_success: it answers on successes, too, when `feedback.on_success` is set.
         solution: its texts are solutions of the problem, not comments on a completion.
+        siblings: its texts are other completions of the group, so that it speaks wherever another such source would.
         single_rank: it cannot serve several ranks.
         needs: what it cannot work without. `vpd-mlx verify` has none of these and leaves the source out.
         reach: given the section `feedback`, raises a `SourceError` where the source is not there, before anything is loaded.
@@ -102,6 +103,7 @@ class SourceEntry:
     whole_groups: bool = False
     on_success: bool = False
     solution: bool = False
+    siblings: bool = False
     single_rank: bool = False
     needs: str = ""
     free: bool = False

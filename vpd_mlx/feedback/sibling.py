@@ -11,7 +11,7 @@ from vpd_mlx.errors import Fault
 from vpd_mlx.feedback.base import Answer, SourceEntry, answer_each
 from vpd_mlx.types import Group, Rollout
 
-__all__ = ["SIBLING", "SiblingKeys", "sibling"]
+__all__ = ["SIBLING", "SiblingKeys", "group_of_one", "sibling"]
 
 
 class SiblingKeys(Section):
@@ -19,13 +19,18 @@ class SiblingKeys(Section):
 
     def faults(self, recipe: Any) -> Iterator[Fault]:
         """A group of one has no siblings."""
-        sources = recipe.feedback.sources
-        if recipe.entry.contexts and recipe.rollout.group_size == 1 and "sibling" in sources:
-            alone = sources == ["sibling"]
-            what = f"1 leaves no sibling to learn from, and `feedback.sources` names {'only ' * alone}sibling"
-            other = "add another source" if alone else "take sibling out of feedback.sources"
-            yield Fault("rollout.group_size", what, f"set rollout.group_size to 2 or more, or {other}")
+        yield from group_of_one(recipe, "sibling")
         yield from super().faults(recipe)
+
+
+def group_of_one(recipe: Any, name: str) -> Iterator[Fault]:
+    """The source `name` shows other completions of the group, and there are none."""
+    sources = recipe.feedback.sources
+    if recipe.entry.contexts and recipe.rollout.group_size == 1 and name in sources:
+        alone = sources == [name]
+        what = f"1 leaves no sibling to learn from, and `feedback.sources` names {'only ' * alone}{name}"
+        other = "add another source" if alone else f"take {name} out of feedback.sources"
+        yield Fault("rollout.group_size", what, f"set rollout.group_size to 2 or more, or {other}")
 
 
 def sibling(groups: Sequence[Group], wanted: list[list[bool]]) -> list[list[Answer]]:
@@ -43,6 +48,7 @@ SIBLING = SourceEntry(
     template="sibling",
     whole_groups=True,
     solution=True,
+    siblings=True,
     needs="the other completions of the group",
     free=True,
 )

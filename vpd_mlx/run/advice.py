@@ -13,6 +13,7 @@ from typing import Any
 
 from vpd_mlx.common.stats import Paired
 from vpd_mlx.common.text import number, percent, points, points_range
+from vpd_mlx.feedback import SOURCES
 from vpd_mlx.run.warnings import LEAST_PROBLEMS, SOLVED
 
 __all__ = ["Advice", "Bounds", "Contexts", "Student", "Style", "Teacher", "gap_line", "recommend", "worth"]
@@ -268,11 +269,15 @@ def _no_help(
 
 
 def _fallbacks(best: Teacher, helpful: Sequence[Teacher], problems: int) -> list[str]:
-    """Sources for the problems that the best one has nothing on, in the same wording."""
+    """Sources for the problems that the best one has nothing on, in the same wording; of those that show siblings one alone."""
     if best.problems >= problems:
         return []
     others = [t for t in helpful if t.templates == best.templates and t.source != best.source]
-    return [t.source for t in sorted(others, key=lambda t: -worth(t, problems))]
+    found = [best.source]
+    for name in (t.source for t in sorted(others, key=lambda t: -worth(t, problems))):
+        if not (SOURCES[name].siblings and any(SOURCES[other].siblings for other in found)):
+            found.append(name)
+    return found[1:]
 
 
 def _on_teacher(best: Teacher, sources: Sequence[str]) -> list[str]:
