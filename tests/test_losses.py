@@ -170,6 +170,27 @@ def test_a_wide_top_k_is_the_full_vocabulary():
             assert mx.array_equal(losses.divergence(s, t, alpha=0.3, top_k=k, tail=tail), full).item()
 
 
+def test_an_entry_of_the_vocabulary_adds_no_more_than_its_clip():
+    student, teacher = mx.log(mx.array([[0.7, 0.2, 0.1]])), mx.log(mx.array([[0.1, 0.3, 0.6]]))
+    forward = [0.1 * math.log(0.1 / 0.7), 0.3 * math.log(0.3 / 0.2), 0.6 * math.log(0.6 / 0.1)]  # -0.195, 0.122, 1.075
+    clipped = losses.divergence(student, teacher, alpha=0.0, entry_clip=0.15)
+    assert clipped.item() == pytest.approx(forward[0] + forward[1] + 0.15, abs=1e-6)
+    whole = losses.divergence(student, teacher, alpha=0.0, entry_clip=2.0)
+    assert whole.item() == pytest.approx(sum(forward), abs=1e-6)
+
+    def held(alpha: float, clip: float) -> mx.array:
+        return mx.grad(lambda x: losses.divergence(x, teacher, alpha=alpha, entry_clip=clip).sum())(student)
+
+    for alpha in (0.0, 0.5, 1.0):
+        assert float(mx.abs(held(alpha, 10.0)).max()) > 1e-3
+        assert not np.allclose(np.array(held(alpha, 10.0)), np.array(held(alpha, 0.05)), atol=1e-3)
+
+
+def test_half_right_groups_weigh_most():
+    rates = mx.array([0.0, 0.125, 0.5, 0.875, 1.0])
+    assert losses.pass_rate_weights(rates).tolist() == pytest.approx([0.0, 0.6614378, 1.0, 0.6614378, 0.0], abs=1e-6)
+
+
 def test_divergence_pulls_the_student_towards_the_teacher_and_never_moves_the_teacher():
     s, t = mx.zeros((1, 1, 4)), mx.array([[[3.0, 0.0, 0.0, 0.0]]])
     for alpha in ALPHAS:

@@ -18,6 +18,7 @@ from vpd_mlx.algos import ALGORITHMS
 from vpd_mlx.algos.base import Step
 from vpd_mlx.algos.e_step import bco_update, crossed
 from vpd_mlx.algos.grpo import advantages_of, policy_gradient_update
+from vpd_mlx.algos.hints import hinted
 from vpd_mlx.algos.m_step import Distillation, divergence_update
 from vpd_mlx.algos.samples import Sample, gather, minibatches
 from vpd_mlx.algos.settings import GrpoSettings, MStepSettings, TeacherSettings
@@ -128,6 +129,95 @@ def test_e_step_is_the_autograd_of_the_bco_loss(world, budget, length_normalise,
     if not anchor:
         assert result.metrics["loss"] == pytest.approx(value.item(), abs=1e-5)
     assert result.metrics["n_right"] + result.metrics["n_wrong"] == len(chosen) < len(samples)
+
+
+def test_the_floor_pulls_up_displaced_successes_alone(world):
+    trainer, groups = world
+    policy, learner = trainer.policy, Recorder()
+    # Every third counts as right, whatever it is: so the teacher finds some successes less likely than the student does.
+    samples = [replace(s, rollout=replace(s.rollout, success=i % 3 == 0)) for i, s in enumerate(gather(groups))]
+    teacher = Teacher(TeacherSettings(weights="live"), policy)
+    chosen = [s for s in samples if s.teacher is not None]
+    right = [s for s in chosen if s.rollout.success]
+    labels = mx.array([int(s.rollout.success) for s in chosen])
+    old = mx.stack([x.sum() for x in plain_logps(policy, [s.student for s in chosen])])
+
+    def held(tokens: list[mx.array]) -> mx.array:
+        base = plain_logps(policy, [s.student for s in right])
+        each = [
+            mx.maximum(mx.stop_gradient(b).sum() - t.sum(), 0.0) / len(t) for t, b in zip(tokens, base, strict=True)
+        ]
+        return mx.stack(each).mean()
+
+    def loss() -> mx.array:
+        tokens = plain_logps(policy, [s.teacher for s in chosen])
+        bco = losses.bco_loss(mx.stack([x.sum() for x in tokens]), old, labels, beta=0.1)[0]
+        return bco + 0.7 * held([x for x, s in zip(tokens, chosen, strict=True) if s.rollout.success])
+
+    cfg = trainer.recipe.e_step.model_copy(update={"floor": 0.7})
+    result = bco_update(policy, samples, learner, cfg, previous_delta=None, seed=0, teacher=teacher)
+    assert 0 < result.metrics["displaced"] < 1, "successes of both kinds are needed"
+    assert_close(learner.gradients[0], dict(tree_flatten(nn.value_and_grad(policy.model, loss)()[1])))
+
+
+@pytest.mark.parametrize("length_normalise", [False, True])
+def test_a_share_of_the_tokens_makes_up_the_reward(world, length_normalise):
+    trainer, groups = world
+    policy, samples, learner = trainer.policy, gather(groups), Recorder()
+    teacher = Teacher(TeacherSettings(weights="live"), policy)
+    chosen = [s for s in samples if s.teacher is not None]
+    labels = mx.array([int(s.rollout.success) for s in chosen])
+    base = plain_logps(policy, [s.student for s in chosen])
+    first = plain_logps(policy, [s.teacher for s in chosen])
+    counted = []
+    for b, f in zip(base, first, strict=True):
+        apart = np.abs(np.array(f - b))
+        counted.append(mx.array((apart >= np.sort(apart)[-round(0.5 * len(apart))]).astype(np.float32)))
+    assert any(c.size > float(c.sum()) > 1 for c in counted)
+    lengths = mx.stack([c.sum() for c in counted]) if length_normalise else mx.ones(len(chosen))
+
+    def sums(tokens: list[mx.array]) -> mx.array:
+        return mx.stack([(t * c).sum() for t, c in zip(tokens, counted, strict=True)]) / lengths
+
+    def loss() -> mx.array:
+        tokens = plain_logps(policy, [s.teacher for s in chosen])
+        return losses.bco_loss(sums(tokens), mx.stop_gradient(sums(base)), labels, beta=0.1)[0]
+
+    cfg = trainer.recipe.e_step.model_copy(update={"token_share": 0.5, "length_normalise": length_normalise})
+    result = bco_update(policy, samples, learner, cfg, previous_delta=None, seed=0, teacher=teacher)
+    value, gradient = nn.value_and_grad(policy.model, loss)()
+    assert result.metrics["loss"] == pytest.approx(value.item(), abs=1e-5)
+    assert_close(learner.gradients[0], dict(tree_flatten(gradient)))
+
+
+def test_what_the_teacher_knows_behind_its_own_hint_it_learns_behind_a_failures(world):
+    trainer, groups = world
+    words_first = add_context(
+        {"verifier": verifier, "sibling": sibling}, groups, trainer.prompter, trainer.recipe.feedback
+    )
+    policy, samples, learner = trainer.policy, gather(words_first), Recorder()
+    teacher = Teacher(TeacherSettings(weights="live"), policy)
+    pairs = hinted(samples)
+    assert pairs
+    assert all(p.learns.completion == p.teaches.completion and p.learns.prompt != p.teaches.prompt for p in pairs)
+
+    def logps(row: TokenRow) -> mx.array:
+        ids = mx.array([[*row.prompt, *row.completion]])
+        return losses.log_softmax(policy.model(ids[:, :-1])[0, len(row.prompt) - 1 :])
+
+    def loss() -> mx.array:
+        each = []
+        for p in pairs:
+            own = mx.stop_gradient(logps(p.teaches))
+            each.append((mx.exp(own) * (own - logps(p.learns))).sum(axis=-1).mean())
+        return 0.7 * mx.stack(each).mean()
+
+    bare = trainer.recipe.e_step
+    for cfg in (bare, bare.model_copy(update={"hints": 0.7})):
+        bco_update(policy, samples, learner, cfg, previous_delta=None, seed=0, teacher=teacher)
+    without, with_it = learner.gradients
+    added = {k: with_it[k] - without[k] for k in with_it}
+    assert_close(added, dict(tree_flatten(nn.value_and_grad(policy.model, loss)()[1])), 1e-5)
 
 
 def test_the_e_step_goes_on_from_its_own_forward_pass(world, monkeypatch):
@@ -434,12 +524,17 @@ OPTIONS = [
     ("vpd", {"e_step.epochs": 2}),
     ("vpd", {"e_step.contexts": "crossed"}),
     ("vpd", {"e_step.anchor": 0.5}),
+    ("vpd", {"e_step.token_share": 0.5}),
+    ("vpd", {"e_step.contexts": "own", "e_step.hints": 0.5}),
     ("vpd", {"e_step.learning_rate_ratio": 0.1}),
     *(("vpd", {"teacher.weights": w}) for w in ("ema", "trust_region", "adapter")),
     ("vpd", {"m_step.alpha": 0.2}),
     ("vpd", {"m_step.top_k": 3}),
     ("vpd", {"m_step.top_k": 3, "m_step.tail": False}),
     ("vpd", {"m_step.weighting": "token"}),
+    ("vpd", {"m_step.entry_clip": 0.01}),
+    ("vpd", {"m_step.pass_rate_weights": True}),
+    ("joint", {"m_step.pass_rate_weights": True}),
     ("vpd", {"m_step.importance_clip": 1.01}),
     ("vpd", {"m_step.minibatch_prompts": 3}),
     ("vpd", {"m_step.epochs": 2}),
@@ -452,7 +547,7 @@ OPTIONS = [
     ("vpd", {"optimizer.beta2": 0.5}),
     ("vpd", {"optimizer.grad_clip": 0.01}),
     ("vpd", {"optimizer.warmup_steps": 0}),
-    ("vpd", {"optimizer.warmup_by": "updates", "e_step.every": 2}),
+    ("vpd", {"optimizer.warmup_by": "updates"}),
     ("vpd", {"seed": 1}),
     ("sdpo", {"teacher.ema_rate": 0.5}),
     ("sdpo", {"teacher.weights": "live"}),
@@ -534,6 +629,7 @@ def base_of(overrides: dict) -> dict:
     last = list(overrides)[-1] if len(overrides) > 1 else None
     companions = {
         "e_step.delta_rate": {"e_step.delta": "ema"},
+        "e_step.hints": {"e_step.contexts": "own"},
         "m_step.tail": {"m_step.top_k": 3},
         "teacher.trust_region": {"teacher.weights": "trust_region"},
         "grpo.clip_low": {"grpo.epochs": 3},

@@ -29,6 +29,7 @@ __all__ = [
     "importance_weights",
     "k3_kl",
     "log_softmax",
+    "pass_rate_weights",
     "policy_gradient_loss",
     "policy_gradient_tokens",
     "reshaped_advantages",
@@ -81,7 +82,13 @@ def topk_mass(logps: mx.array, k: int) -> mx.array:
 
 
 def divergence(
-    student_logits: mx.array, teacher_logits: mx.array, *, alpha: float, top_k: int | None = None, tail: bool = True
+    student_logits: mx.array,
+    teacher_logits: mx.array,
+    *,
+    alpha: float,
+    top_k: int | None = None,
+    tail: bool = True,
+    entry_clip: float | None = None,
 ) -> mx.array:
     """D_alpha(student, sg[teacher]) of every token: (B, T, V) twice -> (B, T), float32.
 
@@ -94,6 +101,8 @@ def divergence(
         alpha: in [0, 1].
         top_k: compare on the student's k likeliest tokens only; None, or k >= V, takes the vocabulary.
         tail: with `top_k`, put the rest of the mass into one bucket; otherwise both sides are renormalised.
+        entry_clip: most that one entry of the vocabulary adds, in nats; beyond it the entry has no gradient (OPSD's code). None
+            clips nothing.
 
     Raises:
         ValueError: `alpha` outside [0, 1] or `top_k` below 1.
@@ -102,13 +111,18 @@ def divergence(
         raise ValueError(f"alpha is {alpha}; needs 0..1")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k is {top_k}; needs 1 or more, or None")
-    return divergence_from_logps(
-        log_softmax(student_logits), log_softmax(teacher_logits), alpha=alpha, top_k=top_k, tail=tail
-    )
+    student, teacher = log_softmax(student_logits), log_softmax(teacher_logits)
+    return divergence_from_logps(student, teacher, alpha=alpha, top_k=top_k, tail=tail, entry_clip=entry_clip)
 
 
 def divergence_from_logps(
-    student: mx.array, teacher: mx.array, *, alpha: float, top_k: int | None = None, tail: bool = True
+    student: mx.array,
+    teacher: mx.array,
+    *,
+    alpha: float,
+    top_k: int | None = None,
+    tail: bool = True,
+    entry_clip: float | None = None,
 ) -> mx.array:
     """`divergence` of log-probabilities that are normalised already: (..., V) twice -> (...)."""
     teacher = mx.stop_gradient(teacher)
@@ -117,15 +131,17 @@ def divergence_from_logps(
         student = _on_support(student, support, tail)
         teacher = mx.stop_gradient(_on_support(teacher, support, tail))
     if alpha == 0.0:
-        return _kl(teacher, student)
-    if alpha == 1.0:
-        return _kl(student, teacher)
-    mixture = mx.logaddexp(student + math.log(1.0 - alpha), teacher + math.log(alpha))
-    return (1.0 - alpha) * _kl(student, mixture) + alpha * _kl(teacher, mixture)
+        entries = _kl_entries(teacher, student)
+    elif alpha == 1.0:
+        entries = _kl_entries(student, teacher)
+    else:
+        mixture = mx.logaddexp(student + math.log(1.0 - alpha), teacher + math.log(alpha))
+        entries = (1.0 - alpha) * _kl_entries(student, mixture) + alpha * _kl_entries(teacher, mixture)
+    return (entries if entry_clip is None else mx.minimum(entries, entry_clip)).sum(axis=-1)
 
 
-def _kl(p: mx.array, q: mx.array) -> mx.array:
-    return (mx.exp(p) * (p - q)).sum(axis=-1)
+def _kl_entries(p: mx.array, q: mx.array) -> mx.array:
+    return mx.exp(p) * (p - q)
 
 
 def _on_support(logps: mx.array, support: mx.array, tail: bool) -> mx.array:
@@ -215,6 +231,15 @@ def bco_loss(
 
 def _softplus(x: mx.array) -> mx.array:
     return mx.logaddexp(x, mx.zeros_like(x))
+
+
+def pass_rate_weights(rates: mx.array) -> mx.array:
+    """2 sqrt(p (1 - p)) with p the share of successes in a group: one shape in, the same out, float32.
+
+    1 where half of a group is right, 0 where all or none is (arXiv 2605.27765, there without the 2).
+    """
+    p = rates.astype(mx.float32)
+    return 2.0 * mx.sqrt(p * (1.0 - p))
 
 
 def bco_gradient(

@@ -4,7 +4,9 @@ Ours are the crossed contexts. In the paper each completion is scored under its 
 ever seen with a wrong answer behind it, and the kind of context gives the label away: the teacher learns "after a checker's
 words, make what follows less likely", right answers included. Crossed, a failure's context is also paired with a correct
 sibling's completion, as a success. Both classes then occur under the same contexts, and what tells them apart is what the words
-say of the answer. Ours is the anchor too, which holds up the likelihood of successes.
+say of the answer. Ours are also the anchor, which holds up the likelihood of successes; the floor, which does so only where it
+has sunk below the student's (as DPO-Positive does, arXiv 2402.13228); rewards of a share of the tokens; and the divergence
+between hints.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import numpy.typing as npt
 
 from vpd_mlx import losses
 from vpd_mlx.algos.base import Stateful
+from vpd_mlx.algos.hints import Hinted, hinted, hints_gradient, strangers
 from vpd_mlx.algos.samples import Sample, epochs, minibatches, teacher_row
 from vpd_mlx.algos.settings import EStepSettings
 from vpd_mlx.algos.teacher import Teacher
@@ -37,11 +40,12 @@ SATURATED = 5.0  # |r~ - delta| beyond which the BCO gradient is nearly 0
 @dataclass(frozen=True)
 class EStepResult:
     """What the M-step may reuse or complete: per contexted sample the anchor's token log-probabilities under the student's
-    prompt, and the metrics so far."""
+    prompt, which of its tokens (T_i,) the reward counts, and the metrics so far."""
 
     metrics: Metrics
     delta: float | None
     anchor: dict[int, Floats] = field(default_factory=dict)
+    counted: dict[int, Floats] = field(default_factory=dict)
 
 
 @dataclass
@@ -68,20 +72,11 @@ def crossed(samples: Sequence[Sample]) -> list[Sample]:
 
     A context that shows a sibling's solution is left out: the first success is in it, and behind it would be a copy.
     """
-    first: dict[int, Sample] = {}
-    for s in samples:
-        if s.rollout.success:
-            first.setdefault(s.group, s)
     extra = []
-    for s in samples:
-        right, context = first.get(s.group), s.rollout.context
-        if right is None or s.rollout.success or s.teacher is None or context is None:
-            continue
-        if context.kind in ("sibling", "attempts", "both"):
-            continue
-        teacher = TokenRow(s.teacher.prompt, right.student.completion)
-        rollout = replace(right.rollout, context=context, teacher_prompt=s.teacher.prompt)
-        extra.append(replace(right, teacher=teacher, rollout=rollout))
+    for s, right in strangers(samples):
+        prompt = teacher_row(s).prompt
+        rollout = replace(right.rollout, context=s.rollout.context, teacher_prompt=prompt)
+        extra.append(replace(right, teacher=TokenRow(prompt, right.student.completion), rollout=rollout))
     return [*samples, *extra]
 
 
@@ -91,24 +86,33 @@ class _Bco:
 
     cfg: EStepSettings
     labels: npt.NDArray[np.bool_]  # (B,) success
-    lengths: Floats  # (B,) tokens
-    base: Floats  # (B,) log-probability under the prior
+    anchor: Sequence[Floats]  # (T_i,) each, log-probabilities under the prior
     previous_delta: float | None
+    counted: Sequence[Floats] = field(init=False)  # (T_i,) each, 1 where a token is part of the reward, else 0
+    lengths: Floats = field(init=False)  # (B,) tokens that are
     first: Floats = field(init=False)  # (B,) implicit rewards before the first update
     delta: float = field(init=False)
 
     def rewards(self, indices: Sequence[int], teacher: Sequence[Floats]) -> Floats:
         """Implicit rewards of these samples from the teacher's log-probabilities of their tokens."""
+
+        def sums(logps: Sequence[Floats]) -> mx.array:
+            counted = [self.counted[i] for i in indices]
+            return mx.array(np.array([(x * c).sum() for x, c in zip(logps, counted, strict=True)], np.float32))
+
         r = losses.implicit_rewards(
-            mx.array(np.array([t.sum() for t in teacher], np.float32)),
-            mx.array(self.base[indices]),
+            sums(teacher),
+            sums([self.anchor[i] for i in indices]),
             beta=self.cfg.beta,
             lengths=mx.array(self.lengths[indices]) if self.cfg.length_normalise else None,
         )
         return np.array(r)
 
     def survey(self, teacher: Sequence[Floats]) -> None:
-        """Take the whole batch's first rewards, and delta from them."""
+        """Choose the tokens that count, and take the whole batch's first rewards, and delta from them."""
+        apart = [np.abs(t - a) for t, a in zip(teacher, self.anchor, strict=True)]
+        self.counted = [largest(x, self.cfg.token_share) for x in apart]
+        self.lengths = np.array([c.sum() for c in self.counted], np.float32)
         self.first = self.rewards(list(range(len(teacher))), teacher)
         midpoint = float(losses.class_midpoint(mx.array(self.first), mx.array(self.labels)))
         self.delta = midpoint
@@ -123,17 +127,25 @@ class _Bco:
 
     def weights(self, indices: Sequence[int], rewards: Floats) -> list[Floats]:
         """dL/dlog q of every token of a minibatch, (T_i,) each."""
-        right, lengths = self.labels[indices], self.lengths[indices]
+        right, counted = self.labels[indices], [self.counted[i] for i in indices]
         n_pos, n_neg = int(right.sum()), int((~right).sum())
         shown, labels = mx.array(rewards), mx.array(right)
         slopes = losses.bco_gradient(shown, labels, self.delta, beta=self.cfg.beta, n_pos=n_pos, n_neg=n_neg)
-        scale = lengths if self.cfg.length_normalise else np.ones(len(indices), np.float32)
-        # The anchor: -log q per token of each success, a mean over successes.
-        pull = np.where(right, -self.cfg.anchor / (lengths * max(1, n_pos)), 0.0)
+        scale = self.lengths[indices] if self.cfg.length_normalise else np.ones(len(indices), np.float32)
+        # Anchor and floor: -log q per token of each success, a mean over successes; the floor's where q has sunk below the prior.
+        pull = right * (self.cfg.anchor + self.cfg.floor * (rewards < 0)) / max(1, n_pos)
         return [
-            np.full(int(length), slope / n + hold, np.float32)
-            for length, slope, n, hold in zip(lengths, np.array(slopes), scale, pull, strict=True)
+            (slope / n * of - hold / len(of)).astype(np.float32)
+            for of, slope, n, hold in zip(counted, np.array(slopes), scale, pull, strict=True)
         ]
+
+
+def largest(values: Floats, share: float) -> Floats:
+    """1 at the largest `share` of the values, at least one, else 0: (T,) -> (T,); of equal ones the first come first."""
+    keep = max(1, round(share * len(values)))
+    out = np.zeros(len(values), np.float32)
+    out[np.argsort(-values, kind="stable")[:keep]] = 1.0
+    return out
 
 
 def bco_update(
@@ -150,6 +162,7 @@ def bco_update(
 
     A batch that lacks a class is left alone.
     """
+    pairs = hinted(samples) if cfg.hints else []
     if cfg.contexts == "crossed":
         samples = crossed(samples)
     chosen = [i for i, s in enumerate(samples) if s.teacher is not None]
@@ -161,23 +174,28 @@ def bco_update(
     student_rows = [s.student for s in contexted]
     with policy.as_begun() if cfg.prior == "fixed" else contextlib.nullcontext():
         anchor = scored(policy, student_rows)
-    lengths = np.array([len(r.completion) for r in student_rows], np.float32)
-    bco = _Bco(cfg, labels, lengths, np.array([a.sum() for a in anchor], np.float32), previous_delta)
+    bco = _Bco(cfg, labels, anchor, previous_delta)
     with teacher.e_step_weights(policy):
-        updates = _updates(policy, contexted, learner, bco, seed)
+        updates = _updates(policy, contexted, learner, bco, seed, pairs)
+    lengths = np.array([len(r.completion) for r in student_rows], np.float32)
     kinds = [c.kind if (c := s.rollout.context) else "" for s in contexted]
     metrics = {
         **counts,
+        **({"n_hinted": len(pairs)} if cfg.hints else {}),
         "skipped": 0,
         "loss": bco.loss,
         "delta": bco.delta,
         **_reward_metrics(bco.first, labels, bco.delta, lengths, kinds),
+        "displaced": float((bco.first[labels] < 0).mean()),
         **update_metrics(updates),
     }
-    return EStepResult(metrics, bco.delta, dict(zip(chosen, anchor, strict=True)))
+    by_sample = dict(zip(chosen, anchor, strict=True))
+    return EStepResult(metrics, bco.delta, by_sample, dict(zip(chosen, bco.counted, strict=True)))
 
 
-def _updates(policy: Policy, samples: Sequence[Sample], learner: Learner, bco: _Bco, seed: int) -> list[Metrics]:
+def _updates(
+    policy: Policy, samples: Sequence[Sample], learner: Learner, bco: _Bco, seed: int, pairs: Sequence[Hinted]
+) -> list[Metrics]:
     """Rewards and delta of the whole batch first, then backward passes weighted by the analytic gradient, exact in any split."""
     teacher_rows = [teacher_row(s) for s in samples]
     everyone = list(range(len(samples)))
@@ -200,6 +218,8 @@ def _updates(policy: Policy, samples: Sequence[Sample], learner: Learner, bco: _
             done = accumulate(policy, rows, weights, None, target_logps, of_step)
         else:
             done = accumulate_weighed(policy, rows, weigh, target_logps, of_step)
+        own = {samples[i].group for i in indices}
+        done = hints_gradient(policy, [p for p in pairs if p.group in own], bco.cfg.hints, of_step, done)
         updates.append(learner.apply(policy, done.gradients))
     return updates
 

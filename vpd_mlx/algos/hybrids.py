@@ -17,7 +17,7 @@ import mlx.core as mx
 from vpd_mlx import losses
 from vpd_mlx.algos.base import Metrics, Stateful, Step, prefixed
 from vpd_mlx.algos.grpo import Batch, GrpoLoss, Portion, policy_gradient_update
-from vpd_mlx.algos.m_step import Distillation, divergence_metrics
+from vpd_mlx.algos.m_step import Distillation, divergence_metrics, group_weights
 from vpd_mlx.algos.samples import gather, teacher_row
 from vpd_mlx.algos.settings import GrpoSettings, HybridSettings, MStepSettings, TeacherSettings
 from vpd_mlx.algos.teacher import Teacher
@@ -85,6 +85,7 @@ class Joint(_Hybrid):
         lengths = {i: len(batch.samples[i].student.completion) for i in minibatch}
         weights = batch.weights(minibatch)
         tokens = sum(n for i, n in lengths.items() if batch.samples[i].teacher is not None)
+        of_group = group_weights(batch.samples, divergence.cfg)
 
         def constants(own: Sequence[int]) -> list[dict[str, mx.array]]:
             out = [{**c, "pg_weight": mx.array(weights[i])} for i, c in zip(own, batch.constants(own), strict=True)]
@@ -92,7 +93,8 @@ class Joint(_Hybrid):
                 found = divergence.constants(policy, [batch.samples[i] for i in own])
                 for i, fixed, more in zip(own, out, found, strict=True):
                     of_sample = token_weights([lengths[i]], divergence.cfg.weighting, len(minibatch), tokens)
-                    fixed |= {**more, "distill_weight": mx.array(of_sample[0])}
+                    weight = of_sample[0] * of_group[batch.samples[i].group]
+                    fixed |= {**more, "distill_weight": mx.array(weight)}
             return out
 
         def loss(logits: mx.array, fixed: Mapping[str, mx.array], head: Head) -> LossAndMetrics:

@@ -20,7 +20,7 @@ from vpd_mlx.engine.learner import Floats, Learner, Metrics, accumulate, update_
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.losses import LossAndMetrics
 
-__all__ = ["Distillation", "divergence_metrics", "divergence_update"]
+__all__ = ["Distillation", "divergence_metrics", "divergence_update", "group_weights"]
 
 MASS_K = 20  # tokens counted by the top-k mass where the recipe sets no k
 
@@ -37,7 +37,12 @@ class Distillation:
         student = losses.log_softmax(logits)
         teacher = losses.log_softmax(mx.stop_gradient(self.teacher.logits(fixed, head)))
         loss = losses.divergence_from_logps(
-            student, teacher, alpha=self.cfg.alpha, top_k=self.cfg.top_k, tail=self.cfg.tail
+            student,
+            teacher,
+            alpha=self.cfg.alpha,
+            top_k=self.cfg.top_k,
+            tail=self.cfg.tail,
+            entry_clip=self.cfg.entry_clip,
         )
         ids = fixed["targets"][:, None]
         student_logp = mx.take_along_axis(student, ids, axis=-1)[:, 0]
@@ -69,6 +74,7 @@ def divergence_update(
     """
     loss = Distillation(cfg, teacher)
     batches = minibatches(samples, cfg.minibatch_prompts)
+    of_group = group_weights(samples, cfg)
     seen: dict[int, dict[str, Floats]] = {}
     updates, values = [], []
     for number, indices in epochs(batches, cfg.epochs):
@@ -79,6 +85,7 @@ def divergence_update(
         rows = [s.student for s in part]
         lengths = [len(r.completion) for r in rows]
         weights = token_weights(lengths, cfg.weighting, sequences=len(indices), tokens=sum(lengths))
+        weights = [w * of_group[s.group] for w, s in zip(weights, part, strict=True)]
 
         def constants(own: Sequence[int], part: list[Sample] = part) -> list[dict[str, mx.array]]:
             return loss.constants(policy, [part[i] for i in own])
@@ -94,6 +101,17 @@ def divergence_update(
         **divergence_metrics(samples, seen),
         **update_metrics(updates),
     }, seen
+
+
+def group_weights(samples: Sequence[Sample], cfg: MStepSettings) -> dict[int, np.float32]:
+    """What the divergence of a group's completions is multiplied with, by group: 1, or by `m_step.pass_rate_weights`."""
+    right: dict[int, list[bool]] = {}
+    for s in samples:
+        right.setdefault(s.group, []).append(s.rollout.success)
+    if not cfg.pass_rate_weights:
+        return dict.fromkeys(right, np.float32(1.0))
+    weights = np.array(losses.pass_rate_weights(mx.array([float(np.mean(of)) for of in right.values()])))
+    return dict(zip(right, weights, strict=True))
 
 
 def divergence_metrics(samples: Sequence[Sample], seen: Mapping[int, Mapping[str, Floats]]) -> Metrics:

@@ -75,11 +75,21 @@ _PUBLISHED: Values = {
         "length_normalise": False,
         "contexts": "own",
         "anchor": 0.0,
+        "floor": 0.0,
+        "token_share": 1.0,
+        "hints": 0.0,
         "minibatch_prompts": None,  # 32: the whole batch
         "epochs": 1,
         "learning_rate_ratio": 1.0,
     },
-    "m_step": {"tail": True, "weighting": "sequence", "importance_clip": None, "epochs": 1},
+    "m_step": {
+        "tail": True,
+        "weighting": "sequence",
+        "entry_clip": None,
+        "pass_rate_weights": False,
+        "importance_clip": None,
+        "epochs": 1,
+    },
     "teacher": {"trust_region": 0.5},
     "grpo": {
         "scale": "none",

@@ -59,13 +59,40 @@ class EStepSettings(Section):
         description="Weight of -log q per token of successes, added to the loss: it holds up what BCO would let sink. "
         "0 as published.",
     )
+    floor: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of max(0, log pi_old - log q) per token of successes, added to the loss: an anchor that pulls only "
+        "while the teacher finds a success less likely than the student does (arXiv 2402.13228). 0 as published.",
+    )
+    token_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of each completion's tokens that the implicit reward sums: those where teacher and student differ "
+        "most. 1 as published.",
+    )
+    hints: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of a divergence that pulls the teacher behind a failure's context onto the teacher behind a "
+        "success's own, on the tokens of that success. 0 as published.",
+    )
     minibatch_prompts: Positive | None = Field(None, description="Problems per update; null takes the whole batch.")
     epochs: Positive = Field(1, description="Passes over the batch, all against the same prior and reward shift.")
     learning_rate_ratio: float = Field(1.0, gt=0, description="The E-step's rate over `optimizer.learning_rate`.")
 
     def faults(self, recipe: Any) -> Iterator[Fault]:
-        """A minibatch is a part of the batch."""
+        """A minibatch is a part of the batch, and what goes across contexts needs some that are no solutions of siblings."""
         yield from minibatch_faults("e_step", self.minibatch_prompts, recipe)
+        if "e_step" not in recipe.entry.sections or set(recipe.feedback.sources) - {"sibling", "attempts"}:
+            return
+        what = f"needs contexts of failures that are no sibling's solution, and feedback.sources is {recipe.feedback.sources}"
+        remedy = "add another source, such as verifier"
+        if self.contexts == "crossed":
+            yield Fault("e_step.contexts", f"`crossed` {what}", f"{remedy}, or leave it at own")
+        if self.hints:
+            yield Fault("e_step.hints", f"{self.hints:g} {what}", f"{remedy}, or leave it at 0")
 
 
 class MStepSettings(Section):
@@ -78,6 +105,17 @@ class MStepSettings(Section):
     tail: bool = Field(True, description="With top_k: a bucket for the remaining mass; otherwise renormalise.")
     weighting: Literal["sequence", "token"] = Field(
         "sequence", description="Mean over sequences of their token means, or mean over all tokens."
+    )
+    entry_clip: float | None = Field(
+        None,
+        gt=0,
+        description="Most nats that one vocabulary entry adds to a token's divergence, so that words of style do not outweigh "
+        "the rest; null clips nothing.",
+    )
+    pass_rate_weights: bool = Field(
+        False,
+        description="Weigh completions by 2 sqrt(p (1 - p)) with p their group's share of successes; groups that are all right "
+        "or all wrong then teach nothing (arXiv 2605.27765).",
     )
     importance_clip: float | None = Field(
         None, gt=0, description="Multiply by min(pi / pi_sampler, this), without gradient; null does not."

@@ -67,8 +67,10 @@ class Vpd(Sdpo):
         for i, anchor in done.anchor.items():
             if (tokens := step.tokens.get(i)) is None:
                 continue
-            reward = self.e_step.beta * float(tokens["teacher_logp"].sum() - anchor.sum())
-            rewards[samples[i].rollout.success].append(reward / len(anchor) if self.e_step.length_normalise else reward)
+            counted = done.counted[i]
+            reward = self.e_step.beta * float(((tokens["teacher_logp"] - anchor) * counted).sum())
+            of = float(counted.sum()) if self.e_step.length_normalise else 1.0
+            rewards[samples[i].rollout.success].append(reward / of)
             shifts.append(tokens["student_logp"] - anchor)
         out: Metrics = {}
         if rewards[True] and rewards[False]:

@@ -46,6 +46,7 @@ ELSEWHERE = {
     "val-batches": "evaluation.problems",
     "steps-per-eval": "evaluation.every",
     "save-every": "checkpoint.every",
+    "warmup": "optimizer.warmup_steps",
     "mask-prompt": "",
     "config": "RECIPE",
     # TRL, Unsloth

@@ -84,6 +84,10 @@ _Learning = TypedDict(
         "e_step/margin/KIND": Annotated[Number, "reward", "The same under one kind of feedback."],
         "e_step/margin_after": Annotated[float, "reward", "The margin after the updates."],
         "e_step/auc": Annotated[Fraction, "0..1", "How well the reward tells right from wrong completions."],
+        "e_step/displaced": Annotated[
+            Fraction, "0..1", "Successes that the teacher finds less likely than the student does."
+        ],
+        "e_step/n_hinted": Annotated[int, "", "Successes written behind a failure's context (`e_step.hints`)."],
         "e_step/saturated": Annotated[float, "0..1", "Completions whose reward is too far from delta to teach much."],
         "e_step/reward_length_correlation": Annotated[Number, "-1..1", "Correlation of reward and length."],
         "e_step/student_shift": Annotated[
