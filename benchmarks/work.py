@@ -79,10 +79,12 @@ class Batch:
 # --- rollouts
 
 
-def rollouts(policy: Policy, groups: Sequence[Group], samples: int, tokens: int) -> Callable[[], int]:
+def rollouts(
+    policy: Policy, groups: Sequence[Group], samples: int, tokens: int, streams: int | None = None
+) -> Callable[[], int]:
     """Our rollouts: each prompt is read once, and every token's log-probability is kept."""
     prompts = [g.prompt for g in groups]
-    how = Sampling(1.0, 1.0, tokens, streams=default_streams())
+    how = Sampling(1.0, 1.0, tokens, streams=streams or default_streams())
     return lambda: sum(len(r.tokens) for _, _, r in generate(policy, prompts, samples, how, 0))
 
 
@@ -185,10 +187,12 @@ def difference(a: Any, b: Any) -> float:
     return max(float(mx.abs(x - y).max()) for x, y in pairs) / scale
 
 
-def whole_step(recipe: Recipe, policy: Policy, batch: Batch, *, sample: bool) -> Callable[[], float]:
+def whole_step(
+    recipe: Recipe, policy: Policy, batch: Batch, *, sample: bool, streams: int | None = None
+) -> Callable[[], float]:
     """One step of a run: rollouts if `sample` is set, then the recipe's updates. Returns its seconds."""
     algorithm = ALGORITHMS[recipe.algorithm].load()(recipe, policy)
-    roll = rollouts(policy, batch.groups, batch.samples, batch.completion)
+    roll = rollouts(policy, batch.groups, batch.samples, batch.completion, streams)
     at = [0]
 
     def run() -> float:
