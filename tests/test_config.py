@@ -77,6 +77,8 @@ def test_all_faults_at_once_with_path_value_and_remedy(tmp_path: Path):
         ("m_step: {minibatch_prompts: 99}", "m_step.minibatch_prompts"),
         ("grpo: {minibatch_prompts: 99}", "grpo.minibatch_prompts"),
         ("algorithm: joint\nhybrid: {distill: 0.0, reward: 0.0}", "hybrid.distill"),
+        ("algorithm: srpo\nhybrid: {distill: 0.0, reward: 0.0}", "hybrid.distill"),
+        ("algorithm: srpo\nfeedback: {sources: [server], on_success: true}", "feedback.on_success"),
         ("algorithm: sdpo\nteacher: {weights: adapter}", "teacher.weights"),
         ("memory: {micro_batch_tokens: 100}", "memory.micro_batch_tokens"),
         ("templates: {sibling: 'look: {context}'}", "templates.sibling"),

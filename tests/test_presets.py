@@ -57,7 +57,15 @@ COMMON: dict[str, Any] = {
     "evaluation.keep_best": False,
     "templates.style": "sdpo",
 }
-TEACHER = {"vpd": "live", "sdpo": "ema", "opsd": "ema", "joint": "ema", "reshape": "ema", "reweight": "ema"}
+TEACHER = {
+    "vpd": "live",
+    "sdpo": "ema",
+    "opsd": "ema",
+    "joint": "ema",
+    "reshape": "ema",
+    "reweight": "ema",
+    "srpo": "ema",
+}
 
 
 def recipe_of(folder: Path, extra: str = "", *sets: str) -> Recipe:

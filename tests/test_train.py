@@ -473,7 +473,7 @@ def test_the_best_survives_a_resume(small, tmp_path: Path, monkeypatch):
     assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "joint", "reshape", "reweight"])
+@pytest.mark.parametrize("algorithm", ["grpo", "joint", "reshape", "reweight", "srpo"])
 def test_every_policy_gradient_logs_its_entropy(undisturbed, algorithm):
     whole, _ = undisturbed(algorithm, {})
     for row in load_run(whole).metrics:

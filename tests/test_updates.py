@@ -306,6 +306,63 @@ def test_policy_gradient_is_the_autograd_of_the_plain_loss(world, budget):
     assert_close(learner.gradients[0], dict(tree_flatten(gradient)))
 
 
+@pytest.mark.parametrize("weighting", ["sequence", "token"])
+def test_srpo_is_the_autograd_of_one_loss_for_right_and_another_for_wrong(world, weighting):
+    from conftest import QUICKSTART, SMALL
+
+    from vpd_mlx.recipe import load_recipe
+
+    trainer, groups = world
+    policy = trainer.policy
+    keys = {"algorithm": "srpo", "teacher.weights": "live", "hybrid.distill": 0.7, "hybrid.reward": 0.3}
+    keys |= {"m_step.weighting": weighting}
+    recipe = load_recipe(QUICKSTART, list({**SMALL, "rollout.prompts": 6, **keys}.items()))
+    mixed = next(n for n, g in enumerate(groups) if {r.success for r in g.rollouts} == {True, False})
+    bare = [  # a wrong one without a context, in a group where its advantage is not 0
+        replace(
+            g, rollouts=tuple(r if r.success else replace(r, context=None, teacher_prompt=None) for r in g.rollouts)
+        )
+        if n == mixed
+        else g
+        for n, g in enumerate(groups)
+    ]
+    samples = gather(bare)
+    advantages = advantages_of(samples, GrpoSettings())
+    routed = [s.teacher is not None and not s.rollout.success for s in samples]
+    assert any(routed)
+    assert any(advantages[i] > 0 for i, s in enumerate(samples) if s.rollout.success)
+    assert any(advantages[i] < 0 for i, s in enumerate(samples) if not s.rollout.success and not routed[i])
+    algorithm = ALGORITHMS["srpo"].load()(recipe, policy)
+    learner = algorithm.learner = Recorder()
+    step = Step(1, 0, Clock())
+    metrics = algorithm(policy, bare, step)
+    tokens = sum(len(s.student.completion) for s in samples)
+
+    def logits(row: TokenRow) -> mx.array:
+        ids = mx.array([[*row.prompt, *row.completion]])
+        return policy.model(ids[:, :-1]).astype(mx.float32)[:, len(row.prompt) - 1 :]
+
+    def loss() -> mx.array:
+        total = mx.array(0.0)
+        for s, a, wrong in zip(samples, advantages, routed, strict=True):
+            student = logits(s.student)
+            if wrong:
+                each = losses.divergence(student, logits(s.teacher), alpha=recipe.m_step.alpha)
+                total = total + 0.7 * each.sum() / (tokens if weighting == "token" else each.size * len(samples))
+            else:
+                # The ratio is 1, so that the surrogate's gradient is that of -A log pi, here and behind every clip.
+                now = losses.token_logps(student, mx.array([s.student.completion]))
+                total = total - 0.3 * float(a) * mx.exp(now - mx.stop_gradient(now)).sum() / tokens
+        return total
+
+    value, gradient = nn.value_and_grad(policy.model, loss)()
+    assert_close(learner.gradients[0], dict(tree_flatten(gradient)))
+    assert metrics["student/loss"] == pytest.approx(value.item(), abs=1e-5)
+    assert set(step.tokens) == {i for i, wrong in enumerate(routed) if wrong}
+    assert metrics["student/sequences"] == len(samples)
+    assert metrics["student/divergence_wrong"] == metrics["student/divergence"] > 0
+
+
 def test_ratio_is_one_on_the_first_minibatch_and_not_after(world):
     trainer, groups = world
     policy, start = trainer.policy, trainer.policy.adapter
@@ -570,6 +627,11 @@ OPTIONS = [
     ("reweight", {"hybrid.mix": 0.5}),
     ("reweight", {"hybrid.mix_decay_steps": 2}),
     ("reweight", {"hybrid.weight_clip": 0.6}),
+    ("srpo", {"hybrid.distill": 0.9}),
+    ("srpo", {"hybrid.reward": 0.9}),
+    ("srpo", {"m_step.alpha": 0.0}),
+    ("srpo", {"grpo.epochs": 2}),
+    ("srpo", {"m_step.pass_rate_weights": True}),
 ]
 LOUD = {
     "optimizer.learning_rate": 1e-2,

@@ -37,6 +37,7 @@ CASES = {
     "joint": ["algorithm=joint"],
     "reshape": ["algorithm=reshape"],
     "reweight": ["algorithm=reweight", "hybrid.mix_decay_steps=5"],
+    "srpo": ["algorithm=srpo"],
     "two-ranks": [],
     "two-ranks-grpo": ["algorithm=grpo", "grpo.epochs=2"],
 }

@@ -2,7 +2,8 @@
 
 A step hands an algorithm its groups of rollouts. `samples` lays them out in rows; `e_step` trains the teacher's prompt, `m_step`
 pulls the student onto the `teacher`. `sdpo` is the M-step alone, `vpd` puts an E-step before it, `grpo` follows the group's
-advantages, and `hybrids` wrap GRPO's token loss with the teacher. `base` says what the loop and the checkpoint ask of them all.
+advantages, `hybrids` wrap GRPO's token loss with the teacher, `srpo` gives each completion one of the two. `base` says what the
+loop and the checkpoint ask of them all.
 
 `ALGORITHMS` is the only list: for each algorithm, the sections of the recipe that it reads (`settings`) and the class that does
 the work, which is imported when a run begins, so that a recipe is read without mlx.
@@ -71,4 +72,5 @@ ALGORITHMS: dict[str, Entry] = Listed(
     joint=Entry("vpd_mlx.algos.hybrids:Joint", _HYBRID),
     reshape=Entry("vpd_mlx.algos.hybrids:Reshape", _HYBRID),
     reweight=Entry("vpd_mlx.algos.hybrids:Reweight", _HYBRID),
+    srpo=Entry("vpd_mlx.algos.srpo:Srpo", _HYBRID),
 )

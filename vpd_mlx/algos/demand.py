@@ -15,6 +15,7 @@ from vpd_mlx.algos.hybrids import Reshape
 from vpd_mlx.algos.m_step import Distillation
 from vpd_mlx.algos.samples import gather, minibatches
 from vpd_mlx.algos.settings import EStepSettings, GrpoSettings, MStepSettings, TeacherSettings
+from vpd_mlx.algos.srpo import Srpo
 from vpd_mlx.algos.teacher import Teacher
 from vpd_mlx.engine.heads import Head, TokenLoss, target_logps
 from vpd_mlx.engine.learner import Learner
@@ -95,7 +96,8 @@ def _student_loss(recipe: Recipe, algorithm: Any) -> tuple[TokenLoss, list[str]]
         needs += [] if cfg.importance_clip is None else ["old"]
     if "grpo" in recipe.entry.sections:
         grpo = recipe.section(GrpoSettings)
-        parts.append(GrpoLoss(grpo))
+        if not isinstance(algorithm, Srpo):  # where a token has one of the losses: count the larger
+            parts.append(GrpoLoss(grpo))
         needs += ["advantage", "old_logp", *(["reference"] if grpo.kl > 0 else [])]
 
     def loss(logits: mx.array, fixed: Mapping[str, mx.array], head: Head) -> LossAndMetrics:

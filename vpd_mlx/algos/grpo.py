@@ -193,7 +193,8 @@ def policy_gradient_update(
                 if batch.old is not None:
                     batch.old.setdefault(i, logp)
                 seen.setdefault(i, columns)
-                ratios.append(columns["ratio"])
+                if "ratio" in columns:  # a hybrid's portion may have another loss
+                    ratios.append(columns["ratio"])
         if done is None:
             continue
         updates.append(learner.apply(policy, done.gradients))

@@ -18,7 +18,7 @@ from vpd_mlx import losses
 from vpd_mlx.algos.base import Metrics, Stateful, Step, prefixed
 from vpd_mlx.algos.grpo import Batch, GrpoLoss, Portion, policy_gradient_update
 from vpd_mlx.algos.m_step import Distillation, divergence_metrics, group_weights
-from vpd_mlx.algos.samples import gather, teacher_row
+from vpd_mlx.algos.samples import Sample, gather, teacher_row
 from vpd_mlx.algos.settings import GrpoSettings, HybridSettings, MStepSettings, TeacherSettings
 from vpd_mlx.algos.teacher import Teacher
 from vpd_mlx.common.seeds import phase_seed
@@ -32,14 +32,14 @@ from vpd_mlx.types import Group
 if TYPE_CHECKING:
     from vpd_mlx.recipe import Recipe
 
-__all__ = ["Joint", "Reshape", "Reweight"]
+__all__ = ["Hybrid", "Joint", "Reshape", "Reweight"]
 
 TokenAdvantages = Callable[[mx.array, mx.array, mx.array], mx.array]
 """(advantages, teacher's log-probabilities, student's), each (m,) -> advantages (m,)."""
 
 
-class _Hybrid(ABC):
-    """A policy-gradient update in two portions: samples with a context, which have a teacher, and the others."""
+class Hybrid(ABC):
+    """A policy-gradient update in two portions: samples that learn from a teacher, and the others."""
 
     def __init__(self, recipe: Recipe, policy: Policy) -> None:
         self.recipe = recipe
@@ -48,18 +48,22 @@ class _Hybrid(ABC):
         self.learner = Learner(recipe.optimizer)
         self.parts: dict[str, Stateful] = {"pg": self.learner, "teacher": self.teacher}
 
+    def taught(self, sample: Sample) -> bool:
+        """Whether a sample learns from the teacher, which needs a context: here all that have one."""
+        return sample.teacher is not None
+
     @abstractmethod
     def portion(
         self, policy: Policy, step: int, batch: Batch, minibatch: Sequence[int], part: Sequence[int], taught: bool
     ) -> Portion:
-        """Token loss, weights and constants of `part`, those samples of a minibatch that have a teacher or have none."""
+        """Token loss, weights and constants of `part`, those samples of a minibatch that are `taught`, or that are not."""
 
     def __call__(self, policy: Policy, groups: Sequence[Group], step: Step) -> Metrics:
         """One update."""
         samples = gather(groups)
 
         def portions(batch: Batch, minibatch: Sequence[int]) -> list[Portion]:
-            split = {of: [i for i in minibatch if (samples[i].teacher is not None) == of] for of in (True, False)}
+            split = {of: [i for i in minibatch if self.taught(samples[i]) == of] for of in (True, False)}
             return [self.portion(policy, step.number, batch, minibatch, p, of) for of, p in split.items() if p]
 
         cfg, seed = self.recipe.section(GrpoSettings), phase_seed(step.seed, step.number, "update")
@@ -74,7 +78,7 @@ class _Hybrid(ABC):
         return prefixed("student", metrics)
 
 
-class Joint(_Hybrid):
+class Joint(Hybrid):
     """distill * L_SDPO + reward * L_GRPO in one gradient."""
 
     def portion(
@@ -109,7 +113,7 @@ class Joint(_Hybrid):
         return Portion(part, loss, unit_weights([batch.samples[i].student for i in part]), constants, int(taught))
 
 
-class Reshape(_Hybrid):
+class Reshape(Hybrid):
     """A_t = reward * A + distill * sg[log q - log pi]: the teacher's opinion is added to each token's advantage."""
 
     def advantages(self, step: int) -> TokenAdvantages:

@@ -115,6 +115,7 @@ _ALGORITHMS: Mapping[str, Values] = {
     "joint": _EMA,  # the hybrids distil as SDPO does
     "reshape": _EMA,
     "reweight": _EMA,
+    "srpo": _EMA,
 }
 
 

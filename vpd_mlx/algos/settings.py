@@ -180,10 +180,14 @@ class GrpoSettings(Section):
 
 
 class HybridSettings(Section):
-    """How joint, reshape and reweight mix the two signals."""
+    """How joint, reshape, reweight and srpo mix the two signals."""
 
-    distill: float = Field(0.5, ge=0, description="Weight of the distillation (joint) or of log q - log pi (reshape).")
-    reward: float = Field(0.5, ge=0, description="Weight of the policy gradient (joint) or of the advantage (reshape).")
+    distill: float = Field(
+        0.5, ge=0, description="Weight of the distillation (joint, srpo) or of log q - log pi (reshape)."
+    )
+    reward: float = Field(
+        0.5, ge=0, description="Weight of the policy gradient (joint, srpo) or of the advantage (reshape)."
+    )
     mix: Unit = Field(1.0, description="reweight: share of the teacher's token weights at the first step.")
     mix_decay_steps: Positive | None = Field(
         None, description="reweight: steps over which `mix` falls linearly to 0; null keeps it."
@@ -191,6 +195,9 @@ class HybridSettings(Section):
     weight_clip: float = Field(0.2, gt=0, lt=1, description="reweight: token weights stay within 1 +- this.")
 
     def faults(self, recipe: Any) -> Iterator[Fault]:
-        """Something must be learned."""
-        if recipe.algorithm == "joint" and self.distill == 0 and self.reward == 0:
+        """Something must be learned, and a context must be read."""
+        if recipe.algorithm == "srpo" and recipe.feedback.on_success:
+            what = "means nothing under srpo, whose right completions learn without feedback"
+            yield Fault("feedback.on_success", what, "take it out, or use algorithm joint")
+        if recipe.algorithm in ("joint", "srpo") and self.distill == 0 and self.reward == 0:
             yield Fault("hybrid.distill", "0, and hybrid.reward is 0: nothing would be learned", "raise one of them")
