@@ -65,6 +65,7 @@ TEACHER = {
     "reshape": "ema",
     "reweight": "ema",
     "srpo": "ema",
+    "rlcsd": "ema",
 }
 
 

@@ -34,7 +34,7 @@ from vpd_mlx.types import TokenRow, Verdict
 
 pytestmark = pytest.mark.exact  # bits are compared
 
-ALGORITHMS = ("vpd", "sdpo", "grpo", "joint", "reshape", "reweight", "srpo")
+ALGORITHMS = ("vpd", "sdpo", "grpo", "joint", "reshape", "reweight", "srpo", "rlcsd")
 PROMPTS, GROUP = 6, 4
 SMALL = (
     f"rollout.prompts={PROMPTS}",

@@ -20,6 +20,7 @@ __all__ = [
     "bco_gradient",
     "bco_loss",
     "class_midpoint",
+    "contrast",
     "divergence",
     "divergence_from_logps",
     "entropy",
@@ -335,6 +336,15 @@ def k3_kl(logps: mx.array, reference_logps: mx.array) -> mx.array:
     """exp(d) - d - 1 with d = log ref - log pi: an unbiased, never negative estimate of KL(pi|ref) per token."""
     d = mx.clip(reference_logps.astype(mx.float32) - logps.astype(mx.float32), -LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     return mx.exp(d) - d - 1.0
+
+
+def contrast(right: mx.array, wrong: mx.array) -> mx.array:
+    """log q under a right hint less log(mean of q under K wrong ones), without gradient: (T,), (K, T) -> (T,), float32.
+
+    (arXiv 2606.11709)
+    """
+    mean = mx.logsumexp(wrong.astype(mx.float32), axis=0) - math.log(wrong.shape[0])
+    return mx.stop_gradient(right.astype(mx.float32) - mean)
 
 
 def reshaped_advantages(

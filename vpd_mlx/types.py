@@ -70,7 +70,8 @@ class Rollout:
 
     `tokens` are the completion's ids with the stop token if there is one; `logps` the sampler's float32
     log-probabilities of these tokens, at its temperature; `text` the decoded completion without the stop token.
-    `teacher_prompt` is set with `context`. `source_errors` says which feedback sources failed on it, and why.
+    `teacher_prompt` is set with `context`. `wrong_prompts` are the teacher's prompts with wrong siblings' answers worded as
+    solutions, for algorithms that contrast them. `source_errors` says which feedback sources failed on it, and why.
     """
 
     tokens: tuple[int, ...]
@@ -81,6 +82,7 @@ class Rollout:
     success: bool = False
     context: Context | None = None
     teacher_prompt: tuple[int, ...] | None = None
+    wrong_prompts: tuple[tuple[int, ...], ...] = ()
     source_errors: Mapping[str, str] = field(default_factory=dict)
 
     def graded(self, verdict: Verdict, threshold: float) -> Rollout:

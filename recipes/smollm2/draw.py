@@ -43,19 +43,22 @@ def row(task: str, method: str, runs: Sequence[vpd.Run]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def rates(tune: Path) -> None:
-    """The table of the sweep: greedy (and sampled) accuracy at the end, by rate, of the runs in tune/<rate>/<task>/<method>/."""
+def rates(grid: Path) -> None:
+    """The table of the sweep: greedy accuracy at the end by rate, seeds 0, 1, 2 in order, of the grid's runs and of those in
+    tune/<rate>/<task>/<method>/."""
     found: dict[tuple[str, str], dict[float, str]] = {}
-    for path in sorted(tune.glob("*/*/*/seed*")):
-        rate, task, method = path.parts[-4:-1]
-        last = vpd.load_run(path).evals[-1]
-        shown = f"{100 * last['student_greedy']:.0f} ({100 * last['student']:.0f})"
+    for path in sorted(
+        [*(grid / "runs").glob("*/*/seed*"), *(grid / "tune").glob("*/*/*/seed*")], key=lambda p: p.parts[-3:]
+    ):
+        task, method = path.parts[-3:-1]
+        run = vpd.load_run(path)
+        rate = run.config["optimizer"]["learning_rate"]
         cells = found.setdefault((task, method), {})
-        cells[float(rate)] = " ".join(filter(None, [cells.get(float(rate)), shown]))
+        cells[rate] = " ".join(filter(None, [cells.get(rate), f"{100 * run.evals[-1]['student_greedy']:.0f}"]))
     columns = sorted({rate for cells in found.values() for rate in cells})
-    print(f"| task | method | {' | '.join(f'rate {rate:g}' for rate in columns)} |")
+    print(f"| task | method | {' | '.join(f'{rate:g}' for rate in columns)} |")
     print("|" + "---|" * (2 + len(columns)))
-    for (task, method), cells in found.items():
+    for (task, method), cells in sorted(found.items()):
         print(f"| {task} | {method} | {' | '.join(cells.get(rate, '') for rate in columns)} |")
 
 
@@ -93,8 +96,7 @@ def main() -> None:
     figure.tight_layout()
     figure.savefig(given.out, dpi=120)
     print(f"written: {given.out}")
-    if (given.grid / "tune").is_dir():
-        rates(given.grid / "tune")
+    rates(given.grid)
 
 
 if __name__ == "__main__":

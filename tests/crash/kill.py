@@ -38,6 +38,7 @@ CASES = {
     "reshape": ["algorithm=reshape"],
     "reweight": ["algorithm=reweight", "hybrid.mix_decay_steps=5"],
     "srpo": ["algorithm=srpo"],
+    "rlcsd": ["algorithm=rlcsd"],
     "two-ranks": [],
     "two-ranks-grpo": ["algorithm=grpo", "grpo.epochs=2"],
 }

@@ -32,12 +32,14 @@ class Entry:
         sections: name in the recipe -> its model, of all sections that the algorithm reads.
         contexts: whether it learns from feedback.
         source: a feedback source that it cannot do without.
+        wrong_hints: how many wrong siblings' answers, worded as solutions, it wants beside a completion's context at most.
     """
 
     target: str
     sections: Mapping[str, type[Section]]
     contexts: bool = True
     source: str | None = None
+    wrong_hints: int = 0
 
     def load(self) -> Any:
         """The class itself."""
@@ -73,4 +75,5 @@ ALGORITHMS: dict[str, Entry] = Listed(
     reshape=Entry("vpd_mlx.algos.hybrids:Reshape", _HYBRID),
     reweight=Entry("vpd_mlx.algos.hybrids:Reweight", _HYBRID),
     srpo=Entry("vpd_mlx.algos.srpo:Srpo", _HYBRID),
+    rlcsd=Entry("vpd_mlx.algos.rlcsd:Rlcsd", _HYBRID, source="sibling", wrong_hints=4),
 )

@@ -116,6 +116,7 @@ _ALGORITHMS: Mapping[str, Values] = {
     "reshape": _EMA,
     "reweight": _EMA,
     "srpo": _EMA,
+    "rlcsd": _EMA,
 }
 
 

@@ -142,7 +142,11 @@ class TeacherSettings(Section):
     )
 
     def faults(self, recipe: Any) -> Iterator[Fault]:
-        """A teacher's own adapter needs an E-step that trains it."""
+        """A teacher's own adapter needs an E-step that trains it, and what scores tokens alone needs a set of weights."""
+        if self.weights == "trust_region" and recipe.algorithm == "rlcsd":
+            yield Fault(
+                "teacher.weights", "`trust_region` mixes logits, and rlcsd reads scores", "use another kind of teacher"
+            )
         if self.weights == "adapter" and "e_step" not in recipe.entry.sections:
             yield Fault(
                 "teacher.weights",
@@ -180,7 +184,7 @@ class GrpoSettings(Section):
 
 
 class HybridSettings(Section):
-    """How joint, reshape, reweight and srpo mix the two signals."""
+    """How joint, reshape, reweight, srpo and rlcsd mix the two signals."""
 
     distill: float = Field(
         0.5, ge=0, description="Weight of the distillation (joint, srpo) or of log q - log pi (reshape)."
@@ -188,11 +192,11 @@ class HybridSettings(Section):
     reward: float = Field(
         0.5, ge=0, description="Weight of the policy gradient (joint, srpo) or of the advantage (reshape)."
     )
-    mix: Unit = Field(1.0, description="reweight: share of the teacher's token weights at the first step.")
+    mix: Unit = Field(1.0, description="reweight, rlcsd: share of the teacher's token weights at the first step.")
     mix_decay_steps: Positive | None = Field(
-        None, description="reweight: steps over which `mix` falls linearly to 0; null keeps it."
+        None, description="reweight, rlcsd: steps over which `mix` falls linearly to 0; null keeps it."
     )
-    weight_clip: float = Field(0.2, gt=0, lt=1, description="reweight: token weights stay within 1 +- this.")
+    weight_clip: float = Field(0.2, gt=0, lt=1, description="reweight, rlcsd: token weights stay within 1 +- this.")
 
     def faults(self, recipe: Any) -> Iterator[Fault]:
         """Something must be learned, and a context must be read."""

@@ -15,6 +15,7 @@ import mlx.core as mx
 from vpd_mlx.algos.base import Stateful
 from vpd_mlx.algos.settings import TeacherKind, TeacherSettings
 from vpd_mlx.engine.heads import Head
+from vpd_mlx.engine.learner import Floats
 from vpd_mlx.engine.models import Adapter
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.types import TokenRow
@@ -68,6 +69,17 @@ class Teacher(Stateful):
             return [{"teacher": a, "initial": b} for a, b in zip(live, initial, strict=True)]
         with contextlib.nullcontext() if self.weights is None else policy.using(self.weights):
             return [{"teacher": s} for s in policy.states(rows)]
+
+    def logps(self, policy: Policy, rows: Sequence[TokenRow]) -> list[Floats]:
+        """Log-probabilities of the completions' tokens under the teacher's weights, per row, for all kinds but `trust_region`.
+
+        Raises:
+            ValueError: the teacher is a `trust_region`, which is no set of weights.
+        """
+        if self.kind == "trust_region":
+            raise ValueError("a trust region mixes logits: take them by `states` and `logits`")
+        with contextlib.nullcontext() if self.weights is None else policy.using(self.weights):
+            return policy.logps(rows)
 
     def logits(self, fixed: Mapping[str, mx.array], head: Head) -> mx.array:
         """Logits (m, V), float32, from a chunk of `states`."""

@@ -18,6 +18,8 @@ A run calls, in this order:
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
@@ -28,6 +30,7 @@ from pydantic import Field
 
 from vpd_mlx.common.functions import Listed
 from vpd_mlx.common.settings import OneOf
+from vpd_mlx.common.thoughts import without_thoughts
 from vpd_mlx.errors import Fault
 from vpd_mlx.feedback.attempts import ATTEMPTS
 from vpd_mlx.feedback.base import Answer, CommonKeys, Failed, Generate, Host, Source, SourceEntry, SourceParts
@@ -48,6 +51,7 @@ __all__ = [
     "FeedbackSettings",
     "Sources",
     "add_context",
+    "add_wrong_hints",
     "build_sources",
     "check_reachable",
     "choose_contexts",
@@ -234,6 +238,26 @@ def add_context(
         rollouts = (_with_context(prompter, cfg, group, r, c) for r, c in zip(group.rollouts, row, strict=True))
         out.append(replace(group, rollouts=tuple(rollouts)))
     return out
+
+
+def add_wrong_hints(groups: Sequence[Group], prompter: Prompter, most: int) -> list[Group]:
+    """The groups, with up to `most` teacher's prompts that word a wrong sibling's answer as a solution, for each rollout whose
+    context is a right sibling's. An answer that fills the prompt alone is passed over.
+    """
+
+    def prompts(group: Group, rollout: Rollout) -> Iterator[tuple[int, ...]]:
+        others = (r for r in group.rollouts if r is not rollout and not r.success)
+        for text in dict.fromkeys(without_thoughts(r.text) for r in others):
+            with contextlib.suppress(NoRoom):
+                if text.strip():
+                    yield prompter.teacher(group.problem, SIBLING.template, text)[0]
+
+    def hinted(group: Group, rollout: Rollout) -> Rollout:
+        if rollout.context is None or rollout.context.kind != "sibling":
+            return rollout
+        return replace(rollout, wrong_prompts=tuple(itertools.islice(prompts(group, rollout), most)))
+
+    return [replace(g, rollouts=tuple(hinted(g, r) for r in g.rollouts)) for g in groups]
 
 
 def _with_context(prompter: Prompter, cfg: CommonKeys, group: Group, rollout: Rollout, choice: Choice) -> Rollout:

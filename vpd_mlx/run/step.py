@@ -17,7 +17,7 @@ from vpd_mlx.engine.experts import watched
 from vpd_mlx.engine.ranks import Ranks
 from vpd_mlx.engine.sampling import Sampling
 from vpd_mlx.errors import RunError, SourceError, VpdError
-from vpd_mlx.feedback import add_context
+from vpd_mlx.feedback import add_context, add_wrong_hints
 from vpd_mlx.run.collect import Batch, collect, student_prompts
 from vpd_mlx.run.evaluate import evaluate
 from vpd_mlx.run.progress import Interrupted
@@ -157,7 +157,10 @@ class Trainer(Parts):
             )
         with clock("feedback"):
             self.progress.phase("feedback")
-            return batch, add_context(self.sources, batch.groups, self.prompter, self.recipe.feedback)
+            groups = add_context(self.sources, batch.groups, self.prompter, self.recipe.feedback)
+            if most := self.recipe.entry.wrong_hints:
+                groups = add_wrong_hints(groups, self.prompter, most)
+            return batch, groups
 
     # --- learning
 
