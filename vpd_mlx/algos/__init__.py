@@ -2,8 +2,8 @@
 
 A step hands an algorithm its groups of rollouts. `samples` lays them out in rows; `e_step` trains the teacher's prompt, `m_step`
 pulls the student onto the `teacher`. `sdpo` is the M-step alone, `vpd` puts an E-step before it, `grpo` follows the group's
-advantages, `hybrids` wrap GRPO's token loss with the teacher, `srpo` gives each completion one of the two. `base` says what the
-loop and the checkpoint ask of them all.
+advantages, `hybrids` and `rlcsd` wrap GRPO's token loss with the teacher, `srpo` gives each completion one of the two. `base`
+says what the loop and the checkpoint ask of them all.
 
 `ALGORITHMS` is the only list: for each algorithm, the sections of the recipe that it reads (`settings`) and the class that does
 the work, which is imported when a run begins, so that a recipe is read without mlx.
