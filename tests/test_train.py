@@ -154,6 +154,7 @@ CASES = [
     *((name, {}) for name in ALGORITHMS if name != "opsd"),
     ("vpd", {"teacher.weights": "adapter", "e_step.delta": "ema", "e_step.every": 1}),
     ("vpd", {"lora.dropout": 0.1, "m_step.minibatch_prompts": 2}),
+    ("vpd", {"teacher.weights": "gated", "task.eval_only": None, "seed": 2}),
 ]
 
 

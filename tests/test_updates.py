@@ -584,7 +584,7 @@ OPTIONS = [
     ("vpd", {"e_step.token_share": 0.5}),
     ("vpd", {"e_step.contexts": "own", "e_step.hints": 0.5}),
     ("vpd", {"e_step.learning_rate_ratio": 0.1}),
-    *(("vpd", {"teacher.weights": w}) for w in ("ema", "trust_region", "adapter")),
+    *(("vpd", {"teacher.weights": w}) for w in ("ema", "trust_region", "adapter", "gated")),
     ("vpd", {"m_step.alpha": 0.2}),
     ("vpd", {"m_step.top_k": 3}),
     ("vpd", {"m_step.top_k": 3, "m_step.tail": False}),

@@ -30,6 +30,7 @@ SMALL = [
 CASES = {
     "vpd": [],
     "vpd-adapter": ["algorithm=vpd", "teacher.weights=adapter", "e_step.delta=ema"],
+    "vpd-gated": ["algorithm=vpd", "teacher.weights=gated"],
     "vpd-best": ["evaluation.keep_best=true", "evaluation.selection_every=1"],
     "sdpo": ["algorithm=sdpo"],
     "opsd": ["algorithm=opsd", "feedback.sources=[reference]", "feedback.max_prompt_tokens=192", "on_no_gap=warn"],

@@ -16,7 +16,7 @@ import numpy as np
 
 from vpd_mlx import losses
 from vpd_mlx.algos.base import Metrics, Stateful, Step, prefixed
-from vpd_mlx.algos.samples import Sample, epochs, gather, minibatches, token_mean
+from vpd_mlx.algos.samples import Sample, epochs, gather, minibatches, score, token_mean
 from vpd_mlx.algos.settings import GrpoSettings
 from vpd_mlx.common.seeds import phase_seed
 from vpd_mlx.common.stats import mean
@@ -50,13 +50,9 @@ class Grpo:
         return prefixed("student", metrics)
 
 
-def _score(sample: Sample) -> float:
-    return sample.rollout.verdict.score if sample.rollout.verdict else 0.0
-
-
 def advantages_of(samples: Sequence[Sample], cfg: GrpoSettings) -> Floats:
     """One advantage per sample, from its score against its group's. Groups may be of different sizes."""
-    scores = np.array([_score(s) for s in samples], np.float32)
+    scores = np.array([score(s) for s in samples], np.float32)
     of = np.array([s.group for s in samples])
     sizes = {g: int((of == g).sum()) for g in sorted(set(of.tolist()))}
     out = np.zeros(len(samples), np.float32)
@@ -218,7 +214,7 @@ def _minibatches(samples: Sequence[Sample], cfg: GrpoSettings) -> list[list[int]
         return batches
     scores: dict[int, set[float]] = {}
     for sample in samples:
-        scores.setdefault(sample.group, set()).add(_score(sample))
+        scores.setdefault(sample.group, set()).add(score(sample))
     return [[i for i in part if len(scores[samples[i].group]) > 1] for part in batches]
 
 

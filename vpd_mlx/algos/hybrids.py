@@ -71,11 +71,11 @@ class Hybrid(ABC):
         with step.clock("student"):
             self.teacher.begin_batch(policy)
             metrics, seen = policy_gradient_update(policy, samples, self.learner, cfg, seed=seed, portions=portions)
-            self.teacher.end_batch(policy)
+            of_teacher = self.teacher.end_batch(policy, samples)
         step.tokens.update({i: t for i, t in seen.items() if "teacher_logp" in t})
         distilled = {i: {**c, "loss": c["divergence"]} for i, c in seen.items() if "divergence" in c}
         metrics |= {k: v for k, v in divergence_metrics(samples, distilled).items() if v is not None}
-        return prefixed("student", metrics)
+        return {**prefixed("student", metrics), **of_teacher}
 
 
 class Joint(Hybrid):

@@ -10,7 +10,7 @@ import numpy as np
 from vpd_mlx.engine.learner import Floats
 from vpd_mlx.types import Group, Rollout, TokenRow
 
-__all__ = ["Sample", "epochs", "gather", "minibatches", "teacher_row", "token_mean"]
+__all__ = ["Sample", "epochs", "gather", "minibatches", "score", "teacher_row", "token_mean"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,11 @@ def gather(groups: Sequence[Group]) -> list[Sample]:
         for g, group in enumerate(groups)
         for r in group.rollouts
     ]
+
+
+def score(sample: Sample) -> float:
+    """The verifier's score, 0 without a verdict."""
+    return sample.rollout.verdict.score if sample.rollout.verdict else 0.0
 
 
 def minibatches(samples: Sequence[Sample], prompts: int | None) -> list[list[int]]:

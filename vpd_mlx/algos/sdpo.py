@@ -39,11 +39,10 @@ class Sdpo:
         """One M-step."""
         seed = phase_seed(step.seed, step.number, "update")
         self.learner.begin(step.number)
+        samples = gather(groups)
         with step.clock("student"):
             self.teacher.begin_batch(policy)
-            metrics, tokens = divergence_update(
-                policy, gather(groups), self.learner, self.m_step, self.teacher, seed=seed
-            )
-            self.teacher.end_batch(policy)
+            metrics, tokens = divergence_update(policy, samples, self.learner, self.m_step, self.teacher, seed=seed)
+            of_teacher = self.teacher.end_batch(policy, samples)
         step.tokens.update(tokens)
-        return prefixed("student", metrics)
+        return {**prefixed("student", metrics), **of_teacher}

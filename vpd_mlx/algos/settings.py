@@ -20,7 +20,7 @@ __all__ = [
     "minibatch_faults",
 ]
 
-TeacherKind = Literal["live", "frozen", "ema", "trust_region", "adapter"]
+TeacherKind = Literal["live", "frozen", "ema", "trust_region", "adapter", "gated"]
 
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -134,7 +134,8 @@ class TeacherSettings(Section):
     weights: TeacherKind = Field(
         "ema",
         description="`live` weights; `frozen` for each batch; an `ema` of the student; `trust_region`: logits "
-        "between the initial model's and the student's; `adapter`: a second LoRA of its own.",
+        "between the initial model's and the student's; `adapter`: a second LoRA of its own; `gated`: a copy of the "
+        "student, renewed only when the reward rose and lengths are sane.",
     )
     ema_rate: float = Field(0.05, gt=0, le=1, description="Share of the student taken into the EMA after each batch.")
     trust_region: Unit = Field(

@@ -2,25 +2,67 @@
 
 The teacher is the student's own network under another prompt. `live` takes it as it is, `frozen` as it was when the batch
 began, `ema` a slow copy of the adapter, `trust_region` logits between the initial model's and the student's, `adapter` a
-second LoRA on the same base, which the E-step trains and the M-step reads. Only LoRA tensors ever exist twice.
+second LoRA on the same base, which the E-step trains and the M-step reads. `gated` stands still until the student has got better
+(arXiv 2606.03532): a teacher that follows by the clock can copy a student that is drifting. Only LoRA tensors ever exist twice.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import mlx.core as mx
 
-from vpd_mlx.algos.base import Stateful
+from vpd_mlx.algos.base import Metrics, Stateful
+from vpd_mlx.algos.samples import Sample, score
 from vpd_mlx.algos.settings import TeacherKind, TeacherSettings
+from vpd_mlx.common.stats import mean
 from vpd_mlx.engine.heads import Head
 from vpd_mlx.engine.learner import Floats
 from vpd_mlx.engine.models import Adapter
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.types import TokenRow
 
-__all__ = ["Teacher"]
+__all__ = ["Gate", "Teacher"]
+
+RECENT = 3  # batches over which the gate takes the mean reward
+LONGER = 2.0  # factor by which the mean length may have grown or shrunk since the first batch
+CUT_OFF = 0.1  # share of completions by which the cut-off ones may have grown since then
+
+
+@dataclass
+class Gate:
+    """When a `gated` teacher is renewed: once the mean reward of the last batches exceeds what it was at the last renewal.
+
+    The first batch sets that bar. The batch's lengths must be sane, too: their mean within a factor of two of the first batch's,
+    the share of cut-off completions at most 0.1 above its. To ask for both is arXiv 2606.03532's, how they are measured is ours.
+    """
+
+    rewards: list[float] = field(default_factory=list)  # of the last batches
+    bar: float | None = None
+    length: float | None = None  # mean of the first batch, in tokens
+    truncated: float = 0.0  # share of the first batch
+
+    def opens(self, reward: float, length: float, truncated: float) -> bool:
+        """Take in a batch's means, and say whether the teacher is renewed after it."""
+        self.rewards = [*self.rewards, reward][-RECENT:]
+        now = sum(self.rewards) / len(self.rewards)
+        if self.length is None:
+            self.length, self.truncated = length, truncated
+        if self.bar is None:
+            self.bar = now
+            return False
+        sane = self.length / LONGER <= length <= self.length * LONGER and truncated <= self.truncated + CUT_OFF
+        if now <= self.bar or not sane:
+            return False
+        self.bar = now
+        return True
+
+    def begin_again(self) -> None:
+        """Set a new bar by the next batch; lengths are still compared with the run's first batch."""
+        self.rewards, self.bar = [], None
 
 
 class Teacher(Stateful):
@@ -29,22 +71,32 @@ class Teacher(Stateful):
     def __init__(self, cfg: TeacherSettings, policy: Policy) -> None:
         self.kind: TeacherKind = cfg.weights
         self.cfg = cfg
-        # The EMA and the teacher's own adapter start as the student's; a frozen teacher is there for one batch.
-        self.weights: Adapter | None = policy.adapter if self.kind in ("ema", "adapter") else None
+        # These three start as the student's; a frozen teacher is there for one batch.
+        self.weights: Adapter | None = policy.adapter if self.kind in ("ema", "adapter", "gated") else None
+        self.gate = Gate()
 
     def begin_batch(self, policy: Policy) -> None:
         """Before the first update of a batch of rollouts."""
         if self.kind == "frozen":
             self.weights = policy.adapter
 
-    def end_batch(self, policy: Policy) -> None:
-        """After the last update of a batch: the EMA takes in the student."""
+    def end_batch(self, policy: Policy, samples: Sequence[Sample]) -> Metrics:
+        """After the last update of a batch: the EMA takes in the student, a gated teacher may become it. Returns what to log."""
         if self.kind == "frozen":
             self.weights = None
         if self.kind == "ema" and self.weights is not None:
             rate = self.cfg.ema_rate
             self.weights = {k: (1 - rate) * self.weights[k] + rate * v for k, v in policy.adapter.items()}
             mx.eval(self.weights)
+        if self.kind != "gated":
+            return {}
+        rollouts = [s.rollout for s in samples]
+        reward, length = mean([score(s) for s in samples]), mean([float(len(r.tokens)) for r in rollouts])
+        truncated = mean([float(r.finish == "length") for r in rollouts])
+        if reward is None or length is None or truncated is None or not self.gate.opens(reward, length, truncated):
+            return {"teacher/refreshed": 0}
+        self.weights = policy.adapter
+        return {"teacher/refreshed": 1}
 
     @contextlib.contextmanager
     def e_step_weights(self, policy: Policy) -> Iterator[None]:
@@ -93,12 +145,19 @@ class Teacher(Stateful):
         """Weights of its own start as the student's again."""
         if self.weights is not None:
             self.weights = policy.adapter
+        self.gate.begin_again()
 
     def arrays(self) -> dict[str, mx.array]:
         """Its own weights, if it has any."""
         return dict(self.weights or {})
 
-    def restore(self, arrays: Mapping[str, mx.array], _scalars: None) -> None:
-        """Take up a checkpoint's weights."""
+    def scalars(self) -> dict[str, Any] | None:
+        """What the gate goes by."""
+        return asdict(self.gate) if self.kind == "gated" else None
+
+    def restore(self, arrays: Mapping[str, mx.array], scalars: Mapping[str, Any] | None) -> None:
+        """Take up a checkpoint's weights and gate."""
         if arrays:
             self.weights = dict(arrays)
+        if scalars is not None:
+            self.gate = Gate(**scalars)

@@ -69,6 +69,9 @@ _Learning = TypedDict(
         "student/rate": Annotated[float, "", "Learning rate of the last update."],
         "student/updates": Annotated[int, "updates", "Updates made."],
         "student/nonfinite": Annotated[int, "updates", "Updates left out: loss or gradient was not finite."],
+        "teacher/refreshed": Annotated[
+            int, "0 or 1", "1 if the teacher became the student after this step; only with `teacher.weights: gated`."
+        ],
         "e_step/n_right": Annotated[int, "completions", "Right completions with a context."],
         "e_step/n_wrong": Annotated[int, "completions", "Wrong completions with a context."],
         "e_step/skipped": Annotated[int, "0 or 1", "1 if the E-step was left out: all were right, or all wrong."],
