@@ -78,8 +78,8 @@ def test_a_revert_goes_back_to_the_best_adapter_at_half_the_rate(small, tmp_path
             assert bool((array == found.arrays[f"adapter.{key}"]).all())
         elif part in ("m", "e"):
             assert not array.any()
-    assert found.state["algorithm"]["m"] == {"updates": 0, "skipped": 0, "factor": 0.5}
-    assert found.state["algorithm"]["e"]["factor"] == 0.5
+    assert found.state["algorithm"]["m"] == {"updates": 0, "skipped": 0, "factor": 0.5, "since": 3}
+    assert (found.state["algorithm"]["e"]["factor"], found.state["algorithm"]["e"]["since"]) == (0.5, 3)
     assert any("went back to an earlier adapter" in text for text in findings(load_run(tmp_path / "run")))
     after = train(small(**{"steps": 4, **overrides(recipe)}), tmp_path / "run", resume=True)
     assert after["reverts"] == 1

@@ -280,7 +280,7 @@ def test_the_quickstart_is_measured_and_recommended():
     assert verifier["style"]["right_share"] == 0.0  # successes have no verifier's text
     assert set(found["silent"]) == {
         "reference",
-        *(f"{name}, closing" for name in ("sibling", "attempts", "verifier")),
+        *(f"{name}, closing" for name in ("sibling", "verifier")),
     } | {f"{name}, {wording}" for name in ("verifier",) for wording in ("before", "sdpo")}
     assert "max_prompt_tokens" in found["silent"]["verifier, closing"]
     assert found["advice"]["helps"] is True

@@ -35,8 +35,9 @@ def row(task: str, method: str, runs: Sequence[vpd.Run]) -> str:
     kept = min(g[-1] / max(g) if max(g) else 0.0 for g in greedy)
     fell = sum(any(collapse(run.metrics[:n]) for n in range(1, len(run.metrics) + 1)) for run in runs)
     minutes = np.median([run.summary["seconds"]["wall"] for run in runs]) / 60
+    rate = f"{runs[0].config['optimizer']['learning_rate']:g}"
     cells = (
-        *(task, method, f"{over('student', 0)} → {over('student', -1)}"),
+        *(task, method, rate, f"{over('student', 0)} → {over('student', -1)}"),
         *(f"{over('student_greedy', 0)} → {over('student_greedy', -1)}", seeds, f"{kept:.2f}"),
         *(f"{over('truncated', 0)} → {over('truncated', -1)}", str(fell), f"{minutes:.0f}"),
     )
@@ -73,9 +74,10 @@ def main() -> None:
     figure, axis = plt.subplots(figsize=(6.4, 3.2))
     width = 0.8 / (len(methods) + 1)
     print(
-        "| task | method | sampled, % | greedy, % | by seed | least of end / best | cut off, % | collapses | minutes |"
+        "| task | method | rate | sampled, % | greedy, % | by seed | least of end / best | cut off, % | collapses | minutes |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|" + "---|" * 10)
+    greedy: dict[tuple[str, str], list[float]] = {}
     for i, task in enumerate(tasks):
         before: list[float] = []
         for j, method in enumerate(methods):
@@ -83,6 +85,7 @@ def main() -> None:
             before += [run.evals[0]["student_greedy"] for run in runs]
             after = [100 * run.evals[-1]["student_greedy"] for run in runs]
             at = i + (j + 1) * width
+            greedy[task.name, method] = after
             if after:
                 print(row(task.name, method, runs))
                 axis.bar(at, np.mean(after), 0.9 * width, color=f"C{j}", label=None if i else method)
@@ -96,6 +99,11 @@ def main() -> None:
     figure.tight_layout()
     figure.savefig(given.out, dpi=120)
     print(f"written: {given.out}")
+    for task in tasks:
+        for other in ("sdpo", "grpo"):
+            apart = [a - b for a, b in zip(greedy[task.name, "vpd"], greedy[task.name, other], strict=True)]
+            mean, half = mean_interval(apart)
+            print(f"{task.name}: vpd less {other}, greedy, paired by seed: {mean:+.0f} ± {half:.0f}")
     rates(given.grid)
 
 

@@ -40,10 +40,10 @@ class Vpd(Sdpo):
 
     def __call__(self, policy: Policy, groups: Sequence[Group], step: Step) -> Metrics:
         """An E-step when due, then an M-step."""
+        self.e_learner.begin(step.number)
         if step.number % self.e_step.every:
             return super().__call__(policy, groups, step)
         samples = gather(groups)
-        self.e_learner.begin(step.number)
         with step.clock("e_step"):
             done = bco_update(
                 policy,

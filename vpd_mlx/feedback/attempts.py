@@ -63,5 +63,4 @@ ATTEMPTS = SourceEntry(
     solution=True,
     siblings=True,
     needs="the other completions of the group",
-    free=True,
 )
