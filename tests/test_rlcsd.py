@@ -142,6 +142,7 @@ def test_without_wrong_hints_it_is_grpo(trainer: Trainer):
 def test_what_it_cannot_use_is_refused():
     for keys, path in (
         ({"feedback.sources": ["verifier"]}, "feedback.sources"),
+        ({"feedback.sources": ["verifier", "sibling"]}, "feedback.sources"),
         ({"teacher.weights": "trust_region"}, "teacher.weights"),
     ):
         with pytest.raises(ConfigError) as caught:

@@ -201,6 +201,10 @@ class HybridSettings(Section):
 
     def faults(self, recipe: Any) -> Iterator[Fault]:
         """Something must be learned, and a context must be read."""
+        sources = recipe.feedback.sources
+        if recipe.entry.wrong_hints and "sibling" in sources and sources[0] != "sibling":
+            what = f"{sources} asks {sources[0]} first, and {recipe.algorithm} contrasts siblings' answers"
+            yield Fault("feedback.sources", what, "name sibling first")
         if recipe.algorithm == "srpo" and recipe.feedback.on_success:
             what = "means nothing under srpo, whose right completions learn without feedback"
             yield Fault("feedback.on_success", what, "take it out, or use algorithm joint")
