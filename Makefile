@@ -23,7 +23,7 @@ long-test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "$(TESTS)"
 
 # The engine's tests once more, in the ways of a GPU: padded, in its chunks, compiled. Needs g++ for that.
-GPU_TESTS := device attention lora rollout updates losses architectures temperature recurrence recurrent
+GPU_TESTS := device attention lora rollout updates rlcsd losses architectures temperature recurrence recurrent
 gpu-test: $(VENV)/.installed-dev
 	VPD_MLX_GPU_PATHS=1 $(BIN)/python -m pytest -n auto $(GPU_TESTS:%=tests/test_%.py)
 
