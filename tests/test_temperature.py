@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -68,9 +69,8 @@ def batch(policy: Policy) -> list[Group]:
         told = Rollout(r.tokens, r.logps, r.text, r.finish, Verdict(float(right)), right)
         if n < 3:
             taught = (*prompts[p], *b" hint")
-            told = Rollout(
-                r.tokens, r.logps, r.text, r.finish, Verdict(float(right)), right, Context("verifier", "hint"), taught
-            )
+            context, wrong = Context("sibling", "hint"), ((*prompts[p], *b" wrong"), (*prompts[p], *b" as well"))
+            told = replace(told, context=context, teacher_prompt=taught, wrong_prompts=wrong)
         rollouts[p].append(told)
     problems = [Problem(str(p), ({"role": "user", "content": str(p)},)) for p in range(2)]
     return [Group(q, ids, tuple(rs)) for q, ids, rs in zip(problems, prompts, rollouts, strict=True)]
@@ -105,7 +105,7 @@ def far(a: list[dict[str, np.ndarray]], b: list[dict[str, np.ndarray]]) -> float
 )
 def test_every_update_is_that_of_a_network_with_larger_logits(small: Callable[..., Recipe], algorithm: str, keys):
     """Nothing but the policy's own temperature tells the two apart: so none of the mathematics is left untempered."""
-    sources = ["reference"] if algorithm == "opsd" else ["verifier"]
+    sources = [ALGORITHMS[algorithm].source or "verifier"]
     recipe = small(algorithm=algorithm, feedback__sources=sources, **{k.replace(".", "__"): v for k, v in keys.items()})
     groups = batch(policy_at(T))
     at_temperature = gradients_of(recipe, policy_at(T), groups)

@@ -134,10 +134,15 @@ def test_e_step_is_the_autograd_of_the_bco_loss(world, budget, length_normalise,
 def test_the_floor_pulls_up_displaced_successes_alone(world):
     trainer, groups = world
     policy, learner = trainer.policy, Recorder()
-    # Every third counts as right, whatever it is: so the teacher finds some successes less likely than the student does.
-    samples = [replace(s, rollout=replace(s.rollout, success=i % 3 == 0)) for i, s in enumerate(gather(groups))]
     teacher = Teacher(TeacherSettings(weights="live"), policy)
-    chosen = [s for s in samples if s.teacher is not None]
+    rows = [s for s in gather(groups) if s.teacher is not None]
+    sides = (plain_logps(policy, [s.teacher for s in rows]), plain_logps(policy, [s.student for s in rows]))
+    shift = [(t.sum() - b.sum()).item() for t, b in zip(*sides, strict=True)]
+    # Every other one by this shift counts as right, whatever it is: some are likelier to the teacher, some to the student.
+    order = sorted(range(len(rows)), key=shift.__getitem__)
+    chosen = samples = [
+        replace(rows[i], rollout=replace(rows[i].rollout, success=n % 2 == 0)) for n, i in enumerate(order)
+    ]
     right = [s for s in chosen if s.rollout.success]
     labels = mx.array([int(s.rollout.success) for s in chosen])
     old = mx.stack([x.sum() for x in plain_logps(policy, [s.student for s in chosen])])

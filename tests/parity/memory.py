@@ -35,6 +35,8 @@ def scaled(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     small = {
         "hidden_size": width,
         "intermediate_size": width,
+        **dict.fromkeys(("block_dim", "block_ff_dim", "conv_dim", "conv_dim_out"), width),
+        "full_attn_idxs": lambda at: [i for i in at if i < config["num_hidden_layers"] // 4],
         "vocab_size": lambda n: n // 64,
         "num_attention_heads": lambda n: n // 4,
         "num_key_value_heads": lambda n: n // 4,
@@ -42,7 +44,7 @@ def scaled(config: dict[str, Any], dtype: str) -> dict[str, Any]:
         "num_hidden_layers": lambda n: n // 4,
         "layer_types": lambda kinds: kinds[: len(kinds) // 4],
         "sliding_window": lambda n: n and 32,
-        "num_local_experts": lambda n: n // 4,
+        **dict.fromkeys(("num_heads", "num_local_experts"), lambda n: n // 4),
         "text_config": lambda text: scaled(text, dtype),
     }
     out = {k: small[k](v) if k in small else v for k, v in config.items()}
