@@ -4,8 +4,8 @@
 
 PART is rollouts, vocabulary, prompts, attention, hybrids, grpo, steps, real, phases, growth or launches. `--peers` is a Python
 with mlx-lm-lora, mlx-tune, unsloth-zoo and inductive-mlxrl; without it their rows are left out, and the results say so. `--real`
-is a model folder for the part of that name, left out without it. `make bench` makes that environment and writes
-benchmarks/RESULTS.md.
+is a model folder for the part of that name, which is measured alone (`make bench-real REAL=FOLDER`, benchmarks/REAL.md): its
+timings depend on the model's size. `make bench` makes the peers' environment and writes benchmarks/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -462,19 +462,23 @@ def measure(parts: list[str], repeats: int, python: str | None, folder: Path | N
     """Measure the given parts."""
     report = Report()
     own = {n: importlib.metadata.version(n) for n in ("mlx", "mlx-lm", "numpy")}
-    report.say("# Benchmarks\n\nMade by `make bench`; nothing here is written by hand.\n")
+    made_by = "bench-real" if parts == ["real"] else "bench"
+    report.say(f"# Benchmarks\n\nMade by `make {made_by}`; nothing here is written by hand.\n")
     peers = Peers(python)
     try:
         theirs = peers.ask("versions") if peers.there else {}
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         kind = "GPU" if mx.default_device() == mx.Device(mx.gpu) else "CPU"
+        preloaded = [Path(p).name for p in os.environ.get("LD_PRELOAD", "").split(":") if p]
         report.say(
             f"{platform.system()} {platform.machine()}, {cores} cores, {kind}, Python {platform.python_version()}; "
             + ", ".join(f"{n} {v}" for n, v in own.items())
             + ("; peers: " + ", ".join(f"{n} {v}" for n, v in theirs.items()) if theirs else "; **without peers**")
-            + f". Medians of {repeats}, all of a table side by side in one run, alternating.\n\n"
-            "Models: random Qwen3, hidden size 64, 2 blocks, 4 bits, LoRA of rank 8. Ratios count, not seconds.\n"
+            + (f"; preloaded {', '.join(preloaded)}" if preloaded else "")
+            + f". Medians of {repeats}, all of a table side by side in one run, alternating. Ratios count, not seconds.\n"
         )
+        if parts != ["real"]:
+            report.say("Models: random Qwen3, hidden size 64, 2 blocks, 4 bits, LoRA of rank 8.\n")
         with tempfile.TemporaryDirectory() as name:
             folders = {v: models.make(Path(name) / str(v), v) for v in (SMALL, LARGE, 2 * LARGE)}
             policies = {v: models.load(folder) for v, folder in folders.items()}
@@ -487,7 +491,7 @@ def measure(parts: list[str], repeats: int, python: str | None, folder: Path | N
                 "hybrids": lambda: recurrent_layers(report, Path(name), repeats),
                 "grpo": lambda: grpo(report, policies, peers, repeats),
                 "steps": lambda: steps(report, small, peers, repeats),
-                "real": lambda: real(report, models.load(folder), peers, repeats) if folder else None,
+                "real": lambda: real(report, models.load(folder), peers, repeats),
                 "phases": lambda: phases(report, Path(name)),
                 "growth": lambda: growth(report, folders, repeats),
                 "launches": lambda: counts(report, folders[SMALL]),
@@ -503,13 +507,16 @@ def measure(parts: list[str], repeats: int, python: str | None, folder: Path | N
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
+    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help="without it, all but `real`")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--peers", metavar="PYTHON")
     parser.add_argument("--out", type=Path, metavar="FILE")
     parser.add_argument("--real", type=Path, metavar="FOLDER")
     arguments = parser.parse_args()
-    report = measure(arguments.only, arguments.repeats, arguments.peers, arguments.real)
+    chosen = arguments.only or [part for part in PARTS if part != "real"]
+    if "real" in chosen and arguments.real is None:
+        parser.error("real needs a model: --real FOLDER")
+    report = measure(chosen, arguments.repeats, arguments.peers, arguments.real)
     if arguments.out is not None:
         arguments.out.write_text("\n".join(report.lines) + "\n", encoding="utf-8")
     sys.exit(1 if report.missed else 0)
