@@ -170,47 +170,6 @@ def test_a_wide_top_k_is_the_full_vocabulary():
             assert mx.array_equal(losses.divergence(s, t, alpha=0.3, top_k=k, tail=tail), full).item()
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
-def test_one_exponential_gives_the_scores_the_entropy_and_their_gradient(dtype):
-    logits = (4 * mx.random.normal((5, 300), key=mx.random.key(1))).astype(dtype)
-    logits[0, 3] = -float("inf")
-    ids, weights = mx.array([7, 0, 299, 12, 100]), mx.array([1.0, -2.0, 0.5, 0.0, 3.0])
-
-    def plain(x: mx.array) -> mx.array:
-        return (losses.token_logps(x, ids) * weights).sum()
-
-    def ours(x: mx.array) -> mx.array:
-        logps, entropy = losses.logps_and_entropy(x, ids)
-        return (logps * weights).sum() + 100 * entropy.sum()  # which has no gradient
-
-    logps, entropy = losses.logps_and_entropy(logits, ids)
-    np.testing.assert_allclose(np.array(logps), np.array(losses.token_logps(logits, ids)), atol=2e-6)
-    np.testing.assert_allclose(np.array(entropy), np.array(losses.entropy(logits)), atol=5e-6)
-    found, want = mx.grad(ours)(logits), mx.grad(plain)(logits)
-    assert found.dtype == dtype
-    rounding = 1e-6 if dtype == mx.float32 else 0.02
-    np.testing.assert_allclose(np.array(found.astype(mx.float32)), np.array(want.astype(mx.float32)), atol=rounding)
-
-
-@pytest.mark.parametrize("alpha", [0.1, 0.5, 0.9])
-@pytest.mark.parametrize("scale", [1.0, 5.0, 300.0])  # beyond 88 a probability is 0 in float32
-def test_the_mixed_divergence_and_its_gradient_are_autodiffs(alpha, scale):
-    student, teacher = (scale * mx.random.normal((4, 300), key=mx.random.key(k)) for k in (2, 3))
-    weights = mx.array([1.0, 0.2, -0.7, 2.0])
-
-    def plain(x: mx.array) -> mx.array:
-        sides = losses.log_softmax(x), losses.log_softmax(teacher)
-        return (losses.divergence_from_logps(*sides, alpha=alpha) * weights).sum()
-
-    def ours(x: mx.array) -> mx.array:
-        return (losses.mixed_divergence(x, *losses.normalised(teacher), alpha=alpha)[0] * weights).sum()
-
-    assert ours(student).item() == pytest.approx(plain(student).item(), abs=2e-6)
-    found, want = np.array(mx.grad(ours)(student)), np.array(mx.grad(plain)(student))
-    np.testing.assert_allclose(found, want, atol=2e-6)
-    assert np.abs(want).max() > 1e-5 or scale == 300.0
-
-
 def test_an_entry_of_the_vocabulary_adds_no_more_than_its_clip():
     student, teacher = mx.log(mx.array([[0.7, 0.2, 0.1]])), mx.log(mx.array([[0.1, 0.3, 0.6]]))
     forward = [0.1 * math.log(0.1 / 0.7), 0.3 * math.log(0.3 / 0.2), 0.6 * math.log(0.6 / 0.1)]  # -0.195, 0.122, 1.075
@@ -339,8 +298,8 @@ def test_entropy_and_mass_by_hand():
     logits = mx.log(array([[0.5, 0.25, 0.25, 0.0]]))
     assert losses.entropy(logits).item() == pytest.approx(1.5 * math.log(2), abs=1e-6)
     logps = losses.log_softmax(logits)
-    assert losses.topk_mass(mx.exp(logps), 2).item() == pytest.approx(0.75, abs=1e-6)
-    assert losses.topk_mass(mx.exp(logps), 9).item() == 1.0
+    assert losses.topk_mass(logps, 2).item() == pytest.approx(0.75, abs=1e-6)
+    assert losses.topk_mass(logps, 9).item() == 1.0
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])

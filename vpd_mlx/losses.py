@@ -11,7 +11,7 @@ its tail.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import mlx.core as mx
 
@@ -30,9 +30,6 @@ __all__ = [
     "importance_weights",
     "k3_kl",
     "log_softmax",
-    "logps_and_entropy",
-    "mixed_divergence",
-    "normalised",
     "pass_rate_weights",
     "policy_gradient_loss",
     "policy_gradient_tokens",
@@ -46,7 +43,6 @@ __all__ = [
 LossAndMetrics = tuple[mx.array, dict[str, mx.array]]
 
 FLOOR = -1e9
-SMALLEST = 1e-37  # a normal float32, of which the logarithm is finite
 LOG_RATIO_BOUND = 20.0  # exp() of a larger difference would only overflow
 STD_EPSILON = 1e-6
 TAIL_EPSILON = 1e-7
@@ -68,39 +64,6 @@ def token_logps(logits: mx.array, token_ids: mx.array) -> mx.array:
     return chosen - mx.logsumexp(x, axis=-1)
 
 
-def normalised(logits: mx.array) -> tuple[mx.array, mx.array]:
-    """(log-probabilities, probabilities), float32, from one exponential of each logit, which is what a wide head waits for."""
-    x = mx.maximum(logits.astype(mx.float32), FLOOR)
-    x = x - x.max(axis=-1, keepdims=True)
-    powers = mx.exp(x)
-    total = powers.sum(axis=-1, keepdims=True)
-    return x - mx.log(total), powers / total
-
-
-def logps_and_entropy(logits: mx.array, token_ids: mx.array) -> tuple[mx.array, mx.array]:
-    """`token_logps`, and the entropy without gradient: (..., V), (...) -> (...) twice, float32.
-
-    Both and the gradient share one exponential of each logit: d log p_y / dx = [y] - p.
-    """
-    ids = token_ids[..., None]
-
-    def forward(x: mx.array) -> list[mx.array]:
-        logps, p = normalised(x)
-        return [mx.take_along_axis(logps, ids, axis=-1)[..., 0], -(p * logps).sum(axis=-1), p]
-
-    run = mx.custom_function(forward)
-
-    @run.vjp
-    def _(primal: mx.array, cotangents: list[mx.array], outputs: list[mx.array]) -> mx.array:
-        weight = cotangents[0][..., None]
-        down = -weight * outputs[2]
-        there = mx.take_along_axis(down, ids, axis=-1) + weight
-        return mx.put_along_axis(down, ids, there, axis=-1).astype(primal.dtype)
-
-    found: Any = run(logits)
-    return found[0], mx.stop_gradient(found[1])
-
-
 def entropy(logits: mx.array) -> mx.array:
     """Entropy in nats: (..., V) -> (...), float32."""
     return entropy_from_logps(log_softmax(logits))
@@ -111,9 +74,9 @@ def entropy_from_logps(logps: mx.array) -> mx.array:
     return -(mx.exp(logps) * logps).sum(axis=-1)
 
 
-def topk_mass(probabilities: mx.array, k: int) -> mx.array:
-    """Probability of the k likeliest tokens together: (..., V) -> (...)."""
-    return mx.topk(probabilities, min(k, probabilities.shape[-1]), axis=-1).sum(axis=-1)
+def topk_mass(logps: mx.array, k: int) -> mx.array:
+    """Probability of the k likeliest tokens together, from normalised log-probabilities: (..., V) -> (...)."""
+    return mx.topk(mx.exp(logps), min(k, logps.shape[-1]), axis=-1).sum(axis=-1)
 
 
 # --- M-step: distillation
@@ -149,40 +112,8 @@ def divergence(
         raise ValueError(f"alpha is {alpha}; needs 0..1")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k is {top_k}; needs 1 or more, or None")
-    whole = top_k is None or top_k >= student_logits.shape[-1]
-    if 0.0 < alpha < 1.0 and whole and entry_clip is None:
-        return mixed_divergence(student_logits, *normalised(mx.stop_gradient(teacher_logits)), alpha=alpha)[0]
     student, teacher = log_softmax(student_logits), log_softmax(teacher_logits)
     return divergence_from_logps(student, teacher, alpha=alpha, top_k=top_k, tail=tail, entry_clip=entry_clip)
-
-
-def mixed_divergence(
-    student_logits: mx.array, teacher_logps: mx.array, teacher: mx.array, *, alpha: float
-) -> tuple[mx.array, mx.array, mx.array]:
-    """`divergence` for `alpha` between 0 and 1 over the whole vocabulary, and the student's `normalised` without gradient.
-
-    The teacher comes as `normalised` gives it. With p the student and d = log p - log m, the derivative of the mixture vanishes,
-    which leaves dD/dx = (1 - alpha) p (d - sum p d): no exponential more than the value needs.
-    """
-
-    def forward(x: mx.array) -> list[mx.array]:
-        logps, p = normalised(x)
-        mixture = mx.log(mx.maximum((1.0 - alpha) * p + alpha * teacher, SMALLEST))
-        apart = logps - mixture
-        own = (p * apart).sum(axis=-1)
-        value = (1.0 - alpha) * own + alpha * (teacher * (teacher_logps - mixture)).sum(axis=-1)
-        return [value, own, logps, p, apart]
-
-    run = mx.custom_function(forward)
-
-    @run.vjp
-    def _(primal: mx.array, cotangents: list[mx.array], outputs: list[mx.array]) -> mx.array:
-        _, own, _, p, apart = outputs
-        weight = (1.0 - alpha) * cotangents[0][..., None]
-        return (weight * p * (apart - own[..., None])).astype(primal.dtype)
-
-    found: Any = run(student_logits)
-    return found[0], mx.stop_gradient(found[2]), mx.stop_gradient(found[3])
 
 
 def divergence_from_logps(

@@ -81,7 +81,8 @@ class GrpoLoss:
 
     def __call__(self, logits: mx.array, fixed: Mapping[str, mx.array], _head: Head) -> LossAndMetrics:
         """Loss of each token and what is logged of it."""
-        logp, entropy = losses.logps_and_entropy(logits, fixed["targets"])
+        student = losses.log_softmax(logits)
+        logp = mx.take_along_axis(student, fixed["targets"][:, None], axis=-1)[:, 0]
         loss, metrics = losses.policy_gradient_tokens(
             logp,
             fixed.get("old_logp", mx.stop_gradient(logp)),
@@ -90,7 +91,7 @@ class GrpoLoss:
             clip_high=self.cfg.clip_high,
             dual_clip=self.cfg.dual_clip,
         )
-        metrics["entropy"] = entropy
+        metrics["entropy"] = losses.entropy_from_logps(mx.stop_gradient(student))
         metrics["logp"] = mx.stop_gradient(logp)
         if "reference" in fixed:
             kl = losses.k3_kl(logp, fixed["reference"])

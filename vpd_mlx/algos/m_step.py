@@ -34,27 +34,27 @@ class Distillation:
 
     def __call__(self, logits: mx.array, fixed: Mapping[str, mx.array], head: Head) -> LossAndMetrics:
         """Divergence of each token and what is logged of it."""
-        cfg = self.cfg
-        teacher, q = losses.normalised(mx.stop_gradient(self.teacher.logits(fixed, head)))
-        if 0.0 < cfg.alpha < 1.0 and cfg.top_k is None and cfg.entry_clip is None:
-            loss, student, p = losses.mixed_divergence(logits, teacher, q, alpha=cfg.alpha)
-        else:
-            student = losses.log_softmax(logits)
-            loss = losses.divergence_from_logps(
-                student, teacher, alpha=cfg.alpha, top_k=cfg.top_k, tail=cfg.tail, entry_clip=cfg.entry_clip
-            )
-            p = mx.exp(mx.stop_gradient(student))
+        student = losses.log_softmax(logits)
+        teacher = losses.log_softmax(mx.stop_gradient(self.teacher.logits(fixed, head)))
+        loss = losses.divergence_from_logps(
+            student,
+            teacher,
+            alpha=self.cfg.alpha,
+            top_k=self.cfg.top_k,
+            tail=self.cfg.tail,
+            entry_clip=self.cfg.entry_clip,
+        )
         ids = fixed["targets"][:, None]
         student_logp = mx.take_along_axis(student, ids, axis=-1)[:, 0]
-        if cfg.importance_clip is not None:
-            loss = loss * losses.importance_weights(student_logp, fixed["old"], clip=cfg.importance_clip)
+        if self.cfg.importance_clip is not None:
+            loss = loss * losses.importance_weights(student_logp, fixed["old"], clip=self.cfg.importance_clip)
         frozen = mx.stop_gradient(student)
         return loss, {
             "student_logp": mx.stop_gradient(student_logp),
             "teacher_logp": mx.take_along_axis(teacher, ids, axis=-1)[:, 0],
-            "entropy": -(p * frozen).sum(axis=-1),
-            "teacher_entropy": -(q * teacher).sum(axis=-1),
-            "mass": losses.topk_mass(p, cfg.top_k or MASS_K),
+            "entropy": losses.entropy_from_logps(frozen),
+            "teacher_entropy": losses.entropy_from_logps(teacher),
+            "mass": losses.topk_mass(frozen, self.cfg.top_k or MASS_K),
         }
 
     def constants(self, policy: Policy, samples: Sequence[Sample]) -> list[dict[str, mx.array]]:

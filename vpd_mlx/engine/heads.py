@@ -52,7 +52,7 @@ def chunk_size(vocabulary: int) -> int:
 
 def target_logps(logits: mx.array, fixed: Mapping[str, mx.array], _head: Head) -> LossAndMetrics:
     """The token loss that is each target's log-probability: weights with a sign make any policy gradient of it."""
-    return losses.logps_and_entropy(logits, fixed["targets"])[0], {}
+    return losses.token_logps(logits, fixed["targets"]), {}
 
 
 def weighted_token_loss(
