@@ -246,7 +246,7 @@ def test_a_run_folder_of_version_1_keeps_the_wording_of_then(tmp_path: Path):
     again = tmp_path / "again.yaml"
     again.write_text(dump(old))
     assert load_recipe(again) == old
-    assert old.version == 2
+    assert old.version == 3
 
 
 def test_the_page_lists_every_style():
