@@ -131,7 +131,7 @@ def test_every_algorithm_is_planned_by_its_own_update(tmp_path: Path):
     jobs = {}
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         for name in ALGORITHMS:
-            own = {"algorithm": name, "feedback.sources": ["reference", "verifier"]}
+            own = {"algorithm": name, "feedback.sources": [ALGORITHMS[name].source or "reference", "verifier"]}
             jobs[name] = pool.submit(compared, {**overrides_of(model, 3, 4, 24, 400), **own})
     for name, job in jobs.items():
         planned, measured = job.result()

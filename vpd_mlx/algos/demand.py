@@ -13,6 +13,7 @@ from vpd_mlx.algos.e_step import crossed
 from vpd_mlx.algos.grpo import GrpoLoss
 from vpd_mlx.algos.hybrids import Reshape
 from vpd_mlx.algos.m_step import Distillation
+from vpd_mlx.algos.rlcsd import Rlcsd
 from vpd_mlx.algos.samples import gather, minibatches
 from vpd_mlx.algos.settings import EStepSettings, GrpoSettings, MStepSettings, TeacherSettings
 from vpd_mlx.algos.srpo import Srpo
@@ -71,7 +72,7 @@ def demand(recipe: Recipe, policy: Policy, groups: Sequence[Group], adapter: int
     states = 0
     if "teacher" in sections:
         kind = recipe.section(TeacherSettings).weights
-        states = 2 if kind == "trust_region" else 1
+        states = 0 if isinstance(algorithm, Rlcsd) else 2 if kind == "trust_region" else 1
         held += adapter if kind == "frozen" else 0  # the student's, as it was before the batch
     return Demand(updates, states, held)
 
@@ -88,7 +89,9 @@ def _student_loss(recipe: Recipe, algorithm: Any) -> tuple[TokenLoss, list[str]]
     teacher: Teacher | None = getattr(algorithm, "teacher", None)
     parts: list[TokenLoss] = []
     needs = []
-    if "m_step" in recipe.entry.sections and teacher is not None:
+    if isinstance(algorithm, Rlcsd):  # its hints are scored before the update
+        needs += ["right", "contrast"]
+    elif "m_step" in recipe.entry.sections and teacher is not None:
         cfg = recipe.section(MStepSettings)
         # The hybrids that shape advantages look at the sampled tokens alone.
         parts.append(_teacher_logps(teacher) if isinstance(algorithm, Reshape) else Distillation(cfg, teacher))
