@@ -8,7 +8,9 @@ from typing import Any
 
 import jinja2
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
+from vpd_mlx.engine.learner import Learner
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.settings import LoraSettings
 from vpd_mlx.types import Message
@@ -24,6 +26,17 @@ ARGUMENTS = {
     "vocab_size": VOCABULARY,
     "tie_word_embeddings": False,
 }
+
+
+class Recorder(Learner):
+    """Keeps the gradients instead of moving anything."""
+
+    def __init__(self) -> None:
+        self.gradients: list[dict[str, mx.array]] = []
+
+    def apply(self, policy: Policy, gradients: Any) -> dict[str, Any]:
+        self.gradients.append(dict(tree_flatten(gradients)))
+        return {"grad_norm": 1.0, "rate": 0.0, "applied": 1}
 
 
 class ByteTokenizer:

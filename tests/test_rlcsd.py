@@ -9,6 +9,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import QUICKSTART, SMALL
+from fakes import Recorder
 from mlx.utils import tree_flatten
 
 from vpd_mlx import losses
@@ -18,7 +19,6 @@ from vpd_mlx.algos.grpo import advantages_of
 from vpd_mlx.algos.samples import Sample, gather, teacher_row
 from vpd_mlx.algos.settings import GrpoSettings
 from vpd_mlx.common.stats import Clock
-from vpd_mlx.engine.learner import Learner
 from vpd_mlx.errors import ConfigError
 from vpd_mlx.feedback import add_context, add_wrong_hints
 from vpd_mlx.feedback.sibling import sibling
@@ -28,17 +28,6 @@ from vpd_mlx.types import Group, Rollout, TokenRow, Verdict
 
 pytestmark = pytest.mark.exact
 KEYS = {**SMALL, "algorithm": "rlcsd", "feedback.sources": ["sibling"], "teacher.weights": "live", "rollout.prompts": 2}
-
-
-class Recorder(Learner):
-    """Keeps the gradients instead of moving anything."""
-
-    def __init__(self) -> None:
-        self.gradients: list[dict[str, mx.array]] = []
-
-    def apply(self, policy, gradients):
-        self.gradients.append(dict(tree_flatten(gradients)))
-        return {"grad_norm": 1.0, "rate": 0.0, "applied": 1}
 
 
 @pytest.fixture(scope="module")

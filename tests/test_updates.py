@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from fakes import Recorder
 from mlx.utils import tree_flatten, tree_map
 
 from vpd_mlx import losses
@@ -35,17 +36,6 @@ from vpd_mlx.run.step import Trainer
 from vpd_mlx.types import Context, Rollout, TokenRow
 
 pytestmark = pytest.mark.exact  # bits are compared
-
-
-class Recorder(Learner):
-    """Keeps the gradients instead of moving anything."""
-
-    def __init__(self) -> None:
-        self.gradients: list[dict[str, mx.array]] = []
-
-    def apply(self, policy, gradients):
-        self.gradients.append(dict(tree_flatten(gradients)))
-        return {"grad_norm": 1.0, "rate": 0.0, "applied": 1}
 
 
 def assert_close(a: dict[str, mx.array], b: dict[str, mx.array], tolerance: float = 1e-6) -> None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from vpd_mlx import losses
-from vpd_mlx.algos.samples import Sample
+from vpd_mlx.algos.samples import Sample, teacher_row
 from vpd_mlx.engine.batching import token_weights
 from vpd_mlx.engine.heads import Head
 from vpd_mlx.engine.learner import Pass, accumulate
@@ -54,9 +54,9 @@ def strangers(samples: Sequence[Sample]) -> list[tuple[Sample, Sample]]:
 def hinted(samples: Sequence[Sample]) -> list[Hinted]:
     """The pairs of a batch: none of successes that have no context of their own."""
     return [
-        Hinted(s.group, TokenRow(s.teacher.prompt, right.student.completion), right.teacher)
+        Hinted(s.group, TokenRow(teacher_row(s).prompt, right.student.completion), right.teacher)
         for s, right in strangers(samples)
-        if s.teacher is not None and right.teacher is not None
+        if right.teacher is not None
     ]
 
 

@@ -55,9 +55,8 @@ def probe(
 ) -> None:
     """Will feedback help this model on this task? Measures the student, and the teacher under each source and wording.
 
-    Nothing is trained. Sources are those of the recipe, and sibling, attempts, verifier and reference wherever the data allow
-    them. At the end stands a recommendation, as keys to paste. The intervals are 95 % bootstrap intervals over problems, paired
-    for the gap.
+    Nothing is trained. Sources are those of the recipe, and sibling, verifier and reference wherever the data allow them. At the
+    end stands a recommendation, as keys to paste. The intervals are 95 % bootstrap intervals over problems, paired for the gap.
     """
     cfg = load_recipe(resolve_recipe_path(recipe), overridden(sets))
     # Late: MLX and the tokenizers take two seconds to load.
