@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vpd_mlx import losses
+from vpd_mlx.softmax import Softmax
 
 # Computed in float64 with trl 1.16.0 (distillation) and trl 1.0.0 (BCO, delta set to the class midpoint).
 VECTORS = json.loads((Path(__file__).parent / "data" / "losses.json").read_text())
@@ -149,6 +150,7 @@ def test_extreme_logits_stay_finite(alpha, top_k, tail, kind):
 def test_extreme_logits_keep_log_probabilities_finite():
     logits = mx.array([[-math.inf, 0.0, 1e4], [-math.inf, -math.inf, 3.0]])
     assert np.isfinite(np.array(losses.log_softmax(logits))).all()
+    assert np.isfinite(np.array(Softmax.of(logits).logps)).all()
     assert np.isfinite(np.array(losses.entropy(logits))).all()
     assert losses.token_logps(logits, mx.array([2, 2])).tolist() == [0.0, 0.0]
 
@@ -168,6 +170,61 @@ def test_a_wide_top_k_is_the_full_vocabulary():
     for k in (9, 20):
         for tail in (True, False):
             assert mx.array_equal(losses.divergence(s, t, alpha=0.3, top_k=k, tail=tail), full).item()
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+def test_one_exponential_gives_scores_and_entropy_and_their_gradient(dtype):
+    logits = (4 * mx.random.normal((5, 300), key=mx.random.key(1))).astype(dtype)
+    logits[0, 3] = -float("inf")
+    ids, weights = mx.array([7, 0, 299, 12, 100]), mx.array([1.0, -2.0, 0.5, 0.0, 3.0])
+
+    def plain(x: mx.array) -> mx.array:
+        return (losses.token_logps(x, ids) * weights).sum()
+
+    def ours(x: mx.array) -> mx.array:
+        softmax = Softmax.of(x)
+        free = softmax.entropy + softmax.fixed_logps(ids) + softmax.logps.sum(axis=-1) + softmax.topk_mass(3)
+        return (softmax.token_logps(ids) * weights).sum() + 100 * free.sum()  # which has no gradient
+
+    found, want = Softmax.of(logits), losses.log_softmax(logits)
+    np.testing.assert_allclose(np.array(found.logps)[:, 4:], np.array(want)[:, 4:], atol=4e-6)
+    np.testing.assert_allclose(np.array(found.token_logps(ids)), np.array(losses.token_logps(logits, ids)), atol=2e-6)
+    assert mx.array_equal(found.token_logps(ids), found.fixed_logps(ids)).item()
+    np.testing.assert_allclose(np.array(found.entropy), np.array(-(mx.exp(want) * want).sum(axis=-1)), atol=5e-6)
+    found, want = mx.grad(ours)(logits), mx.grad(plain)(logits)
+    assert found.dtype == dtype
+    rounding = 1e-6 if dtype == mx.float32 else 0.02
+    np.testing.assert_allclose(np.array(found.astype(mx.float32)), np.array(want.astype(mx.float32)), atol=rounding)
+
+
+def wide(x: mx.array) -> np.ndarray:
+    return np.array(x, np.float64)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("scale", [1.0, 5.0, 300.0])  # beyond 88 a probability is 0 in float32
+def test_the_written_derivative_of_a_divergence_is_as_exact_as_autodiffs(alpha, scale):
+    student, teacher = (scale * mx.random.normal((4, 300), key=mx.random.key(k)) for k in (2, 3))
+    weights = mx.array([1.0, 0.2, -0.7, 2.0])
+
+    def plain(x: mx.array) -> mx.array:
+        sides = losses.log_softmax(x), losses.log_softmax(teacher)
+        return (losses.divergence_from_logps(*sides, alpha=alpha) * weights).sum()
+
+    def ours(x: mx.array) -> mx.array:
+        return (losses.divergence_of(Softmax.of(x), Softmax.of(teacher), alpha=alpha) * weights).sum()
+
+    assert ours(student).item() == pytest.approx(plain(student).item(), rel=2e-6, abs=4e-6)
+    logps, logqs = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in map(wide, (student, teacher)))
+    p = np.exp(logps)
+    target = logqs if alpha == 1.0 else np.logaddexp(np.log1p(-alpha) + logps, np.log(max(alpha, 1e-300)) + logqs)
+    apart = logps - target
+    want = p - np.exp(logqs) if alpha == 0.0 else p * (apart - (p * apart).sum(axis=-1, keepdims=True))
+    want = want * wide(weights)[:, None] * (1.0 if alpha == 1.0 else 1.0 - alpha)
+    errors = [np.abs(np.array(mx.grad(f)(student)) - want).max() for f in (ours, plain)]
+    assert errors[0] < 5e-6 * max(1.0, scale)  # on a CPU mlx's exponentials are exact to 2e-6
+    assert errors[0] < 3 * errors[1] + 1e-6
+    assert np.abs(want).max() > 1e-5 or scale == 300.0
 
 
 def test_an_entry_of_the_vocabulary_adds_no_more_than_its_clip():
@@ -297,9 +354,9 @@ def test_hybrid_advantages_by_hand():
 def test_entropy_and_mass_by_hand():
     logits = mx.log(array([[0.5, 0.25, 0.25, 0.0]]))
     assert losses.entropy(logits).item() == pytest.approx(1.5 * math.log(2), abs=1e-6)
-    logps = losses.log_softmax(logits)
-    assert losses.topk_mass(logps, 2).item() == pytest.approx(0.75, abs=1e-6)
-    assert losses.topk_mass(logps, 9).item() == 1.0
+    softmax = Softmax.of(logits)
+    assert softmax.topk_mass(2).item() == pytest.approx(0.75, abs=1e-6)
+    assert softmax.topk_mass(9).item() == 1.0
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])

@@ -15,6 +15,8 @@ from typing import Literal
 
 import mlx.core as mx
 
+from vpd_mlx.softmax import FLOOR, Softmax
+
 __all__ = [
     "LossAndMetrics",
     "bco_gradient",
@@ -23,8 +25,8 @@ __all__ = [
     "contrast",
     "divergence",
     "divergence_from_logps",
+    "divergence_of",
     "entropy",
-    "entropy_from_logps",
     "group_advantages",
     "implicit_rewards",
     "importance_weights",
@@ -37,12 +39,11 @@ __all__ = [
     "reweighted_advantages",
     "sampled_token_loss",
     "token_logps",
-    "topk_mass",
 ]
 
 LossAndMetrics = tuple[mx.array, dict[str, mx.array]]
 
-FLOOR = -1e9
+SMALLEST = 1e-37  # a normal float32, whose logarithm is finite
 LOG_RATIO_BOUND = 20.0  # exp() of a larger difference would only overflow
 STD_EPSILON = 1e-6
 TAIL_EPSILON = 1e-7
@@ -65,18 +66,8 @@ def token_logps(logits: mx.array, token_ids: mx.array) -> mx.array:
 
 
 def entropy(logits: mx.array) -> mx.array:
-    """Entropy in nats: (..., V) -> (...), float32."""
-    return entropy_from_logps(log_softmax(logits))
-
-
-def entropy_from_logps(logps: mx.array) -> mx.array:
-    """`entropy` of log-probabilities that are normalised already: (..., V) -> (...)."""
-    return -(mx.exp(logps) * logps).sum(axis=-1)
-
-
-def topk_mass(logps: mx.array, k: int) -> mx.array:
-    """Probability of the k likeliest tokens together, from normalised log-probabilities: (..., V) -> (...)."""
-    return mx.topk(mx.exp(logps), min(k, logps.shape[-1]), axis=-1).sum(axis=-1)
+    """Entropy in nats, without gradient: (..., V) -> (...), float32."""
+    return Softmax.of(logits).entropy
 
 
 # --- M-step: distillation
@@ -112,8 +103,37 @@ def divergence(
         raise ValueError(f"alpha is {alpha}; needs 0..1")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k is {top_k}; needs 1 or more, or None")
-    student, teacher = log_softmax(student_logits), log_softmax(teacher_logits)
-    return divergence_from_logps(student, teacher, alpha=alpha, top_k=top_k, tail=tail, entry_clip=entry_clip)
+    student, teacher = Softmax.of(student_logits), Softmax.of(teacher_logits)
+    return divergence_of(student, teacher, alpha=alpha, top_k=top_k, tail=tail, entry_clip=entry_clip)
+
+
+def divergence_of(
+    student: Softmax,
+    teacher: Softmax,
+    *,
+    alpha: float,
+    top_k: int | None = None,
+    tail: bool = True,
+    entry_clip: float | None = None,
+) -> mx.array:
+    """`divergence` where both softmaxes are there already: (..., V) twice -> (...).
+
+    Over the whole vocabulary, unclipped, its derivative by the student's logits is written down. With p the student, q the
+    teacher and m the mixture, that of KL(q|p) is p - q. Elsewhere those of log p and log m cancel, and with d = log p - log m
+    it is (1 - alpha) p (d - sum p d); KL(p|q)'s has q for m and lacks the factor.
+    """
+    if entry_clip is not None or (top_k is not None and top_k < student.logits.shape[-1]):
+        pair = log_softmax(student.logits), teacher.logps
+        return divergence_from_logps(*pair, alpha=alpha, top_k=top_k, tail=tail, entry_clip=entry_clip)
+    p, q = student.probs, teacher.probs
+    if alpha == 0.0:
+        return student.with_gradient((q * (teacher.logps - student.logps)).sum(axis=-1), p - q)
+    share = 1.0 if alpha == 1.0 else 1.0 - alpha
+    target = teacher.logps if alpha == 1.0 else mx.log(mx.maximum((1.0 - alpha) * p + alpha * q, SMALLEST))
+    apart = student.logps - target
+    own = (p * apart).sum(axis=-1)
+    value = own if alpha == 1.0 else share * own + alpha * (q * (teacher.logps - target)).sum(axis=-1)
+    return student.with_gradient(value, share * p * (apart - own[..., None]))
 
 
 def divergence_from_logps(

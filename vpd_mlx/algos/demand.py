@@ -22,6 +22,7 @@ from vpd_mlx.engine.heads import Head, TokenLoss, target_logps
 from vpd_mlx.engine.learner import Learner
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.losses import LossAndMetrics
+from vpd_mlx.softmax import Softmax
 from vpd_mlx.types import Group, TokenRow
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def demand(recipe: Recipe, policy: Policy, groups: Sequence[Group], adapter: int
 
 
 def _teacher_logps(teacher: Teacher) -> TokenLoss:
-    def loss(_logits: mx.array, fixed: Mapping[str, mx.array], head: Head) -> LossAndMetrics:
+    def loss(_student: Softmax, fixed: Mapping[str, mx.array], head: Head) -> LossAndMetrics:
         return mx.stop_gradient(losses.token_logps(teacher.logits(fixed, head), fixed["targets"])), {}
 
     return loss
@@ -100,11 +101,11 @@ def _student_loss(recipe: Recipe, algorithm: Any) -> tuple[TokenLoss, list[str]]
     if "grpo" in recipe.entry.sections:
         grpo = recipe.section(GrpoSettings)
         if not isinstance(algorithm, Srpo):  # where a token has one of the losses: count the larger
-            parts.append(GrpoLoss(grpo))
+            parts.insert(0, GrpoLoss(grpo))
         needs += ["advantage", "old_logp", *(["reference"] if grpo.kl > 0 else [])]
 
-    def loss(logits: mx.array, fixed: Mapping[str, mx.array], head: Head) -> LossAndMetrics:
-        done = [part(logits, fixed, head) for part in parts or [target_logps]]
+    def loss(student: Softmax, fixed: Mapping[str, mx.array], head: Head) -> LossAndMetrics:
+        done = [part(student, fixed, head) for part in parts or [target_logps]]
         return mx.stack([each for each, _ in done]).sum(axis=0), {
             k: v for _, metrics in done for k, v in metrics.items()
         }

@@ -25,6 +25,7 @@ from vpd_mlx.engine.heads import Head, TokenLoss
 from vpd_mlx.engine.learner import Constants, Floats, Learner, Pass, accumulate, scored, update_metrics
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.losses import LossAndMetrics
+from vpd_mlx.softmax import Softmax
 from vpd_mlx.types import Group
 
 if TYPE_CHECKING:
@@ -79,10 +80,9 @@ class GrpoLoss:
 
     cfg: GrpoSettings
 
-    def __call__(self, logits: mx.array, fixed: Mapping[str, mx.array], _head: Head) -> LossAndMetrics:
+    def __call__(self, student: Softmax, fixed: Mapping[str, mx.array], _head: Head) -> LossAndMetrics:
         """Loss of each token and what is logged of it."""
-        student = losses.log_softmax(logits)
-        logp = mx.take_along_axis(student, fixed["targets"][:, None], axis=-1)[:, 0]
+        logp = student.token_logps(fixed["targets"])
         loss, metrics = losses.policy_gradient_tokens(
             logp,
             fixed.get("old_logp", mx.stop_gradient(logp)),
@@ -91,7 +91,7 @@ class GrpoLoss:
             clip_high=self.cfg.clip_high,
             dual_clip=self.cfg.dual_clip,
         )
-        metrics["entropy"] = losses.entropy_from_logps(mx.stop_gradient(student))
+        metrics["entropy"] = student.entropy
         metrics["logp"] = mx.stop_gradient(logp)
         if "reference" in fixed:
             kl = losses.k3_kl(logp, fixed["reference"])

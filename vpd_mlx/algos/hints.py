@@ -20,6 +20,7 @@ from vpd_mlx.engine.heads import Head
 from vpd_mlx.engine.learner import Pass, accumulate
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.losses import LossAndMetrics
+from vpd_mlx.softmax import Softmax
 from vpd_mlx.types import TokenRow
 
 __all__ = ["Hinted", "hinted", "hints_gradient", "strangers"]
@@ -60,10 +61,9 @@ def hinted(samples: Sequence[Sample]) -> list[Hinted]:
     ]
 
 
-def _forward_kl(logits: mx.array, fixed: Mapping[str, mx.array], head: Head) -> LossAndMetrics:
+def _forward_kl(student: Softmax, fixed: Mapping[str, mx.array], head: Head) -> LossAndMetrics:
     """KL(teaches | learns) of each token."""
-    taught = losses.log_softmax(head(fixed["teaches"]))
-    return losses.divergence_from_logps(losses.log_softmax(logits), taught, alpha=0.0), {}
+    return losses.divergence_of(student, Softmax.of(head(fixed["teaches"])), alpha=0.0), {}
 
 
 def hints_gradient(policy: Policy, pairs: Sequence[Hinted], weight: float, seed: int, into: Pass) -> Pass:

@@ -27,6 +27,7 @@ from vpd_mlx.engine.heads import Head
 from vpd_mlx.engine.learner import Learner, unit_weights
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.losses import LossAndMetrics
+from vpd_mlx.softmax import Softmax
 from vpd_mlx.types import Group
 
 if TYPE_CHECKING:
@@ -101,12 +102,12 @@ class Joint(Hybrid):
                     fixed |= {**more, "distill_weight": mx.array(weight)}
             return out
 
-        def loss(logits: mx.array, fixed: Mapping[str, mx.array], head: Head) -> LossAndMetrics:
-            each, metrics = grpo(logits, fixed, head)
+        def loss(student: Softmax, fixed: Mapping[str, mx.array], head: Head) -> LossAndMetrics:
+            each, metrics = grpo(student, fixed, head)
             each = self.hybrid.reward * each * fixed["pg_weight"]
             if not taught:
                 return each, metrics
-            apart, figures = divergence(logits, fixed, head)
+            apart, figures = divergence(student, fixed, head)
             each = each + self.hybrid.distill * apart * fixed["distill_weight"]
             return each, {**metrics, **figures, "divergence": mx.stop_gradient(apart)}
 
@@ -133,12 +134,12 @@ class Reshape(Hybrid):
             states = self.teacher.states(policy, [teacher_row(batch.samples[i]) for i in own])
             return [{**a, **b} for a, b in zip(out, states, strict=True)]
 
-        def loss(logits: mx.array, fixed: Mapping[str, mx.array], head: Head) -> LossAndMetrics:
-            ours = theirs = mx.stop_gradient(losses.token_logps(logits, fixed["targets"]))
+        def loss(student: Softmax, fixed: Mapping[str, mx.array], head: Head) -> LossAndMetrics:
+            ours = theirs = student.fixed_logps(fixed["targets"])
             if taught:
                 theirs = mx.stop_gradient(losses.token_logps(self.teacher.logits(fixed, head), fixed["targets"]))
             advantage = advantages(fixed["advantage"], theirs, ours)
-            each, metrics = grpo(logits, {**fixed, "advantage": advantage}, head)
+            each, metrics = grpo(student, {**fixed, "advantage": advantage}, head)
             return each, {**metrics, "teacher_logp": theirs, "student_logp": ours} if taught else metrics
 
         return Portion(part, loss, [weights[i] for i in part], constants, int(taught))

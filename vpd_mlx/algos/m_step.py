@@ -19,6 +19,7 @@ from vpd_mlx.engine.heads import Head
 from vpd_mlx.engine.learner import Floats, Learner, Metrics, accumulate, update_metrics
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.losses import LossAndMetrics
+from vpd_mlx.softmax import Softmax
 
 __all__ = ["Distillation", "divergence_metrics", "divergence_update", "group_weights"]
 
@@ -32,29 +33,22 @@ class Distillation:
     cfg: MStepSettings
     teacher: Teacher
 
-    def __call__(self, logits: mx.array, fixed: Mapping[str, mx.array], head: Head) -> LossAndMetrics:
+    def __call__(self, student: Softmax, fixed: Mapping[str, mx.array], head: Head) -> LossAndMetrics:
         """Divergence of each token and what is logged of it."""
-        student = losses.log_softmax(logits)
-        teacher = losses.log_softmax(mx.stop_gradient(self.teacher.logits(fixed, head)))
-        loss = losses.divergence_from_logps(
-            student,
-            teacher,
-            alpha=self.cfg.alpha,
-            top_k=self.cfg.top_k,
-            tail=self.cfg.tail,
-            entry_clip=self.cfg.entry_clip,
+        cfg, ids = self.cfg, fixed["targets"]
+        teacher = Softmax.of(self.teacher.logits(fixed, head))
+        loss = losses.divergence_of(
+            student, teacher, alpha=cfg.alpha, top_k=cfg.top_k, tail=cfg.tail, entry_clip=cfg.entry_clip
         )
-        ids = fixed["targets"][:, None]
-        student_logp = mx.take_along_axis(student, ids, axis=-1)[:, 0]
-        if self.cfg.importance_clip is not None:
-            loss = loss * losses.importance_weights(student_logp, fixed["old"], clip=self.cfg.importance_clip)
-        frozen = mx.stop_gradient(student)
+        student_logp = student.fixed_logps(ids)
+        if cfg.importance_clip is not None:
+            loss = loss * losses.importance_weights(student_logp, fixed["old"], clip=cfg.importance_clip)
         return loss, {
-            "student_logp": mx.stop_gradient(student_logp),
-            "teacher_logp": mx.take_along_axis(teacher, ids, axis=-1)[:, 0],
-            "entropy": losses.entropy_from_logps(frozen),
-            "teacher_entropy": losses.entropy_from_logps(teacher),
-            "mass": losses.topk_mass(frozen, self.cfg.top_k or MASS_K),
+            "student_logp": student_logp,
+            "teacher_logp": teacher.fixed_logps(ids),
+            "entropy": student.entropy,
+            "teacher_entropy": teacher.entropy,
+            "mass": student.topk_mass(cfg.top_k or MASS_K),
         }
 
     def constants(self, policy: Policy, samples: Sequence[Sample]) -> list[dict[str, mx.array]]:

@@ -19,6 +19,7 @@ from vpd_mlx.algos.samples import Sample, teacher_row
 from vpd_mlx.engine.heads import Head
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.losses import LossAndMetrics
+from vpd_mlx.softmax import Softmax
 from vpd_mlx.types import TokenRow
 
 __all__ = ["Rlcsd"]
@@ -55,13 +56,17 @@ class Rlcsd(Reweight):
             hints = self._hints(policy, [batch.samples[i] for i in own])
             return [{**a, **b} for a, b in zip(out, hints, strict=True)]
 
-        def loss(logits: mx.array, fixed: Mapping[str, mx.array], head: Head) -> LossAndMetrics:
+        def loss(student: Softmax, fixed: Mapping[str, mx.array], head: Head) -> LossAndMetrics:
             if not taught:
-                return grpo(logits, fixed, head)
+                return grpo(student, fixed, head)
             contrast = fixed["contrast"]
             advantage = advantages(fixed["advantage"], contrast, mx.zeros_like(contrast))
-            each, metrics = grpo(logits, {**fixed, "advantage": advantage}, head)
-            ours = mx.stop_gradient(losses.token_logps(logits, fixed["targets"]))
-            return each, {**metrics, "teacher_logp": fixed["right"], "student_logp": ours, "contrast": contrast}
+            each, metrics = grpo(student, {**fixed, "advantage": advantage}, head)
+            return each, {
+                **metrics,
+                "teacher_logp": fixed["right"],
+                "student_logp": metrics["logp"],
+                "contrast": contrast,
+            }
 
         return Portion(part, loss, [weights[i] for i in part], constants, int(taught))

@@ -22,6 +22,7 @@ from vpd_mlx.engine.batching import token_weights
 from vpd_mlx.engine.heads import Head
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.losses import LossAndMetrics
+from vpd_mlx.softmax import Softmax
 
 __all__ = ["Srpo"]
 
@@ -50,8 +51,8 @@ class Srpo(Hybrid):
         def constants(own: Sequence[int]) -> list[dict[str, mx.array]]:
             return divergence.constants(policy, [batch.samples[i] for i in own])
 
-        def loss(logits: mx.array, fixed: Mapping[str, mx.array], head: Head) -> LossAndMetrics:
-            each, figures = divergence(logits, fixed, head)
+        def loss(student: Softmax, fixed: Mapping[str, mx.array], head: Head) -> LossAndMetrics:
+            each, figures = divergence(student, fixed, head)
             return each, {**figures, "logp": figures["student_logp"], "divergence": mx.stop_gradient(each)}
 
         return Portion(part, loss, [self.hybrid.distill * w for w in of_part], constants, int(taught))

@@ -26,6 +26,7 @@ from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.sampling import Sampling
 from vpd_mlx.engine.settings import LoraSettings, MemorySettings
 from vpd_mlx.engine.shapes import Peak, build, nbytes, peak
+from vpd_mlx.softmax import Softmax
 from vpd_mlx.types import TokenRow
 
 __all__ = ["Blueprint"]
@@ -168,11 +169,11 @@ class Blueprint(Policy):
                 fixed[name] = mx.full(shape, value, self.dtype if len(shape) == 2 else mx.float32)
 
             def total(x: mx.array) -> tuple[mx.array, ...]:
-                each, metrics = token_loss(self.head(x), fixed, self.head)
+                each, metrics = token_loss(Softmax.of(self.head(x)), fixed, self.head)
                 return (each.sum(), each, *metrics.values())
 
             found, gradient = mx.value_and_grad(total)(mx.zeros((count, width), self.dtype))
-            return [gradient, *found]
+            return [*found, gradient]
 
         return self._peak(results).highest + self.state_bytes(tokens)
 

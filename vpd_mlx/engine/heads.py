@@ -13,17 +13,26 @@ from typing import Any
 
 import mlx.core as mx
 
-from vpd_mlx import losses
 from vpd_mlx.engine.device import gpu_ways
 from vpd_mlx.losses import LossAndMetrics
+from vpd_mlx.softmax import Softmax
 
-__all__ = ["Head", "TokenLoss", "chunk_size", "map_tokens", "target_logps", "tempered", "weighted_token_loss"]
+__all__ = [
+    "Head",
+    "TokenLoss",
+    "chunk_size",
+    "map_tokens",
+    "scored_logps",
+    "target_logps",
+    "tempered",
+    "weighted_token_loss",
+]
 
 Head = Callable[[mx.array], mx.array]
 """(m, D) hidden states -> (m, V) logits."""
 
-TokenLoss = Callable[[mx.array, Mapping[str, mx.array], Head], LossAndMetrics]
-"""(logits (m, V), constants with m rows each, head) -> (loss (m,), metrics of (m,) each)."""
+TokenLoss = Callable[[Softmax, Mapping[str, mx.array], Head], LossAndMetrics]
+"""(softmax of logits (m, V), constants with m rows each, head) -> (loss (m,), metrics of (m,) each)."""
 
 
 def tempered(head: Head, temperature: float) -> Head:
@@ -50,9 +59,14 @@ def chunk_size(vocabulary: int) -> int:
     return GPU_TILE * max(1, GPU_FACTOR * CHUNK_BYTES // row // GPU_TILE)
 
 
-def target_logps(logits: mx.array, fixed: Mapping[str, mx.array], _head: Head) -> LossAndMetrics:
+def target_logps(student: Softmax, fixed: Mapping[str, mx.array], _head: Head) -> LossAndMetrics:
     """The token loss that is each target's log-probability: weights with a sign make any policy gradient of it."""
-    return losses.token_logps(logits, fixed["targets"]), {}
+    return student.token_logps(fixed["targets"]), {}
+
+
+def scored_logps(student: Softmax, fixed: Mapping[str, mx.array], _head: Head) -> LossAndMetrics:
+    """`target_logps` without gradient, to the bit."""
+    return student.fixed_logps(fixed["targets"]), {}
 
 
 def weighted_token_loss(
@@ -81,7 +95,7 @@ def weighted_token_loss(
             fixed = {k: v[part] for k, v in constants.items()}
 
             def total(x: mx.array, w: mx.array = w, fixed: Mapping[str, mx.array] = fixed) -> tuple[mx.array, ...]:
-                each, metrics = token_loss(head(x), fixed, head)
+                each, metrics = token_loss(Softmax.of(head(x)), fixed, head)
                 names[:] = sorted(metrics)
                 return ((each * w).sum(), each, *(metrics[k] for k in names))
 
@@ -89,7 +103,7 @@ def weighted_token_loss(
             totals.append(value)
             gradients.append(gradient)
             columns.append(per_token)
-            previous = [value, gradient, *per_token]
+            previous = [value, *per_token, gradient]  # evaluated in this order: what only figures need goes first
         gathered = [mx.concatenate(list(column)) for column in zip(*columns, strict=True)]
         return [mx.stack(totals).sum(), mx.concatenate(gradients), *gathered]
 
@@ -116,7 +130,7 @@ def map_tokens(
     behind: dict[str, mx.array] = {}
     for start in range(0, hidden.shape[0], chunk):
         part = slice(start, start + chunk)
-        each, metrics = token_loss(head(hidden[part]), {k: v[part] for k, v in constants.items()}, head)
+        each, metrics = token_loss(Softmax.of(head(hidden[part])), {k: v[part] for k, v in constants.items()}, head)
         row = {"loss": each, **metrics}
         mx.async_eval(row)  # type: ignore[no-untyped-call]
         mx.eval(behind)

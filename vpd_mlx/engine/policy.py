@@ -27,7 +27,7 @@ from vpd_mlx.engine.attention import LONG, bounded
 from vpd_mlx.engine.batching import by_row, micro_batches, pad, shared_prompts
 from vpd_mlx.engine.caches import layout
 from vpd_mlx.engine.device import compiles, gpu_ways
-from vpd_mlx.engine.heads import Head, chunk_size, map_tokens, target_logps, tempered
+from vpd_mlx.engine.heads import Head, chunk_size, map_tokens, scored_logps, tempered
 from vpd_mlx.engine.memory import out_of_memory
 from vpd_mlx.engine.models import Adapter
 from vpd_mlx.engine.passes import states_of
@@ -214,7 +214,7 @@ class Policy:
         return by_row(self._logps(loose, targets), rows)
 
     def _logps(self, states: mx.array, targets: mx.array) -> npt.NDArray[np.float32]:
-        found = map_tokens(self.head, target_logps, states, {"targets": targets}, self.head_chunk)
+        found = map_tokens(self.head, scored_logps, states, {"targets": targets}, self.head_chunk)
         return np.array(found["loss"])
 
     def _map_rows(self, rows: Sequence[TokenRow], values_of: Callable[[list[TokenRow]], Any]) -> list[Any]:

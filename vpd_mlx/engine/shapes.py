@@ -1,8 +1,8 @@
 """What a model and its passes hold in memory, read off their shapes: nothing is computed, and no weight is allocated.
 
 A model is put together from its config alone; its weights are never evaluated. mlx hands out the graph of a function, primitive
-by primitive with the shapes of all arrays (`mx.export_function`). Walked in this order, an array comes when it is made and goes
-after its last use, and the most that is there at a time is the peak.
+by primitive with the shapes of all arrays (`mx.export_function`). Walked in the order in which mlx would queue them, an array
+comes when it is made and goes after its last use, and the most that is there at a time is the peak.
 """
 
 from __future__ import annotations
@@ -51,9 +51,11 @@ APART = (
 )
 
 
-# mlx hands out memory when it queues a primitive and takes it back when that is through, dozens of primitives later.
-# Measured on a CPU: 50 fits the losses, 30 the blocks.
-LATE = 50
+# mlx hands out memory when it queues a primitive and takes it back when that is through. On a CPU it queues up to ten tasks of
+# ten calls ahead (transforms.cpp, backend/cpu/encoder.h): each primitive is a call that lets go of its buffers, and one that
+# computes, unless it is a view.
+LATE = 100
+WIDTH = 20  # of the front on which mlx goes through a graph (transforms.cpp)
 
 
 def nbytes(tree: Any) -> int:
@@ -120,7 +122,7 @@ Function = Callable[[dict[str, mx.array]], list[mx.array]]
 
 
 def peak(function: Function, inputs: Mapping[str, mx.array], late: int = LATE) -> Peak:
-    """What `function` takes at `inputs`, which are never evaluated, if memory comes back so many primitives late."""
+    """What `function` takes at `inputs`, which are never evaluated, if memory comes back so many calls late."""
     events: list[dict[str, Any]] = []
     names = list(inputs)
 
@@ -131,7 +133,7 @@ def peak(function: Function, inputs: Mapping[str, mx.array], late: int = LATE) -
         mx.export_function(events.append, of_arrays, tuple(inputs.values()))
     steps = [e for e in events if e["type"] == "primitive"]
     results: list[Edge] = next(e["outputs"] for e in events if e["type"] == "outputs")
-    return _walk(steps, results, late)
+    return _walk(_as_queued(steps, results), results, late)
 
 
 @contextlib.contextmanager
@@ -143,6 +145,40 @@ def _without_contiguous() -> Iterator[None]:
         yield
     finally:
         mx.contiguous = plain
+
+
+def _as_queued(steps: list[dict[str, Any]], results: list[Edge]) -> list[dict[str, Any]]:
+    """The primitives in the order in which mlx's `eval_impl` queues them: backwards from the results, breadth first, on a front
+    of at most `WIDTH`."""
+    maker = {name: at for at, step in enumerate(steps) for name, *_ in step["outputs"]}
+    inputs = [[maker[name] for name, *_ in step["inputs"] if name in maker] for step in steps]
+    inputs.append([maker[name] for name, *_ in results if name in maker])  # what waits for all results
+    last = len(steps)
+    readers: Counter[int] = Counter()
+    seen, ahead = {last}, [last]
+    while ahead:
+        for made in inputs[ahead.pop()]:
+            readers[made] += 1
+            if made not in seen:
+                seen.add(made)
+                ahead.append(made)
+    tape, at = [last], 0
+    aside: list[tuple[int, int]] = []
+    while at < len(tape) or aside:
+        if at < len(tape):
+            step, first = tape[at], 0
+            at += 1
+        else:
+            step, first = aside.pop()
+        for i in range(first, len(inputs[step])):
+            if len(tape) - at >= WIDTH:
+                aside.append((step, i))
+                break
+            made = inputs[step][i]
+            readers[made] -= 1
+            if readers[made] == 0:
+                tape.append(made)
+    return [steps[i] for i in reversed(tape[1:])]
 
 
 class _Buffers:
@@ -179,8 +215,8 @@ def _bytes(edge: Edge) -> int:
 def _walk(steps: list[dict[str, Any]], results: list[Edge], most_late: int) -> Peak:
     buffers = _Buffers(steps, results)
     size, uses = buffers.size, buffers.uses
-    live = highest = first = 0
-    late: deque[int] = deque()  # bytes that each of the last steps was done with
+    live = highest = first = queued = 0
+    late: deque[tuple[int, int]] = deque()  # calls of each of the last steps, and bytes that it was done with
     for step, needed in zip(steps, buffers.needed, strict=True):
         new = [name for name, *_ in step["outputs"] if buffers.of.get(name) == name]
         live += sum(size[name] for name in new)
@@ -191,13 +227,14 @@ def _walk(steps: list[dict[str, Any]], results: list[Edge], most_late: int) -> P
         over = 0 if step["name"] in APART else max(own, default=0)
         highest = max(highest, live - over)
         uses.subtract(needed)
-        if new:
-            late.append(sum(size[name] for name in (*done, *(n for n in new if uses[n] == 0))) - over)
-            live -= over
-        else:
-            live -= sum(size[name] for name in done)
-        while len(late) > most_late:
-            live -= late.popleft()
+        back = sum(size[name] for name in (*done, *(n for n in new if uses[n] == 0))) - over
+        live -= over
+        late.append((2 if new else 1, back))
+        queued += late[-1][0]
+        while queued > most_late:
+            calls, back = late.popleft()
+            queued -= calls
+            live -= back
         if any(name == results[0][0] for name, *_ in step["outputs"]):
             first = live
     return Peak(highest, first, sum(_bytes(edge) for edge in results))

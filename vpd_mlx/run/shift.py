@@ -21,6 +21,7 @@ from vpd_mlx.engine.learner import Floats
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.losses import LossAndMetrics
 from vpd_mlx.run.advice import Style
+from vpd_mlx.softmax import Softmax
 from vpd_mlx.types import TokenRow
 
 __all__ = ["Scored", "Scorer", "style_of"]
@@ -41,13 +42,12 @@ class Scored:
     sampled: bool
 
 
-def _compared(logits: mx.array, fixed: Mapping[str, mx.array], head: Head) -> LossAndMetrics:
+def _compared(student: Softmax, fixed: Mapping[str, mx.array], head: Head) -> LossAndMetrics:
     """Jensen-Shannon divergence of each token, KL(student|teacher), and log q - log pi of the token itself; nats."""
-    student, teacher = losses.log_softmax(logits), losses.log_softmax(head(fixed["teacher"]))
-    ids = fixed["targets"][:, None]
-    shift = mx.take_along_axis(teacher, ids, axis=-1) - mx.take_along_axis(student, ids, axis=-1)
-    kl = losses.divergence_from_logps(student, teacher, alpha=1.0)
-    return losses.divergence_from_logps(student, teacher, alpha=0.5), {"kl": kl, "shift": shift[:, 0]}
+    teacher, ids = Softmax.of(head(fixed["teacher"])), fixed["targets"]
+    shift = teacher.fixed_logps(ids) - student.fixed_logps(ids)
+    kl = losses.divergence_of(student, teacher, alpha=1.0)
+    return losses.divergence_of(student, teacher, alpha=0.5), {"kl": kl, "shift": shift}
 
 
 class Scorer:

@@ -24,6 +24,7 @@ from vpd_mlx.run.continued import START, adapter_folder, adapter_model
 from vpd_mlx.run.evaluate import answered
 from vpd_mlx.run.state import RunState
 from vpd_mlx.run.step import Trainer, problems_of_step
+from vpd_mlx.softmax import Softmax
 from vpd_mlx.tasks import Task
 from vpd_mlx.tasks.data import DatasetSettings, content, read_all
 from vpd_mlx.types import Problem, TokenRow
@@ -126,7 +127,7 @@ def _tokens(trainer: Trainer, problem: Problem, answer: str) -> TokenRow:
     return TokenRow(trainer.prompter.student(problem), tuple(ids))
 
 
-def _negative_logp(logits: mx.array, fixed: Mapping[str, mx.array], head: Head) -> tuple[mx.array, dict[str, mx.array]]:
+def _negative_logp(student: Softmax, fixed: Mapping[str, mx.array], head: Head) -> tuple[mx.array, dict[str, mx.array]]:
     """Supervised fine-tuning's token loss, -log pi(token): (m,) float32."""
-    logps, _ = target_logps(logits, fixed, head)
+    logps, _ = target_logps(student, fixed, head)
     return -logps, {}
