@@ -61,28 +61,29 @@ def longest(groups: list[Group], every: int = 2) -> list[Group]:
 
 
 def peaks(overrides: dict[str, object]) -> tuple[int, int, int, int]:
-    """Peak bytes of a second step's rollout and update, and the longest prompt and teacher prompt in tokens.
+    """Peak bytes of a rollout and an update, and the longest prompt and teacher prompt in tokens.
 
-    The second step's, since only then the optimizers hold their moments.
+    Not of the first step, when the optimizers hold no moments yet. How far mlx queues ahead differs: the highest of three counts.
     """
     recipe = load_recipe(QUICKSTART, list(overrides.items()))
     trainer = Trainer.build(recipe)
     # Random models hardly ever sample it: completions are at their longest.
     trainer.policy.tokenizer._eos_token_ids = {351}
-    for step in (1, 2):
+    rollouts, updates = [], []
+    for step in (1, 2, 3, 4):
         mx.clear_cache()
         mx.reset_peak_memory()
         _, groups = trainer.roll_out(step, Clock())
-        rollout = mx.get_peak_memory()
+        rollouts.append(mx.get_peak_memory())
         # SRPO's fullest micro-batch is of a batch that is wrong but for a completion a group: its losses share none.
         groups = longest(groups, 10**6 if recipe.algorithm == "srpo" else 2)
         mx.clear_cache()
         mx.reset_peak_memory()
         trainer.algorithm(trainer.policy, groups, Step(step, 0, Clock()))
-        update = mx.get_peak_memory()
+        updates.append(mx.get_peak_memory())
     prompt = max(len(g.prompt) for g in groups)
     teacher = max(len(r.teacher_prompt or ()) for g in groups for r in g.rollouts)
-    return rollout, update, prompt, teacher
+    return max(rollouts[1:]), max(updates[1:]), prompt, teacher
 
 
 def overrides_of(model: Path, prompts: int, size: int, length: int, budget: int) -> dict[str, object]:
@@ -126,11 +127,7 @@ def compared(overrides: dict[str, object]) -> tuple[list[int], list[int]]:
 
 @pytest.mark.long
 def test_every_algorithm_is_planned_by_its_own_update(tmp_path: Path):
-    """Within a fifth of the real updates, each with the teacher that it takes by default.
-
-    But for `joint`, planned too high by up to two fifths: behind the many small operations of its two losses mlx catches up,
-    and takes memory back sooner than the plan counts on.
-    """
+    """Within a fifth of the real updates, each with the teacher that it takes by default."""
     model = make(tmp_path / "m", *SHAPES[1], 4)
     jobs = {}
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
@@ -139,8 +136,6 @@ def test_every_algorithm_is_planned_by_its_own_update(tmp_path: Path):
             jobs[name] = pool.submit(compared, {**overrides_of(model, 3, 4, 24, 400), **own})
     for name, job in jobs.items():
         planned, measured = job.result()
-        if name == "joint":
-            assert measured[1] < planned.pop() < 1.4 * measured.pop()
         assert planned == pytest.approx(measured, rel=0.2), name
 
 

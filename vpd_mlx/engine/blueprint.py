@@ -21,15 +21,17 @@ from vpd_mlx.engine.attention import BLOCK_BYTES, GPU_FACTOR, LONG, NAME, PLAIN
 from vpd_mlx.engine.batching import pad, shared_prompts
 from vpd_mlx.engine.caches import layout
 from vpd_mlx.engine.device import gpu_ways
-from vpd_mlx.engine.heads import Head, TokenLoss
+from vpd_mlx.engine.heads import Head, TokenLoss, chunked
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.engine.sampling import Sampling
 from vpd_mlx.engine.settings import LoraSettings, MemorySettings
 from vpd_mlx.engine.shapes import Peak, build, nbytes, peak
-from vpd_mlx.softmax import Softmax
 from vpd_mlx.types import TokenRow
 
 __all__ = ["Blueprint"]
+
+
+CHUNKS = 3  # of a loss: where the second is queued, the first is not through, and a third comes after
 
 
 class Blueprint(Policy):
@@ -159,21 +161,17 @@ class Blueprint(Policy):
 
         `needs` are the names of its constants: `teacher` and `initial` are hidden states, the others a number for each token.
         """
-        width, count = self.width, min(self.head_chunk, tokens)
-        shapes = {name: (count, width) if name in ("teacher", "initial") else (count,) for name in needs}
+        count = min(CHUNKS * self.head_chunk, tokens)
+        shapes = {name: (count, self.width) if name in ("teacher", "initial") else (count,) for name in needs}
 
         def results() -> list[mx.array]:
             fixed = {"targets": mx.zeros(count, mx.int32)}
             # Values of their own: mlx merges what is computed twice, and a teacher equal to the student would cost nothing.
             for value, (name, shape) in enumerate(shapes.items(), 1):
                 fixed[name] = mx.full(shape, value, self.dtype if len(shape) == 2 else mx.float32)
-
-            def total(x: mx.array) -> tuple[mx.array, ...]:
-                each, metrics = token_loss(Softmax.of(self.head(x)), fixed, self.head)
-                return (each.sum(), each, *metrics.values())
-
-            found, gradient = mx.value_and_grad(total)(mx.zeros((count, width), self.dtype))
-            return [*found, gradient]
+            hidden, weights = mx.zeros((count, self.width), self.dtype), mx.ones(count)
+            total, gradient, columns = chunked(self.head, token_loss, hidden, weights, fixed, self.head_chunk)
+            return [total, *columns.values(), gradient]
 
         return self._peak(results).highest + self.state_bytes(tokens)
 

@@ -42,8 +42,8 @@ def tempered(head: Head, temperature: float) -> Head:
     return lambda states: head(states).astype(mx.float32) / temperature
 
 
-CHUNK_BYTES = 24 << 20
-GPU_FACTOR = 8  # there each chunk costs launches and reads the whole head again
+CHUNK_BYTES = 14 << 20
+GPU_FACTOR = 14  # there each chunk costs launches and reads the whole head again
 GPU_TILE = 64  # rows that its matrix kernels take at once: a chunk that is no multiple computes padding
 LIVE_COPIES = 8  # float32 arrays of a chunk's (m, V) alive at once in a divergence and its gradient
 
@@ -51,7 +51,7 @@ LIVE_COPIES = 8  # float32 arrays of a chunk's (m, V) alive at once in a diverge
 def chunk_size(vocabulary: int) -> int:
     """Completion tokens per chunk, such that a divergence's intermediates stay near `CHUNK_BYTES`.
 
-    On a GPU near 8 times that, in whole tiles of 64 rows, at least one: 311 MB at a vocabulary of 151,936.
+    On a GPU near 14 times that, in whole tiles of 64 rows, at least one: 311 MB at a vocabulary of 151,936.
     """
     row = 4 * LIVE_COPIES * vocabulary
     if not gpu_ways():
@@ -85,27 +85,9 @@ def weighted_token_loss(
     names: list[str] = []
 
     def forward(h: mx.array) -> list[mx.array]:
-        totals, gradients, columns = [], [], []
-        previous: list[mx.array] = []
-        for start in range(0, h.shape[0], chunk):
-            part = slice(start, start + chunk)
-            states, w = h[part], weights[part]
-            if previous:
-                states = mx.depends([states], previous)[0]
-            fixed = {k: v[part] for k, v in constants.items()}
-
-            def total(x: mx.array, w: mx.array = w, fixed: Mapping[str, mx.array] = fixed) -> tuple[mx.array, ...]:
-                each, metrics = token_loss(Softmax.of(head(x)), fixed, head)
-                names[:] = sorted(metrics)
-                return ((each * w).sum(), each, *(metrics[k] for k in names))
-
-            (value, *per_token), gradient = mx.value_and_grad(total)(states)
-            totals.append(value)
-            gradients.append(gradient)
-            columns.append(per_token)
-            previous = [value, *per_token, gradient]  # evaluated in this order: what only figures need goes first
-        gathered = [mx.concatenate(list(column)) for column in zip(*columns, strict=True)]
-        return [mx.stack(totals).sum(), mx.concatenate(gradients), *gathered]
+        value, gradient, columns = chunked(head, token_loss, h, weights, constants, chunk)
+        names[:] = columns
+        return [value, gradient, *columns.values()]
 
     run = mx.custom_function(forward)
 
@@ -115,8 +97,43 @@ def weighted_token_loss(
         return cotangents[0] * outputs[1]
 
     outputs: Any = run(hidden)
-    value, _, each, *metrics = outputs
-    return value, {"loss": each, **dict(zip(names, metrics, strict=True))}
+    value, _, *columns = outputs
+    return value, dict(zip(names, columns, strict=True))
+
+
+def chunked(
+    head: Head,
+    token_loss: TokenLoss,
+    hidden: mx.array,
+    weights: mx.array,
+    constants: Mapping[str, mx.array],
+    chunk: int,
+) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
+    """What `weighted_token_loss` comes to, its gradient (M, D) by `hidden`, and each token's loss and metrics."""
+    totals, gradients = [], []
+    columns: dict[str, list[mx.array]] = {}
+    previous: list[mx.array] = []
+    for start in range(0, hidden.shape[0], chunk):
+        part = slice(start, start + chunk)
+        states, w = hidden[part], weights[part]
+        if previous:
+            states = mx.depends([states], previous)[0]
+        fixed = {k: v[part] for k, v in constants.items()}
+
+        def total(
+            x: mx.array, w: mx.array = w, fixed: Mapping[str, mx.array] = fixed
+        ) -> tuple[mx.array, dict[str, mx.array]]:
+            each, metrics = token_loss(Softmax.of(head(x)), fixed, head)
+            return (each * w).sum(), {"loss": each, **metrics}
+
+        (value, row), gradient = mx.value_and_grad(total)(states)
+        totals.append(value)
+        gradients.append(gradient)
+        for name, values in row.items():
+            columns.setdefault(name, []).append(values)
+        previous = [value, *row.values(), gradient]  # evaluated in this order: what only figures need goes first
+    whole = {name: mx.concatenate(parts) for name, parts in columns.items()}
+    return mx.stack(totals).sum(), mx.concatenate(gradients), whole
 
 
 def map_tokens(
