@@ -84,7 +84,7 @@ def rollouts(
 ) -> Callable[[], int]:
     """Our rollouts: each prompt is read once, and every token's log-probability is kept."""
     prompts = [g.prompt for g in groups]
-    how = Sampling(1.0, 1.0, tokens, streams=streams or default_streams())
+    how = Sampling(1.0, 1.0, tokens, streams=streams or default_streams(policy.model))
     return lambda: sum(len(r.tokens) for _, _, r in generate(policy, prompts, samples, how, 0))
 
 

@@ -112,7 +112,12 @@ def test_one_switch_decides(monkeypatch: pytest.MonkeyPatch):
     found = {}
     for how in ("0", "1"):
         monkeypatch.setenv(SWITCH, how)
-        found[how] = (default_streams(), chunk_size(151_936), chunk_size(1_000), tiny_policy()._multiple)
+        found[how] = (
+            default_streams(nn.QuantizedLinear(64, 64)),
+            chunk_size(151_936),
+            chunk_size(1_000),
+            tiny_policy()._multiple,
+        )
     assert found == {"0": (2, 3, 458, 1), "1": (1, 64, 6_400, 32)}
     assert device.compiles() == (shutil.which("g++") is not None)
     monkeypatch.setattr(shutil, "which", lambda _: None)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.nn as nn
 import pytest
 from fakes import tiny_policy
 
@@ -107,7 +108,9 @@ def test_the_recipe_says_how_many_threads(small: Callable[..., Recipe], monkeypa
     from vpd_mlx.common.stats import Clock
 
     monkeypatch.delenv("VPD_MLX_GPU_PATHS", raising=False)
-    assert default_streams() == 2  # on the CPU that tests run on
+    model = Trainer.build(small()).policy.model  # on the CPU that tests run on
+    assert default_streams(model) == 2
+    assert default_streams(nn.Linear(4, 4)) == 1
     asked: list[int] = []
     real = rollout._side_by_side
 

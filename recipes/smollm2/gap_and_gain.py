@@ -65,7 +65,8 @@ def main() -> None:
         between = f"{100 * gap['low']:.0f} to {100 * gap['high']:.0f}"
         print(f"| {name} | {sampled} | {between} | {100 * before:.0f} | {100 * after:.0f} | {y:.0f} |")
         axis.errorbar(x, y, xerr=[[x - 100 * gap["low"]], [100 * gap["high"] - x]], fmt="o", color="C0", lw=0.8)
-        axis.annotate(name, (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
+        crowded = any(abs(x - a) < 5 and abs(y - b) < 5 for a, b in zip(gaps, gains, strict=True))
+        axis.annotate(name, (x, y), fontsize=6, xytext=(3, -8 if crowded else 3), textcoords="offset points")
         gaps, gains = [*gaps, x], [*gains, y]
     axis.set(xlabel="gap before training: teacher - student, points", ylabel="gain in greedy accuracy, points")
     axis.grid(alpha=0.3)

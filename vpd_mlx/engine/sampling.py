@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx_lm.generate import BatchGenerator, generation_stream, stream_generate
 from mlx_lm.models.cache import make_prompt_cache
@@ -64,9 +65,13 @@ class _Float32:
         return getattr(self._model, name)
 
 
-def default_streams() -> int:
-    """How many threads decode when the recipe does not say: a GPU is one device, a CPU has spare cores."""
-    return 1 if gpu_ways() else CPU_STREAMS
+def default_streams(model: nn.Module) -> int:
+    """How many threads decode when the recipe does not say: a GPU is one device, a CPU has cores to spare.
+
+    For quantised products, that is, which keep one core busy. Dense ones are a BLAS's, whose threads two of ours would fight.
+    """
+    quantised = any(hasattr(part, "bits") for part in model.modules())
+    return CPU_STREAMS if quantised and not gpu_ways() else 1
 
 
 Finished = tuple[int, int, Rollout]
@@ -132,7 +137,7 @@ def generate(
 def _once(
     policy: Policy, prompts: Sequence[tuple[int, ...]], samples: int, how: Sampling, seed: int
 ) -> Iterator[Finished]:
-    parts = min(how.streams or default_streams(), len(prompts), how.rows or len(prompts))
+    parts = min(how.streams or default_streams(policy.model), len(prompts), how.rows or len(prompts))
     if parts > 1:
         yield from _side_by_side(policy, prompts, samples, how, seed, parts)
         return

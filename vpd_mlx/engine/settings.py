@@ -95,8 +95,8 @@ class MemorySettings(Section):
     )
     rollout_streams: Positive | None = Field(
         None,
-        description="Threads among which the prompts are divided for decoding; null takes 2 on a CPU and 1 on a GPU. "
-        "Another number draws other completions.",
+        description="Threads among which the prompts are divided for decoding; null takes 2 for a quantised model on a CPU, "
+        "else 1. Another number draws other completions.",
     )
     cache_limit_gb: float | None = Field(
         None,

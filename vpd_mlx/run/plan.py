@@ -198,7 +198,7 @@ def _decoding(recipe: Recipe, blueprint: Blueprint, lengths: _Lengths) -> dict[s
     tokens = lengths.teacher if recipe.entry.contexts else lengths.prompt
     width = min(rows, cfg.problems)
     # mlx-lm's generator copies their keys when they begin to decode.
-    part = -(-width // (recipe.memory.rollout_streams or default_streams()))
+    part = -(-width // (recipe.memory.rollout_streams or default_streams(blueprint.model)))
     reading = kept(width + part, _grown(tokens)) + blueprint.prefill(part, min(tokens, PREFILL))
     wide = min(rows, cfg.problems * cfg.samples)
     how = Sampling(cfg.temperature, cfg.top_p, lengths.completion)
