@@ -294,7 +294,7 @@ def grpo(report: Report, policies: dict[int, Policy], peers: Peers, repeats: int
         report.say(f"V = {size:,}:\n")
         against_gradients(report, found, peaks | peers.peaks)
         if size == LARGE and peers.there:
-            least = min(peers.peaks, key=lambda n: peers.peaks[n])
+            least = min((n for n in peers.peaks if n in found), key=lambda n: peers.peaks[n])
             report.need(f"peak against {least}", peaks["vpd-mlx"] / peers.peaks[least], 0.5, least=False)
             quicker(report, found)
         report.say()
@@ -377,7 +377,7 @@ def real(report: Report, folder: Path, peers: Peers, repeats: int) -> None:
     found = side_by_side({**runs, **(peers_gradients(peers, policy, batch, (1, 8)) if peers.there else {})}, repeats)
     against_gradients(report, found, peaks | peers.peaks)
     for ours, rows in (("vpd-mlx", 8), (ONE_ROW, 1)):
-        theirs = {n: v for n, v in peers.peaks.items() if n.endswith(f" {rows} at once")}
+        theirs = {n: v for n, v in peers.peaks.items() if n in found and n.endswith(f" {rows} at once")}
         if theirs:
             least = min(theirs, key=lambda n: theirs[n])
             report.need(f"peak, {rows} rows, against {least}", peaks[ours] / theirs[least], 1.0, least=False)
