@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from vpd_mlx import losses
 from vpd_mlx.commands.app import app
+from vpd_mlx.common.softmax import Softmax
 from vpd_mlx.engine.heads import weighted_token_loss
 from vpd_mlx.tools import doctor, selftest
 
@@ -147,14 +148,15 @@ def test_chunks_and_custom_gradient_equal_plain_autograd(chunk):
         return h @ matrix.T
 
     def fused(h):
-        def per_token(logits, fixed, apply):
-            loss = losses.divergence(logits, apply(fixed["t"]), alpha=0.3)
+        def per_token(student, fixed, apply):
+            loss = losses.divergence_of(student, Softmax.of(apply(fixed["t"])), alpha=0.3)
             return loss, {"twice": mx.stop_gradient(2 * loss)}
 
         return weighted_token_loss(head, per_token, h, weights, {"t": teacher}, chunk)
 
     def plain(h):
-        return (losses.divergence(head(h), head(teacher), alpha=0.3) * weights).sum()
+        pair = losses.log_softmax(head(h)), losses.log_softmax(head(teacher))
+        return (losses.divergence_from_logps(*pair, alpha=0.3) * weights).sum()
 
     (value, columns), gradient = mx.value_and_grad(fused)(hidden)
     want, want_gradient = mx.value_and_grad(plain)(hidden)

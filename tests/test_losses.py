@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vpd_mlx import losses
-from vpd_mlx.softmax import Softmax
+from vpd_mlx.common.softmax import Softmax
 
 # Computed in float64 with trl 1.16.0 (distillation) and trl 1.0.0 (BCO, delta set to the class midpoint).
 VECTORS = json.loads((Path(__file__).parent / "data" / "losses.json").read_text())

@@ -15,7 +15,7 @@ from typing import Literal
 
 import mlx.core as mx
 
-from vpd_mlx.softmax import FLOOR, Softmax
+from vpd_mlx.common.softmax import FLOOR, Softmax
 
 __all__ = [
     "LossAndMetrics",

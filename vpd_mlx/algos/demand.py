@@ -18,11 +18,11 @@ from vpd_mlx.algos.samples import gather, minibatches
 from vpd_mlx.algos.settings import EStepSettings, GrpoSettings, MStepSettings, TeacherSettings
 from vpd_mlx.algos.srpo import Srpo
 from vpd_mlx.algos.teacher import Teacher
+from vpd_mlx.common.softmax import Softmax
 from vpd_mlx.engine.heads import Head, TokenLoss, target_logps
 from vpd_mlx.engine.learner import Learner
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.losses import LossAndMetrics
-from vpd_mlx.softmax import Softmax
 from vpd_mlx.types import Group, TokenRow
 
 if TYPE_CHECKING:

@@ -19,13 +19,13 @@ from vpd_mlx.algos.base import Metrics, Stateful, Step, prefixed
 from vpd_mlx.algos.samples import Sample, epochs, gather, minibatches, score, token_mean
 from vpd_mlx.algos.settings import GrpoSettings
 from vpd_mlx.common.seeds import phase_seed
+from vpd_mlx.common.softmax import Softmax
 from vpd_mlx.common.stats import mean
 from vpd_mlx.engine.batching import token_weights
 from vpd_mlx.engine.heads import Head, TokenLoss
 from vpd_mlx.engine.learner import Constants, Floats, Learner, Pass, accumulate, scored, update_metrics
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.losses import LossAndMetrics
-from vpd_mlx.softmax import Softmax
 from vpd_mlx.types import Group
 
 if TYPE_CHECKING:

@@ -15,12 +15,12 @@ import mlx.core as mx
 
 from vpd_mlx import losses
 from vpd_mlx.algos.samples import Sample, teacher_row
+from vpd_mlx.common.softmax import Softmax
 from vpd_mlx.engine.batching import token_weights
 from vpd_mlx.engine.heads import Head
 from vpd_mlx.engine.learner import Pass, accumulate
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.losses import LossAndMetrics
-from vpd_mlx.softmax import Softmax
 from vpd_mlx.types import TokenRow
 
 __all__ = ["Hinted", "hinted", "hints_gradient", "strangers"]

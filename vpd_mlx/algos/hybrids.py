@@ -22,12 +22,12 @@ from vpd_mlx.algos.samples import Sample, gather, teacher_row
 from vpd_mlx.algos.settings import GrpoSettings, HybridSettings, MStepSettings, TeacherSettings
 from vpd_mlx.algos.teacher import Teacher
 from vpd_mlx.common.seeds import phase_seed
+from vpd_mlx.common.softmax import Softmax
 from vpd_mlx.engine.batching import token_weights
 from vpd_mlx.engine.heads import Head
 from vpd_mlx.engine.learner import Learner, unit_weights
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.losses import LossAndMetrics
-from vpd_mlx.softmax import Softmax
 from vpd_mlx.types import Group
 
 if TYPE_CHECKING:

@@ -13,13 +13,13 @@ from vpd_mlx.algos.samples import Sample, epochs, minibatches, teacher_row, toke
 from vpd_mlx.algos.settings import MStepSettings
 from vpd_mlx.algos.teacher import Teacher
 from vpd_mlx.common.seeds import phase_seed
+from vpd_mlx.common.softmax import Softmax
 from vpd_mlx.common.stats import auc, mean
 from vpd_mlx.engine.batching import token_weights
 from vpd_mlx.engine.heads import Head
 from vpd_mlx.engine.learner import Floats, Learner, Metrics, accumulate, update_metrics
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.losses import LossAndMetrics
-from vpd_mlx.softmax import Softmax
 
 __all__ = ["Distillation", "divergence_metrics", "divergence_update", "group_weights"]
 

@@ -16,10 +16,10 @@ from vpd_mlx import losses
 from vpd_mlx.algos.grpo import Batch, GrpoLoss, Portion
 from vpd_mlx.algos.hybrids import Reweight
 from vpd_mlx.algos.samples import Sample, teacher_row
+from vpd_mlx.common.softmax import Softmax
 from vpd_mlx.engine.heads import Head
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.losses import LossAndMetrics
-from vpd_mlx.softmax import Softmax
 from vpd_mlx.types import TokenRow
 
 __all__ = ["Rlcsd"]

@@ -18,11 +18,11 @@ from vpd_mlx.algos.hybrids import Hybrid
 from vpd_mlx.algos.m_step import Distillation, group_weights
 from vpd_mlx.algos.samples import Sample
 from vpd_mlx.algos.settings import MStepSettings
+from vpd_mlx.common.softmax import Softmax
 from vpd_mlx.engine.batching import token_weights
 from vpd_mlx.engine.heads import Head
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.losses import LossAndMetrics
-from vpd_mlx.softmax import Softmax
 
 __all__ = ["Srpo"]
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from vpd_mlx.common.softmax import Softmax
 from vpd_mlx.engine.device import gpu_ways
 from vpd_mlx.losses import LossAndMetrics
-from vpd_mlx.softmax import Softmax
 
 __all__ = [
     "Head",

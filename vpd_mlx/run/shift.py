@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from vpd_mlx import losses
+from vpd_mlx.common.softmax import Softmax
 from vpd_mlx.common.stats import mean
 from vpd_mlx.engine.batching import by_row
 from vpd_mlx.engine.heads import Head, map_tokens
@@ -21,7 +22,6 @@ from vpd_mlx.engine.learner import Floats
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.losses import LossAndMetrics
 from vpd_mlx.run.advice import Style
-from vpd_mlx.softmax import Softmax
 from vpd_mlx.types import TokenRow
 
 __all__ = ["Scored", "Scorer", "style_of"]

@@ -16,6 +16,7 @@ import numpy as np
 from vpd_mlx.algos.base import reset_parts
 from vpd_mlx.common.seeds import phase_seed
 from vpd_mlx.common.settings import HUB
+from vpd_mlx.common.softmax import Softmax
 from vpd_mlx.engine.heads import Head, target_logps
 from vpd_mlx.engine.learner import Learner, accumulate
 from vpd_mlx.errors import DataError, RunError
@@ -24,7 +25,6 @@ from vpd_mlx.run.continued import START, adapter_folder, adapter_model
 from vpd_mlx.run.evaluate import answered
 from vpd_mlx.run.state import RunState
 from vpd_mlx.run.step import Trainer, problems_of_step
-from vpd_mlx.softmax import Softmax
 from vpd_mlx.tasks import Task
 from vpd_mlx.tasks.data import DatasetSettings, content, read_all
 from vpd_mlx.types import Problem, TokenRow
