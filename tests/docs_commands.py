@@ -59,6 +59,8 @@ EXCEPTIONS = {
     "mlx.launch --hostfile hosts.json --backend ring -- vpd-mlx train mine.yaml": "wants two machines",
     "vpd-mlx lab recipes/lab/grids/paper.yaml": "hours; tests/test_lab.py runs a small grid",
     "vpd-mlx lab recipes/lab/grids/beyond-siblings.yaml": "hours, as above",
+    "vpd-mlx lab recipes/lab/grids/screen.yaml": "half an hour, as above",
+    "vpd-mlx lab recipes/lab/grids/screen-spelling.yaml": "half an hour, as above",
     "vpd-mlx lab recipes/lab/grids/beyond-steady.yaml": "hours, as above",
     "vpd-mlx lab recipes/lab/grids/beyond-cold.yaml": "hours, as above",
     "vpd-mlx lab recipes/lab/grids/beyond-words.yaml": "hours, as above",
