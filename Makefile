@@ -72,6 +72,7 @@ bench: $(VENV)/.installed-dev build/bench-venv/.installed
 
 # The same with a pretrained model, REAL=FOLDER. A dense one on a CPU wants a fast BLAS in LD_PRELOAD.
 bench-real: $(VENV)/.installed-dev build/bench-venv/.installed
+	@test -n "$(REAL)" || { echo "say which model: make bench-real REAL=FOLDER" >&2; exit 2; }
 	$(BIN)/python -m benchmarks.run --only real --peers build/bench-venv/bin/python --real $(REAL) --out benchmarks/REAL.md
 
 build/bench-venv/.installed:

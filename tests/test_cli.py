@@ -38,6 +38,12 @@ def test_no_such_model(tmp_path: Path, model: str):
     refused(within("train", "--set", f"model={model}", cwd=tmp_path), tmp_path, "model:", model.lstrip("."))
 
 
+@pytest.mark.parametrize("model", ["./nowhere", "/nowhere/at/all"])
+def test_no_such_folder_to_plan_for(tmp_path: Path, model: str):
+    result = within("plan", "quickstart", "--set", f"model={model}", cwd=tmp_path)
+    refused(result, tmp_path, "model: there is no folder", model.lstrip("."))
+
+
 def test_no_such_recipe(tmp_path: Path):
     refused(within("train", "quickstrat", cwd=tmp_path), tmp_path, "did you mean 'quickstart'?")
 

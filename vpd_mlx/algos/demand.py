@@ -101,7 +101,7 @@ def _student_loss(recipe: Recipe, algorithm: Any) -> tuple[TokenLoss, list[str]]
     if "grpo" in recipe.entry.sections:
         grpo = recipe.section(GrpoSettings)
         if not isinstance(algorithm, Srpo):  # where a token has one of the losses: count the larger
-            parts.insert(0, GrpoLoss(grpo))
+            parts.insert(0, GrpoLoss(grpo))  # first, as `joint` has it
         needs += ["advantage", "old_logp", *(["reference"] if grpo.kl > 0 else [])]
 
     def loss(student: Softmax, fixed: Mapping[str, mx.array], head: Head) -> LossAndMetrics:

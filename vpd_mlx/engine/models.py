@@ -39,7 +39,7 @@ from vpd_mlx.engine.settings import LoraSettings
 from vpd_mlx.errors import ModelError, RunError
 from vpd_mlx.types import TokenRow
 
-__all__ = ["Adapter", "first_line", "load_tokenizer", "lora_of"]
+__all__ = ["Adapter", "first_line", "load_tokenizer", "local", "lora_of"]
 
 Adapter = dict[str, mx.array]
 """Name -> tensor of every LoRA matrix, float32."""
@@ -49,15 +49,25 @@ PROBE = tuple(range(1, 9))
 ALIKE = 0.2  # of the largest logit: far more than two ways to compute the same differ by in half precision
 
 
+def local(path: str, *, file: bool = False) -> Path:
+    """The path as one on this machine; it may be a name on the hub instead. With `file` a config.json counts, too.
+
+    Raises:
+        ModelError: it can only be a path, and there is nothing.
+    """
+    found = Path(path).expanduser()
+    if (os.path.isabs(path) or path.startswith((".", "~"))) and not (found.is_dir() or (file and found.is_file())):
+        raise ModelError(f"model: there is no folder {path}; give a model folder in mlx-lm's format, or a hub id")
+    return found
+
+
 def load_model(path: str, revision: str | None) -> tuple[nn.Module, Any]:
     """Model, frozen, and tokenizer from a folder or the hub.
 
     Raises:
         ModelError: there is no such model, or it cannot be loaded.
     """
-    folder = Path(path).expanduser()
-    if (os.path.isabs(path) or path.startswith((".", "~"))) and not folder.is_dir():
-        raise ModelError(f"model: there is no folder {path}; give a model folder in mlx-lm's format, or a hub id")
+    folder = local(path)
     try:
         with contextlib.nullcontext() if folder.is_dir() else reaching_hub():
             model, tokenizer = mlx_lm.load(str(folder) if folder.is_dir() else path, revision=revision)
@@ -82,9 +92,7 @@ def load_tokenizer(path: str, revision: str | None) -> Any:
     Raises:
         ModelError: there is none.
     """
-    folder = Path(path).expanduser()
-    if (os.path.isabs(path) or path.startswith((".", "~"))) and not folder.is_dir():
-        raise ModelError(f"model: there is no folder {path}; give a model folder in mlx-lm's format, or a hub id")
+    folder = local(path)
     try:
         if not folder.is_dir():
             with reaching_hub():

@@ -21,7 +21,7 @@ from vpd_mlx.common.hub import hub_fault, reaching_hub
 from vpd_mlx.common.text import size
 from vpd_mlx.engine.blueprint import Blueprint
 from vpd_mlx.engine.device import compiles
-from vpd_mlx.engine.models import first_line
+from vpd_mlx.engine.models import first_line, local
 from vpd_mlx.engine.sampling import PREFILL, Sampling, default_streams
 from vpd_mlx.errors import ConfigError, Fault, ModelError, VpdError, config_error
 from vpd_mlx.recipe import Recipe
@@ -54,16 +54,16 @@ def model_config(model: str, revision: str | None) -> dict[str, Any]:
     Raises:
         ModelError: there is none, or it cannot be read.
     """
-    local, name = Path(model), "config.json"
+    place, name = local(model, file=True), "config.json"
     try:
-        path = local / name if local.is_dir() else local
-        if not local.exists():
+        path = place / name if place.is_dir() else place
+        if not place.exists():
             with reaching_hub():
                 path = Path(hf_hub_download(model, name, revision=revision))
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return config
     except (OSError, ValueError) as error:
-        if not local.exists():
+        if not place.exists():
             raise ModelError(f"model: {model!r} is no local folder, and on the hub: {hub_fault(error)}") from None
         problem = f"no config.json of {model!r} ({first_line(error)})"
         raise ModelError(f"model: {problem}; give a model folder, its config.json or a hub id") from None
