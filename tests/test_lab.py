@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -60,7 +61,7 @@ def test_interval_is_students_t():
 
 def result(method: str, seed: int, final: float, curve=((0, 0.0), (1, 0.9)), margins=(1.0, 1.0)) -> Result:
     cell = Cell("plain", method, seed, 1e-3, False)
-    return Result(cell, 0.0, final, 0.0, final, None, tuple(curve), tuple(margins), None, None, 1.0)
+    return Result(cell, 0.0, final, 0.0, final, None, None, 0.0, tuple(curve), tuple(margins), None, None, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -148,8 +149,13 @@ def test_a_grid_runs_goes_on_and_repeats(tmp_path: Path, monkeypatch: pytest.Mon
     assert rates.keys() == {("plain", "sdpo"), ("plain", "fast")}
     text = table(grid, found, rates)
     assert "| sdpo |" in text
+    assert all(0 <= r.cut <= 1 and r.teacher_before is not None for r in found)
+    row = next(line for line in text.splitlines() if line.startswith("| sdpo |")).split(" | ")
+    start, end = (100 * np.mean([getattr(r, k) for r in found[:2]]) for k in ("teacher_before", "teacher"))
+    assert row[6:8] == [f"{start:.0f} → {end:.0f}", f"{100 * np.mean([r.cut for r in found[:2]]):.0f}"]
     assert "fast > slow" in text
     assert "0.001" in sweep_table(grid, out)
+    assert "runs, 0 minutes" in sweep_table(grid, out)
     curves(grid, found, out / "curves.png")
     assert (out / "curves.png").stat().st_size > 5000
 

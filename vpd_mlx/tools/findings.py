@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from vpd_mlx.common.stats import holm, paired_t
-from vpd_mlx.tools.lab import Claim, Grid, Result, sweep
+from vpd_mlx.tools.lab import Claim, Grid, Result, sweep_runs
 
 __all__ = ["ClaimResult", "claim_results", "curves", "mean_interval", "sweep_table", "table"]
 
@@ -85,6 +85,12 @@ def _per_cent(values: Sequence[float]) -> str:
     return f"{100 * mean:.1f} ± {100 * half:.1f}"
 
 
+def _teacher(runs: Sequence[Result]) -> str:
+    """The teacher's accuracy before and after, mean over the runs that have both."""
+    both = [(r.teacher_before, r.teacher) for r in runs if r.teacher_before is not None and r.teacher is not None]
+    return " → ".join(f"{100 * mean:.0f}" for mean in np.mean(both, axis=0)) if both else "-"
+
+
 def _method_row(method: str, rate: float, runs: Sequence[Result]) -> list[str]:
     reached = [r for r in runs if r.steps_to is not None]
     steps = f"{np.median([r.steps_to for r in reached]):.0f}" if reached else "-"
@@ -96,6 +102,8 @@ def _method_row(method: str, rate: float, runs: Sequence[Result]) -> list[str]:
         _per_cent([r.final for r in runs]),
         f"{100 * np.mean([r.greedy_before for r in runs]):.1f}",
         f"{_per_cent([r.greedy for r in runs])} ({' '.join(f'{100 * r.greedy:.0f}' for r in runs)})",
+        _teacher(runs),
+        f"{100 * np.mean([r.cut for r in runs]):.0f}",
         *(_per_cent([r.best for r in runs]), _per_cent([r.measure("drop") for r in runs])),
         steps + of,
         f"{np.median([r.tokens_to for r in reached]):,.0f}" if reached else "-",
@@ -110,11 +118,11 @@ def table(
 ) -> str:
     """The methods by setting and the claims, in Markdown."""
     lines = [f"{len(grid.seeds)} seeds; mean ± 95 % interval (Student's t over seeds); accuracies in %.", ""]
-    to = f"steps to {grid.threshold:.0%} | tokens to it"
+    ends = "before | after | greedy before | greedy after (by seed) | teacher | cut off | best | drop from best"
+    head = f"| method | rate | {ends} | steps to {grid.threshold:.0%} | tokens to it |"
     for part in grid.parts:
         of = {m: [r for r in found if (r.cell.setting, r.cell.method) == (part.setting, m)] for m in part.methods}
         rows = [_method_row(m, rates[part.setting, m], runs) for m, runs in of.items()]
-        head = f"| method | rate | before | after | greedy before | greedy after (by seed) | best | drop from best | {to} |"
         lines += [f"### {part.setting}", "", *_markdown(head, rows)]
     if grid.findings:
         claims = []
@@ -124,20 +132,24 @@ def table(
             claims.append([tested.claim.id, tested.claim.claim, difference, f"{tested.p:.2g}", f"**{tested.verdict}**"])
         head = f"| | claim | difference, paired by seed | p, adjusted for {len(claims)} | verdict |"
         lines += ["### Claims", "", *_markdown(head, claims)]
-    minutes = sum(r.seconds for r in found) / 60
-    lines.append(f"{len(found)} runs, {minutes:.0f} minutes of one process each, one after another.")
+    lines.append(_spent(found))
     return "\n".join(lines) + "\n"
 
 
 def sweep_table(grid: Grid, out: Path) -> str:
-    """The sweep in Markdown: final accuracy at each rate, empty where a pair had no need of it."""
-    found = {pair: sweep(grid, out, pair) for pair in grid.tuned}
-    rates = sorted({rate for scores in found.values() for rate in scores})
+    """The sweep in Markdown: mean final accuracy at each rate, empty where a pair had no need of it, and what the sweep took."""
+    found = {pair: sweep_runs(grid, out, pair) for pair in grid.tuned}
+    rates = sorted({rate for runs in found.values() for rate in runs})
     rows = [
-        [*pair, *(f"{100 * scores[rate]:.1f}" if rate in scores else "" for rate in rates)]
-        for pair, scores in found.items()
+        [*pair, *(f"{100 * np.mean([r.final for r in runs[rate]]):.1f}" if rate in runs else "" for rate in rates)]
+        for pair, runs in found.items()
     ]
-    return "\n".join(_markdown(f"| setting | method | {' | '.join(f'{r:g}' for r in rates)} |", rows))
+    lines = _markdown(f"| setting | method | {' | '.join(f'{r:g}' for r in rates)} |", rows)
+    return "\n".join([*lines, _spent([r for runs in found.values() for at in runs.values() for r in at]), ""])
+
+
+def _spent(runs: Sequence[Result]) -> str:
+    return f"{len(runs)} runs, {sum(r.seconds for r in runs) / 60:.0f} minutes of one process each, one after another."
 
 
 def curves(grid: Grid, found: Sequence[Result], path: Path) -> None:

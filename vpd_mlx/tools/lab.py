@@ -38,6 +38,7 @@ __all__ = [
     "results",
     "run_grid",
     "sweep",
+    "sweep_runs",
 ]
 
 TUNING_SEEDS = 3
@@ -123,14 +124,20 @@ class Cell:
 
 @dataclass(frozen=True)
 class Result:
-    """One finished run's figures: accuracies in 0..1, `curve` of (step, student's avg@k)."""
+    """One finished run's figures: accuracies in 0..1, `curve` of (step, student's avg@k).
+
+    `teacher_before` and `teacher` are the teacher's accuracy under feedback, None where nothing had any; `cut` is the share of
+    completions that reached the length limit, over the last tenth of the steps.
+    """
 
     cell: Cell
     before: float
     final: float
     greedy_before: float
     greedy: float
+    teacher_before: float | None
     teacher: float | None
+    cut: float
     curve: tuple[tuple[int, float], ...]
     margins: tuple[float, ...]
     steps_to: int | None
@@ -152,8 +159,12 @@ class Result:
             return {"final": self.final, "best": self.best, "drop": self.best - self.final}[name]
         if len(self.margins) < 2:
             return math.nan
-        n = max(1, len(self.margins) // 10)
+        n = _tenth(self.margins)
         return float(np.mean(self.margins[-n:]) - np.mean(self.margins[:n]))
+
+
+def _tenth(values: Sequence[float]) -> int:
+    return max(1, len(values) // 10)
 
 
 def load_grid(path: Path) -> Grid:
@@ -269,11 +280,16 @@ def _wider(grid: Grid) -> list[float]:
 
 def sweep(grid: Grid, out: Path, pair: tuple[str, str]) -> dict[float, float]:
     """Mean final accuracy, 0..1, at each rate whose runs are finished, rising rates."""
+    return {rate: float(np.mean([r.final for r in runs])) for rate, runs in sweep_runs(grid, out, pair).items()}
+
+
+def sweep_runs(grid: Grid, out: Path, pair: tuple[str, str]) -> dict[float, list[Result]]:
+    """A pair's runs at each rate whose runs are all finished, rising rates."""
     found = {}
     for rate in _wider(grid):
         cells = grid.sweep(*pair, rate)
         if all((out / cell.folder / "summary.json").exists() for cell in cells):
-            found[rate] = float(np.mean([_result(out, cell, grid).final for cell in cells]))
+            found[rate] = [_result(out, cell, grid) for cell in cells]
     return found
 
 
@@ -303,6 +319,7 @@ def _result(out: Path, cell: Cell, grid: Grid) -> Result:
     curve = tuple((int(e["step"]), float(e["student"])) for e in read_rows(folder / "evals.jsonl"))
     metrics = [upgraded(row) for row in read_rows(folder / "metrics.jsonl")]
     tokens = np.cumsum([m["length"] * (sum(m["contexts"].values()) + m["contexts_none"]) for m in metrics])
+    cut = [m["truncated"] for m in metrics]
     reached = next((step for step, value in curve if value >= grid.threshold), None)
     return Result(
         cell=cell,
@@ -310,7 +327,9 @@ def _result(out: Path, cell: Cell, grid: Grid) -> Result:
         final=summary["after"]["student"],
         greedy_before=summary["before"]["student_greedy"],
         greedy=summary["after"]["student_greedy"],
+        teacher_before=summary["before"]["teacher"],
         teacher=summary["after"]["teacher"],
+        cut=float(np.mean(cut[-_tenth(cut) :])) if cut else 0.0,
         curve=curve,
         margins=tuple(m["student/margin"] for m in metrics if m.get("student/margin") is not None),
         steps_to=reached,
