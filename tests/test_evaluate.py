@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from vpd_mlx.common.files import read_rows
 from vpd_mlx.engine.models import lora_of
 from vpd_mlx.engine.settings import LoraSettings
 from vpd_mlx.errors import ConfigError, DataError, ModelError
-from vpd_mlx.recipe import load_recipe
+from vpd_mlx.recipe import Recipe, load_recipe
+from vpd_mlx.run import evaluate as evaluation
 from vpd_mlx.run.evaluate import Measured, compared, names, sampled_figures, summed
 from vpd_mlx.run.loop import train
+from vpd_mlx.run.setup import Parts
 from vpd_mlx.tasks import answer_of
 from vpd_mlx.tasks.mcq import Mcq, McqSettings
 from vpd_mlx.types import Group, Problem, Rollout, Verdict
@@ -68,6 +71,32 @@ def test_the_answer_votes_and_not_its_words(tmp_path: Path):
 
 def test_problems_of_one_name_stay_apart():
     assert names([problem("a"), problem("b"), problem("a")]) == ["a", "b", "a (2)"]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "weights", "own"),
+    [
+        ("sdpo", "ema", True),
+        ("vpd", "adapter", True),
+        ("sdpo", "gated", True),
+        ("sdpo", "live", False),
+        ("grpo", "ema", False),
+    ],
+)
+def test_a_runs_teacher_is_the_one_that_its_m_step_reads(
+    small: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, algorithm: str, weights: str, own: bool
+):
+    parts = Parts.build(small(algorithm=algorithm, teacher__weights=weights))
+    begun = parts.policy.adapter
+    moved = {k: v + 1 for k, v in begun.items()}
+    parts.policy.set_adapter(moved)
+    seen: list[Any] = []
+    monkeypatch.setattr(evaluation, "_teacher", lambda parts, *_: seen.append(parts.policy.adapter) or {})
+    evaluation.evaluate(parts, parts.task.held_out[:2], 0)
+    evaluation.measure(parts, parts.task.held_out[:2])  # `vpd-mlx eval`: an adapter by itself has no teacher of its own
+    for found, want in zip(seen, (begun if own else moved, moved), strict=True):
+        assert all(mx.array_equal(found[k], v) for k, v in want.items())
+    assert all(mx.array_equal(parts.policy.adapter[k], v) for k, v in moved.items())
 
 
 def test_sums_and_differences():

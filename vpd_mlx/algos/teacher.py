@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from vpd_mlx.algos.base import Metrics, Stateful
+from vpd_mlx.algos.base import Algorithm, Metrics, Stateful
 from vpd_mlx.algos.samples import Sample, score
 from vpd_mlx.algos.settings import TeacherKind, TeacherSettings
 from vpd_mlx.common.stats import mean
@@ -25,7 +25,7 @@ from vpd_mlx.engine.models import Adapter
 from vpd_mlx.engine.policy import Policy
 from vpd_mlx.types import TokenRow
 
-__all__ = ["Gate", "Teacher"]
+__all__ = ["Gate", "Teacher", "teaching"]
 
 RECENT = 3  # batches over which the gate takes the mean reward
 LONGER = 2.0  # factor by which the mean length may have grown or shrunk since the first batch
@@ -112,6 +112,13 @@ class Teacher(Stateful):
         finally:
             policy.set_adapter(student)
 
+    def standing(self, policy: Policy) -> contextlib.AbstractContextManager[None]:
+        """A block within which the network has the weights behind the teacher's prompt, for sampling.
+
+        A trust region mixes logits, which no weights do: the student's stay.
+        """
+        return contextlib.nullcontext() if self.weights is None else policy.using(self.weights)
+
     def states(self, policy: Policy, rows: Sequence[TokenRow]) -> list[dict[str, mx.array]]:
         """Hidden states of the completion positions under the teacher's weights, per row, without gradient."""
         if self.kind == "trust_region":
@@ -119,7 +126,7 @@ class Teacher(Stateful):
             with policy.as_begun():
                 initial = policy.states(rows)
             return [{"teacher": a, "initial": b} for a, b in zip(live, initial, strict=True)]
-        with contextlib.nullcontext() if self.weights is None else policy.using(self.weights):
+        with self.standing(policy):
             return [{"teacher": s} for s in policy.states(rows)]
 
     def logps(self, policy: Policy, rows: Sequence[TokenRow]) -> list[Floats]:
@@ -130,7 +137,7 @@ class Teacher(Stateful):
         """
         if self.kind == "trust_region":
             raise ValueError("a trust region mixes logits: take them by `states` and `logits`")
-        with contextlib.nullcontext() if self.weights is None else policy.using(self.weights):
+        with self.standing(policy):
             return policy.logps(rows)
 
     def logits(self, fixed: Mapping[str, mx.array], head: Head) -> mx.array:
@@ -161,3 +168,9 @@ class Teacher(Stateful):
             self.weights = dict(arrays)
         if scalars is not None:
             self.gate = Gate(**scalars)
+
+
+def teaching(algorithm: Algorithm, policy: Policy) -> contextlib.AbstractContextManager[None]:
+    """A block within which the network is an algorithm's teacher; it stays the student where the algorithm has none."""
+    teacher = algorithm.parts.get("teacher")
+    return teacher.standing(policy) if isinstance(teacher, Teacher) else contextlib.nullcontext()

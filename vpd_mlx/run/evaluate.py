@@ -6,6 +6,7 @@ alone, so that two models are always compared problem by problem.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections import Counter
@@ -17,6 +18,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from vpd_mlx.algos.teacher import teaching
 from vpd_mlx.common.seeds import phase_seed
 from vpd_mlx.common.stats import Paired, bootstrap_interval, majority, mean, paired, pass_at_k, powers
 from vpd_mlx.engine.sampling import Sampling, generate
@@ -105,7 +107,7 @@ def evaluate(parts: Parts, problems: Sequence[Problem], step: int) -> tuple[Resu
         SourceError: the verifier failed on more than half of the completions.
     """
     start, k = time.perf_counter(), parts.recipe.evaluation.samples
-    found = measure(parts, problems)
+    found = measure(parts, problems, own_teacher=True)
     row = summed(found, at=("student", "student_greedy", "teacher", f"pass@{k}", f"maj@{k}"))
     seconds = round(time.perf_counter() - start, 3)
     answers: list[AnswerRow] = [{"step": step, **answer} for answer in found.answers]
@@ -137,9 +139,12 @@ def answered(parts: Parts, problems: Sequence[Problem], name: str, samples: int,
     )
 
 
-def measure(parts: Parts, problems: Sequence[Problem], *, greedy_only: bool = False) -> Measured:
+def measure(
+    parts: Parts, problems: Sequence[Problem], *, greedy_only: bool = False, own_teacher: bool = False
+) -> Measured:
     """Student and teacher on these problems, by the weights that the policy has now.
 
+    With `own_teacher` the teacher has the weights that the M-step reads, such as an EMA of the student's; else the policy's.
     With `greedy_only` nothing is sampled: the student's one completion is the likeliest, and so is the teacher's.
 
     Raises:
@@ -157,7 +162,8 @@ def measure(parts: Parts, problems: Sequence[Problem], *, greedy_only: bool = Fa
     student = greedy if sampled is None else sampled
     groups = add_context(parts.sources.for_evaluation(), student.groups, parts.prompter, recipe.feedback)
     named = dict(zip(keys, groups, strict=True))
-    teacher = _teacher(parts, named, _sampling(recipe, greedy_only), phase_seed(seed, 0, "teacher"))
+    with teaching(parts.algorithm, parts.policy) if own_teacher else contextlib.nullcontext():
+        teacher = _teacher(parts, named, _sampling(recipe, greedy_only), phase_seed(seed, 0, "teacher"))
     mx.clear_cache()
     alone = {n: g.rollouts for n, g in zip(keys, greedy.groups, strict=True) if g.rollouts}
     decode = parts.policy.tokenizer.decode

@@ -225,7 +225,9 @@ class EvaluationRow(_Figures, total=False):
     student_interval: Annotated[Interval, "0..1", "Its interval."]
     student_greedy: Annotated[Fraction, "0..1", "Mean score of the student's likeliest completion."]
     student_greedy_interval: Annotated[Interval, "0..1", "Its interval."]
-    teacher: Annotated[Fraction, "0..1", "Mean score of the teacher, given feedback on the student's completion."]
+    teacher: Annotated[
+        Fraction, "0..1", "Mean score of the teacher that the M-step reads, given feedback on the student's completion."
+    ]
     teacher_interval: Annotated[Interval, "0..1", "Its interval."]
     teacher_problems: Annotated[int, "problems", "Problems on which the teacher had feedback."]
     student_there: Annotated[Fraction, "0..1", "The student's score on these problems."]
