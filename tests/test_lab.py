@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,7 @@ def test_a_sweep_goes_on_until_its_best_rate_lies_inside(tmp_path: Path, scores,
 def test_measures_by_hand():
     r = result("sdpo", 0, 0.4, margins=[1.0] * 2 + [2.0] * 16 + [4.0] * 2)
     assert r.measure("final") == 0.4
+    assert replace(r, greedy=0.6).measure("greedy") == 0.6
     assert r.measure("best") == 0.9
     assert r.measure("drop") == pytest.approx(0.5)
     assert r.measure("margin_change") == pytest.approx(3.0)

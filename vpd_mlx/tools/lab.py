@@ -43,7 +43,7 @@ __all__ = [
 
 TUNING_SEEDS = 3
 
-Measure = Literal["final", "best", "drop", "margin_change"]
+Measure = Literal["final", "greedy", "best", "drop", "margin_change"]
 
 
 class Tune(Section):
@@ -152,11 +152,12 @@ class Result:
     def measure(self, name: Measure) -> float:
         """A figure by its name; larger is better except for `drop`.
 
-        `drop` is best minus final. `margin_change` is the mean margin of the last tenth of the steps minus that of the first
-        tenth; a margin is r~ of right minus r~ of wrong completions, over beta.
+        `final` and `best` are sampled, avg@k, `greedy` is the likeliest completion's; `drop` is best minus final. `margin_change`
+        is the mean margin of the last tenth of the steps minus that of the first tenth; a margin is r~ of right minus r~ of wrong
+        completions, over beta.
         """
         if name != "margin_change":
-            return {"final": self.final, "best": self.best, "drop": self.best - self.final}[name]
+            return {"final": self.final, "greedy": self.greedy, "best": self.best, "drop": self.best - self.final}[name]
         if len(self.margins) < 2:
             return math.nan
         n = _tenth(self.margins)
