@@ -223,6 +223,9 @@ def test_style_by_hand():
     assert found.divergence_right == pytest.approx(0.1)
     assert found.divergence_wrong == pytest.approx(0.3)
     assert found.right_share == pytest.approx(0.3 / 1.2)
+    assert found.auc == 0.0  # the sampled right one loses a nat, the wrong one gains nine
+    ties = [figures([0.0, 0.0, shift], [0.1] * 3, 0.1) for shift in (1.0, 1.0, 0.5)]
+    assert style_of([scored(True), scored(False), scored(False)], ties).auc == 0.75
     assert style_of([], []) == Style()
 
 

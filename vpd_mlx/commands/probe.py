@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["probe"]
 
 LEGEND = (
+    "AUC: how surely the teacher tells the student's right completions from its wrong ones, by the sum of log q - log pi; 0.5 is "
+    "a coin. "
     "first, stop, rest: log q - log pi of the first token, the stop token and the others of right answers, in nats; below 0 the "
     "teacher's prompt takes probability from them. JS: divergence of the first token's distributions. right: share of the whole "
     "divergence that falls on right completions. length: relative to the student's. copied: words taken from the context."
@@ -132,10 +134,18 @@ def _table(*heads: str) -> Table:
 
 
 def _scores(teachers: Sequence[Teacher]) -> Table:
-    table = _table("problems", "sampled", "greedy", "gap", "interval")
+    table = _table("problems", "sampled", "greedy", "gap", "interval", "AUC")
     for t in teachers:
         gap = ("-", "-") if t.gap is None else (points(t.gap.difference), points_range(t.gap.low, t.gap.high))
-        table.add_row(t.source, t.templates, str(t.problems), percent(t.sampled), percent(t.greedy), *gap)
+        table.add_row(
+            t.source,
+            t.templates,
+            str(t.problems),
+            percent(t.sampled),
+            percent(t.greedy),
+            *gap,
+            _plain(t.style.auc, ".2f"),
+        )
     return table
 
 

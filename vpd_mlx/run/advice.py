@@ -74,7 +74,8 @@ class Style:
     `first_token`, `stop_token` and `rest` (a mean over the tokens between) are log q - log pi on right completions, below 0
     where the teacher takes probability from them. `first_kl`, KL(student|teacher), and `first_js` compare the distributions of
     the first token. `divergence_right` and `divergence_wrong` are Jensen-Shannon per token on the student's own completions,
-    `right_share` (0..1) the part of the whole that falls on right ones.
+    `right_share` (0..1) the part of the whole that falls on right ones. `auc` (0..1) is the probability that a right one of them
+    gains more from the teacher's prompt, by the sum of log q - log pi, than a wrong one: at 0.5 the teacher cannot tell.
     """
 
     first_token: float | None = None
@@ -85,6 +86,7 @@ class Style:
     divergence_right: float | None = None
     divergence_wrong: float | None = None
     right_share: float | None = None
+    auc: float | None = None
 
     @property
     def harm(self) -> float:

@@ -15,7 +15,7 @@ import numpy as np
 
 from vpd_mlx import losses
 from vpd_mlx.common.softmax import Softmax
-from vpd_mlx.common.stats import mean
+from vpd_mlx.common.stats import auc, mean
 from vpd_mlx.engine.batching import by_row
 from vpd_mlx.engine.heads import Head, map_tokens
 from vpd_mlx.engine.learner import Floats
@@ -86,11 +86,13 @@ def style_of(rows: Sequence[Scored], scores: Sequence[Mapping[str, Floats]]) -> 
     """What the tokens' figures say of a teacher's prompt. Figures without data are None."""
     right, stopped, between, first = [], [], [], {}
     divergence: dict[bool, list[Floats]] = {True: [], False: []}
+    gains: dict[bool, list[float]] = {True: [], False: []}
     for row, found in zip(rows, scores, strict=True):
         # The first token's distributions do not depend on the completion: they count once for each pair of prompts.
         first[row.student, row.teacher] = float(found["kl"][0]), float(found["loss"][0])
         if row.sampled:
             divergence[row.right].append(found["loss"])
+            gains[row.right].append(float(found["shift"].sum()))
         if row.right:
             right.append(float(found["shift"][0]))
             between.append(found["shift"][1:-1] if row.stops else found["shift"][1:])
@@ -107,4 +109,5 @@ def style_of(rows: Sequence[Scored], scores: Sequence[Mapping[str, Floats]]) -> 
         divergence_right=_over(divergence[True]),
         divergence_wrong=_over(divergence[False]),
         right_share=sums[True] / total if total > 0 else None,
+        auc=auc(gains[True], gains[False]),
     )
