@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten, tree_map
 from vpd_mlx import losses
 from vpd_mlx.algos import ALGORITHMS
 from vpd_mlx.algos.base import Step
-from vpd_mlx.algos.e_step import bco_update, crossed
+from vpd_mlx.algos.e_step import EStepResult, bco_update, crossed
 from vpd_mlx.algos.grpo import advantages_of, policy_gradient_update
 from vpd_mlx.algos.hints import hinted
 from vpd_mlx.algos.m_step import Distillation, divergence_update
@@ -153,6 +153,32 @@ def test_the_floor_pulls_up_displaced_successes_alone(world):
     result = bco_update(policy, samples, learner, cfg, previous_delta=None, seed=0, teacher=teacher)
     assert 0 < result.metrics["displaced"] < 1, "successes of both kinds are needed"
     assert_close(learner.gradients[0], dict(tree_flatten(nn.value_and_grad(policy.model, loss)()[1])))
+
+
+def test_a_teacher_that_tells_right_from_wrong_is_left_alone(world):
+    trainer, groups = world
+    policy, teacher = trainer.policy, Teacher(TeacherSettings(weights="live"), trainer.policy)
+    samples = [s for s in gather(groups) if s.teacher is not None]
+    # One failure counts as right: this teacher tells the true classes apart without fail.
+    at = next(i for i, s in enumerate(samples) if not s.rollout.success)
+    samples[at] = replace(samples[at], rollout=replace(samples[at].rollout, success=True))
+
+    def update(until: float | None, minibatch: int | None = None) -> tuple[Recorder, EStepResult]:
+        learner = Recorder()
+        cfg = trainer.recipe.e_step.model_copy(update={"until_auc": until, "minibatch_prompts": minibatch})
+        return learner, bco_update(policy, samples, learner, cfg, previous_delta=None, seed=0, teacher=teacher)
+
+    plain, want = update(None)
+    surely = want.metrics["auc"]
+    assert 0.5 < surely < 1, "the limits below must lie on either side of it"
+    for limit, minibatch in ((surely, None), (0.5, None), (0.5, 1)):
+        left, found = update(limit, minibatch)
+        assert not left.gradients
+        assert (found.metrics["skipped"], found.metrics["auc"]) == (1, pytest.approx(surely))
+        assert "grad_norm" not in found.metrics
+    trained, found = update(1.0)
+    assert (found.metrics["skipped"], found.metrics["loss"]) == (0, pytest.approx(want.metrics["loss"]))
+    assert_close(trained.gradients[0], plain.gradients[0])
 
 
 @pytest.mark.parametrize("length_normalise", [False, True])
@@ -577,6 +603,7 @@ OPTIONS = [
     ("vpd", {"e_step.contexts": "crossed"}),
     ("vpd", {"e_step.anchor": 0.5}),
     ("vpd", {"e_step.token_share": 0.5}),
+    ("vpd", {"e_step.until_auc": 0.5}),
     ("vpd", {"e_step.contexts": "own", "e_step.hints": 0.5}),
     ("vpd", {"e_step.learning_rate_ratio": 0.1}),
     *(("vpd", {"teacher.weights": w}) for w in ("ema", "trust_region", "adapter", "gated")),

@@ -5,8 +5,8 @@ ever seen with a wrong answer behind it, and the kind of context gives the label
 words, make what follows less likely", right answers included. Crossed, a failure's context is also paired with a correct
 sibling's completion, as a success. Both classes then occur under the same contexts, and what tells them apart is what the words
 say of the answer. Ours are also the anchor, which holds up the likelihood of successes; the floor, which does so only where it
-has sunk below the student's (as DPO-Positive does, arXiv 2402.13228); rewards of a share of the tokens; and the divergence
-between hints.
+has sunk below the student's (as DPO-Positive does, arXiv 2402.13228); rewards of a share of the tokens; the divergence between
+hints; and to leave a teacher alone that can tell right from wrong already (`until_auc`).
 """
 
 from __future__ import annotations
@@ -120,6 +120,12 @@ class _Bco:
             self.delta = (1 - self.cfg.delta_rate) * self.previous_delta + self.cfg.delta_rate * midpoint
 
     @property
+    def finished(self) -> bool:
+        """Whether the teacher tells right from wrong so surely that there is nothing to train."""
+        limit, surely = self.cfg.until_auc, auc(self.first[self.labels], self.first[~self.labels])
+        return limit is not None and surely is not None and surely >= limit
+
+    @property
     def loss(self) -> float:
         """The BCO loss before the first update."""
         beta, sums, labels = self.cfg.beta, mx.array(self.first / self.cfg.beta), mx.array(self.labels)
@@ -160,7 +166,7 @@ def bco_update(
 ) -> EStepResult:
     """E-step: BCO on the teacher's prompt, anchored to the student as it stands (arXiv 2605.15113, Eq. 7 to 9).
 
-    A batch that lacks a class is left alone.
+    A batch that lacks a class is left alone, and so is a teacher that needs no training (`until_auc`).
     """
     pairs = hinted(samples) if cfg.hints else []
     if cfg.contexts == "crossed":
@@ -182,12 +188,12 @@ def bco_update(
     metrics = {
         **counts,
         **({"n_hinted": len(pairs)} if cfg.hints else {}),
-        "skipped": 0,
+        "skipped": int(not updates),
         "loss": bco.loss,
         "delta": bco.delta,
         **_reward_metrics(bco.first, labels, bco.delta, lengths, kinds),
         "displaced": float((bco.first[labels] < 0).mean()),
-        **update_metrics(updates),
+        **(update_metrics(updates) if updates else {}),
     }
     by_sample = dict(zip(chosen, anchor, strict=True))
     return EStepResult(metrics, bco.delta, by_sample, dict(zip(chosen, bco.counted, strict=True)))
@@ -196,23 +202,28 @@ def bco_update(
 def _updates(
     policy: Policy, samples: Sequence[Sample], learner: Learner, bco: _Bco, seed: int, pairs: Sequence[Hinted]
 ) -> list[Metrics]:
-    """Rewards and delta of the whole batch first, then backward passes weighted by the analytic gradient, exact in any split."""
+    """Rewards and delta of the whole batch first, then backward passes weighted by the analytic gradient, exact in any split.
+
+    None where the teacher needs no training.
+    """
     teacher_rows = [teacher_row(s) for s in samples]
     everyone = list(range(len(samples)))
     batches = minibatches(samples, bco.cfg.minibatch_prompts)
-    if len(batches) > 1:
+    if surveyed := len(batches) > 1 or bco.cfg.until_auc is not None:
         bco.survey(scored(policy, teacher_rows))
+        if bco.finished:
+            return []
     updates = []
     for number, indices in epochs(batches, bco.cfg.epochs):
         rows = [teacher_rows[i] for i in indices]
         of_step = phase_seed(seed, number, "e_step")
 
         def weigh(teacher: list[Floats], indices: list[int] = indices, number: int = number) -> list[Floats]:
-            if number == 0 and indices == everyone:
+            if number == 0 and indices == everyone and not surveyed:
                 bco.survey(teacher)
             return bco.weights(indices, bco.rewards(indices, teacher))
 
-        if number == 0 and len(batches) > 1:
+        if number == 0 and surveyed:
             # Until the first update the rewards of the whole batch still hold.
             weights = bco.weights(indices, bco.first[indices])
             done = accumulate(policy, rows, weights, None, target_logps, of_step)

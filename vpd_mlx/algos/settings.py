@@ -78,6 +78,13 @@ class EStepSettings(Section):
         description="Weight of a divergence that pulls the teacher behind a failure's context onto the teacher behind a "
         "success's own, on the tokens of that success. 0 as published.",
     )
+    until_auc: float | None = Field(
+        None,
+        ge=0.5,
+        le=1,
+        description="Leave out an E-step whose teacher tells right from wrong completions this surely as it is: the probability "
+        "that a right one's implicit reward is larger. null leaves none out, as published.",
+    )
     minibatch_prompts: Positive | None = Field(None, description="Problems per update; null takes the whole batch.")
     epochs: Positive = Field(1, description="Passes over the batch, all against the same prior and reward shift.")
     learning_rate_ratio: float = Field(1.0, gt=0, description="The E-step's rate over `optimizer.learning_rate`.")
