@@ -57,15 +57,12 @@ EXCEPTIONS = {
     "vpd-mlx export runs/orders --to gguf": "wants that model and these packages",
     "vpd-mlx lab recipes/smollm2/grids/defaults.yaml": "hours on that model",
     "mlx.launch --hostfile hosts.json --backend ring -- vpd-mlx train mine.yaml": "wants two machines",
-    "vpd-mlx lab recipes/lab/grids/paper.yaml": "hours; tests/test_lab.py runs a small grid",
-    "vpd-mlx lab recipes/lab/grids/beyond-siblings.yaml": "hours, as above",
+    "vpd-mlx lab recipes/lab/grids/teacher.yaml": "hours; tests/test_lab.py runs a small grid",
+    "vpd-mlx lab recipes/lab/grids/teacher-spelling.yaml": "hours, as above",
+    "vpd-mlx lab recipes/smollm2/grids/teacher.yaml": "hours on a real model",
+    "vpd-mlx lab recipes/smollm2/grids/teacher.yaml --out benchmarks/smollm2/teacher": "hours on a real model",
     "vpd-mlx lab recipes/lab/grids/screen.yaml": "half an hour, as above",
     "vpd-mlx lab recipes/lab/grids/screen-spelling.yaml": "half an hour, as above",
-    "vpd-mlx lab recipes/lab/grids/beyond-steady.yaml": "hours, as above",
-    "vpd-mlx lab recipes/lab/grids/beyond-cold.yaml": "hours, as above",
-    "vpd-mlx lab recipes/lab/grids/beyond-words.yaml": "hours, as above",
-    "vpd-mlx lab recipes/lab/grids/spelling.yaml": "hours, as above",
-    "vpd-mlx lab recipes/lab/grids/why.yaml": "hours, as above",
     **{
         f"vpd-mlx {verb} recipes/{name}/{name}.yaml": "fetches a model; tests/test_recipes.py puts in the embedded one"
         for name in ("gsm8k", "dapo_math", "livecodebench", "own_task", "sciknoweval")

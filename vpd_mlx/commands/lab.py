@@ -11,7 +11,7 @@ __all__ = ["lab"]
 
 
 def lab(
-    grid: Annotated[Path, typer.Argument(help="A grid's .yaml file, e.g. recipes/lab/grids/paper.yaml.")],
+    grid: Annotated[Path, typer.Argument(help="A grid's .yaml file, e.g. recipes/lab/grids/teacher.yaml.")],
     out: Annotated[
         Path | None, typer.Option(help="Folder for the grid's runs.", show_default="lab-runs/<name>")
     ] = None,
