@@ -226,6 +226,9 @@ def test_style_by_hand():
     assert found.auc == 0.0  # the sampled right one loses a nat, the wrong one gains nine
     ties = [figures([0.0, 0.0, shift], [0.1] * 3, 0.1) for shift in (1.0, 1.0, 0.5)]
     assert style_of([scored(True), scored(False), scored(False)], ties).auc == 0.75
+    other = [replace(row, student=(9,)) for row in (scored(True), scored(False))]
+    apart = style_of([scored(True), *other], [ties[2], ties[0], ties[1]])
+    assert apart.auc == 0.5  # a problem without a wrong one says nothing
     assert style_of([], []) == Style()
 
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["probe"]
 
 LEGEND = (
-    "AUC: how surely the teacher tells the student's right completions from its wrong ones, by the sum of log q - log pi; 0.5 is "
-    "a coin. "
+    "AUC: how surely the teacher tells the student's right completions of a problem from its wrong ones, by the sum of log q - "
+    "log pi; 0.5 is a coin. "
     "first, stop, rest: log q - log pi of the first token, the stop token and the others of right answers, in nats; below 0 the "
     "teacher's prompt takes probability from them. JS: divergence of the first token's distributions. right: share of the whole "
     "divergence that falls on right completions. length: relative to the student's. copied: words taken from the context."

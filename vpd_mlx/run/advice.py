@@ -75,7 +75,8 @@ class Style:
     where the teacher takes probability from them. `first_kl`, KL(student|teacher), and `first_js` compare the distributions of
     the first token. `divergence_right` and `divergence_wrong` are Jensen-Shannon per token on the student's own completions,
     `right_share` (0..1) the part of the whole that falls on right ones. `auc` (0..1) is the probability that a right one of them
-    gains more from the teacher's prompt, by the sum of log q - log pi, than a wrong one: at 0.5 the teacher cannot tell.
+    gains more from the teacher's prompt, by the sum of log q - log pi, than a wrong one of the same problem: at 0.5 the
+    teacher cannot tell.
     """
 
     first_token: float | None = None

@@ -82,17 +82,24 @@ def _over(values: Iterable[Floats]) -> float | None:
     return mean(np.concatenate(parts)) if parts else None
 
 
+def _within(problems: Sequence[Mapping[bool, Sequence[float]]]) -> float | None:
+    """The AUC over all pairs of a right and a wrong completion of the same problem: harder problems do not count as judgement."""
+    pairs = [len(of[True]) * len(of[False]) for of in problems]
+    won = [n * (auc(of[True], of[False]) or 0.0) for n, of in zip(pairs, problems, strict=True) if n]
+    return sum(won) / sum(pairs) if won else None
+
+
 def style_of(rows: Sequence[Scored], scores: Sequence[Mapping[str, Floats]]) -> Style:
     """What the tokens' figures say of a teacher's prompt. Figures without data are None."""
     right, stopped, between, first = [], [], [], {}
     divergence: dict[bool, list[Floats]] = {True: [], False: []}
-    gains: dict[bool, list[float]] = {True: [], False: []}
+    gains: dict[Ids, dict[bool, list[float]]] = {}
     for row, found in zip(rows, scores, strict=True):
         # The first token's distributions do not depend on the completion: they count once for each pair of prompts.
         first[row.student, row.teacher] = float(found["kl"][0]), float(found["loss"][0])
         if row.sampled:
             divergence[row.right].append(found["loss"])
-            gains[row.right].append(float(found["shift"].sum()))
+            gains.setdefault(row.student, {True: [], False: []})[row.right].append(float(found["shift"].sum()))
         if row.right:
             right.append(float(found["shift"][0]))
             between.append(found["shift"][1:-1] if row.stops else found["shift"][1:])
@@ -109,5 +116,5 @@ def style_of(rows: Sequence[Scored], scores: Sequence[Mapping[str, Floats]]) -> 
         divergence_right=_over(divergence[True]),
         divergence_wrong=_over(divergence[False]),
         right_share=sums[True] / total if total > 0 else None,
-        auc=auc(gains[True], gains[False]),
+        auc=_within(list(gains.values())),
     )
