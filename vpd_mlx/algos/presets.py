@@ -77,6 +77,7 @@ _PUBLISHED: Values = {
         "anchor": 0.0,
         "floor": 0.0,
         "token_share": 1.0,
+        "until_auc": None,
         "hints": 0.0,
         "minibatch_prompts": None,  # 32: the whole batch
         "epochs": 1,
