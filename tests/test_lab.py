@@ -170,6 +170,11 @@ def test_a_grid_runs_goes_on_and_repeats(tmp_path: Path, monkeypatch: pytest.Mon
     assert [(r.final, r.curve, r.margins) for r in again] == [(r.final, r.curve, r.margins) for r in found]
     assert json.loads((out / "rates.json").read_text())["plain/fast"] == rates["plain", "fast"]
 
+    # The grid was edited since: what is there is no run of it any more.
+    other = grid.model_copy(update={"overrides": {**grid.overrides, "lora": {"rank": 2}}})
+    with pytest.raises(RunError, match=r"seed9: was made with lora\.rank 4, and the grid has 2; delete that folder, or"):
+        run_grid(other, recipe, out, jobs=1, say=said.append)
+
 
 def test_a_failing_run_is_named(tmp_path: Path):
     path = grid_file(

@@ -3,7 +3,7 @@
 A grid is one YAML file. Every method first gets the same sweep of learning rates, on seeds kept for that; where its best rate
 is the sweep's lowest or highest, the sweep goes on beyond it. Then it runs on all seeds at its best rate. A grid with one rate
 has no sweep. Each run is a run folder, made by `vpd-mlx train` in a process of its own: finished runs are not repeated, and
-interrupted ones go on from their checkpoint.
+interrupted ones go on from their checkpoint. A folder that holds a run of other values than the grid's is refused.
 
 A claim compares arms that were tuned alike: no method can have a rate without a sweep. Its p is that of a paired t test over
 seeds, adjusted for all claims of the grid by Holm's method (Scand. J. Statist. 6, 1979).
@@ -28,6 +28,8 @@ from vpd_mlx.common.files import read_rows, write_atomic
 from vpd_mlx.common.settings import Section, parse_yaml
 from vpd_mlx.errors import ConfigError, Fault, RunError
 from vpd_mlx.recipe import load_recipe
+from vpd_mlx.run.folder import by_dotted_key
+from vpd_mlx.run.log import RECIPE_FILE
 from vpd_mlx.run.records import upgraded
 
 __all__ = [
@@ -220,10 +222,13 @@ def run_grid(grid: Grid, recipe: Path, out: Path, *, jobs: int, say: Callable[[s
     """Run everything that is not finished, `jobs` at a time: first the sweeps, then all seeds at each method's best rate.
 
     Raises:
-        RunError: a run failed; the others are finished first, and the next call tries it again.
+        RunError: a run failed; the others are finished first, and the next call tries it again. Or a folder holds a run of other
+            values than the grid's.
     """
 
     def finish(cells: Sequence[Cell], title: str) -> None:
+        for cell in cells:
+            _refuse_other_run(grid, recipe, out, cell)
         waiting = [c for c in cells if not (out / c.folder / "summary.json").exists()]
         say(f"{title}: {len(cells) - len(waiting)} of {len(cells)} runs are finished, {len(waiting)} to go")
         failed = []
@@ -244,6 +249,26 @@ def run_grid(grid: Grid, recipe: Path, out: Path, *, jobs: int, say: Callable[[s
     finish([Cell(*pair, seed, rates[pair], False) for seed in grid.seeds for pair in grid.pairs], "seeds")
 
 
+def _refuse_other_run(grid: Grid, recipe: Path, out: Path, cell: Cell) -> None:
+    """A grid may have been edited since: a run that is there must have the values that the grid names."""
+    file = out / cell.folder / RECIPE_FILE
+    if not file.exists():
+        return
+    given = {**_overrides(grid, cell), "seed": cell.seed}
+    asked, made = load_recipe(recipe, list(given.items())), load_recipe(file)
+    wanted, found = (by_dotted_key(r.model_dump(mode="json")) for r in (asked, made))
+    for key, value in wanted.items():
+        named = any(key == g or key.startswith(f"{g}.") for g in given)
+        if named and key not in {"model", *asked.path_keys()} and found.get(key) != value:
+            what = f"was made with {key} {found.get(key)!r}, and the grid has {value!r}"
+            raise RunError(f"{file.parent}: {what}; delete that folder, or give another --out")
+
+
+def _overrides(grid: Grid, cell: Cell) -> dict[str, Any]:
+    """What a run changes in the recipe, but for its seed."""
+    return {**grid.recipe_overrides(cell.setting, cell.method), "optimizer.learning_rate": cell.rate}
+
+
 def _run_one(grid: Grid, recipe: Path, out: Path, cell: Cell) -> str | None:
     """Train one run in a process of its own; returns the last line of its error."""
     folder = out / cell.folder
@@ -252,8 +277,7 @@ def _run_one(grid: Grid, recipe: Path, out: Path, cell: Cell) -> str | None:
         command += ["--resume", str(folder)]
     else:
         command += [str(recipe), "--out", str(folder), "--overwrite", "--seed", str(cell.seed)]
-        overrides = {**grid.recipe_overrides(cell.setting, cell.method), "optimizer.learning_rate": cell.rate}
-        for key, value in overrides.items():
+        for key, value in _overrides(grid, cell).items():
             is_folder = key == "model" and value.startswith(".")
             text = str((recipe.parent / value).resolve()) if is_folder else json.dumps(value)
             command += ["--set", f"{key}={text}"]
