@@ -123,8 +123,9 @@ generated from `vpd_mlx/run/records.py` by `docs/make_reference.py`; a test keep
 | `nonfinite/` | the completions of steps whose update was left out as not finite |
 | `logging/` | what the logging services printed, and how far each one is |
 
-A `config.yaml` of `version: 1` is read with the defaults of then: what it leaves `null` under `templates` is worded as it was
-(`style: closing`).
+A `config.yaml` of an earlier `version` is read with the defaults of then: before version 4 an EMA teacher and an E-step before
+every fifth M-step, before version 3 a warm-up counted by each optimizer's own updates, and in version 1 a live teacher and, where
+it leaves `templates` `null`, the wording of then (`style: closing`).
 
 A figure is `null` if a step had no data for it. JSON has no NaN or infinity: they are written as the text `nan` or `inf`.
 

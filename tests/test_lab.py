@@ -172,7 +172,9 @@ def test_a_grid_runs_goes_on_and_repeats(tmp_path: Path, monkeypatch: pytest.Mon
 
     # The grid was edited since: what is there is no run of it any more.
     other = grid.model_copy(update={"overrides": {**grid.overrides, "lora": {"rank": 2}}})
-    with pytest.raises(RunError, match=r"seed9: was made with lora\.rank 4, and the grid has 2; delete that folder, or"):
+    with pytest.raises(
+        RunError, match=r"seed9: was made with lora\.rank 4, and the grid has 2; delete that folder, or"
+    ):
         run_grid(other, recipe, out, jobs=1, say=said.append)
 
 

@@ -10,6 +10,7 @@ import pytest
 import vpd_mlx as vpd
 from vpd_mlx.algos import ALGORITHMS
 from vpd_mlx.algos.presets import PRESETS
+from vpd_mlx.algos.settings import TeacherSettings
 from vpd_mlx.commands.options import overridden
 from vpd_mlx.errors import ConfigError
 from vpd_mlx.recipe import Recipe, dump, load_recipe
@@ -91,7 +92,7 @@ def test_the_papers_table(tmp_path: Path, name: str, algorithm: str):
     assert values["teacher.ema_rate"] == ema_rate
     assert values["evaluation.samples"] == samples
     assert {key: values[key] for key in COMMON} == COMMON
-    assert values["teacher.weights"] == TEACHER.get(algorithm, "ema")
+    assert values["teacher.weights"] == TEACHER.get(algorithm)
     words = ["sibling", "verifier"] if name == "paper-code" else ["sibling"]
     assert values["feedback.sources"] == (["reference"] if algorithm == "opsd" else words)
 
@@ -170,9 +171,32 @@ def test_the_page_lists_every_preset():
 
 
 def test_recipes_of_earlier_versions_warm_up_by_updates(tmp_path: Path):
-    for version, by in ((1, "updates"), (2, "updates"), (3, "steps")):
+    for version, by in ((1, "updates"), (2, "updates"), (3, "steps"), (4, "steps")):
         assert recipe_of(tmp_path, f"version: {version}\n").optimizer.warmup_by == by
     assert recipe_of(tmp_path, "version: 2\noptimizer: {warmup_by: steps}\n").optimizer.warmup_by == "steps"
+
+
+def test_the_default_teacher_has_an_adapter_of_its_own_where_an_e_step_trains_it(tmp_path: Path):
+    names = set(TEACHER) - {"opsd", "rlcsd"}  # which ask for sources of their own
+    own = {name: TeacherSettings.of(recipe_of(tmp_path, "", f"algorithm={name}")).weights for name in names}
+    assert own == {**dict.fromkeys(own, "ema"), "vpd": "adapter"}
+    # A run's folder holds what it did, and another algorithm may go on from it.
+    (tmp_path / "config.yaml").write_text(dump(recipe_of(tmp_path)))
+    assert TeacherSettings.of(load_recipe(tmp_path / "config.yaml", [("algorithm", "sdpo")])).weights == "ema"
+
+
+def test_recipes_before_version_4_train_an_ema_teacher_every_fifth_step(tmp_path: Path):
+    for version, expected in {
+        1: (5, None, "live"),
+        2: (5, None, "ema"),
+        3: (5, None, "ema"),
+        4: (1, 0.9, None),
+    }.items():
+        r = recipe_of(tmp_path, f"version: {version}\n")
+        assert (r.e_step.every, r.e_step.until_auc, r.teacher.weights) == expected
+    given = "version: 3\ne_step: {every: 2, until_auc: 0.8}\nteacher: {weights: adapter}\n"
+    r = recipe_of(tmp_path, given)
+    assert (r.e_step.every, r.e_step.until_auc, r.teacher.weights) == (2, 0.8, "adapter")
 
 
 def test_a_recipe_of_version_1_keeps_the_teacher_of_then(tmp_path: Path):

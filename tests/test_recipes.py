@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from mlx.core import load as mx_load
 
+from vpd_mlx.algos.settings import TeacherSettings
 from vpd_mlx.common.files import read_rows
 from vpd_mlx.recipe import Recipe, builtin_recipes, load_recipe
 from vpd_mlx.run.loop import train
@@ -175,7 +176,7 @@ def test_what_the_references_of_smollm2_are_worth(name: str, tmp_path: Path):
     same = recipe("smollm2/dates")
     for section in ("optimizer", "feedback", "teacher", "templates", "e_step", "m_step", "lora", "evaluation"):
         assert getattr(r, section) == getattr(same, section)
-    assert (r.teacher.weights, r.templates.style) == ("ema", "after")
+    assert (TeacherSettings.of(r).weights, r.templates.style) == ("adapter", "after")
 
 
 @pytest.mark.parametrize("grid", sorted((RECIPES / "smollm2" / "grids").glob("*.yaml")), ids=lambda p: p.stem)
@@ -190,7 +191,8 @@ def test_a_macs_size_by_default_settings_ends_within_an_hour(name: str):
     found = estimates()
     assert r.model == "mlx-community/Qwen3-0.6B-4bit"
     assert r.steps >= 20
-    assert (r.rollout.prompts, r.rollout.group_size, r.rollout.max_completion_tokens) == (8, 8, 512)
+    assert r.rollout.prompts >= 6
+    assert (r.rollout.group_size, r.rollout.max_completion_tokens) == (8, 512)
     (m2_pro,) = (m for m in found.MACS if m.name == "M2 Pro, 32 GB")
     assert found.whole(r, found.MODELS[0], m2_pro) < 60
     assert found.memory(r, found.MODELS[0]) < 0.7 * m2_pro.memory

@@ -19,6 +19,7 @@ import pytest
 from mlx_lm.sample_utils import make_sampler
 
 from vpd_mlx.algos import ALGORITHMS
+from vpd_mlx.commands.train import _report
 from vpd_mlx.common.files import read_rows
 from vpd_mlx.common.stats import Clock
 from vpd_mlx.errors import DataError, ModelError, RunError, SourceError
@@ -150,9 +151,11 @@ def undisturbed(tmp_path_factory):
     return run
 
 
+LOOKED_AT = {"e_step.until_auc": 0.9, "e_step.every": 1, "rollout.prompts": 8}
 CASES = [
     *((name, {}) for name in ALGORITHMS if name != "opsd"),
     ("vpd", {"teacher.weights": "adapter", "e_step.delta": "ema", "e_step.every": 1}),
+    ("vpd", LOOKED_AT),
     ("vpd", {"lora.dropout": 0.1, "m_step.minibatch_prompts": 2}),
     ("vpd", {"teacher.weights": "gated", "task.eval_only": None, "seed": 2}),
 ]
@@ -164,6 +167,16 @@ STOPS = [
     *((*case, MOMENTS[i % len(MOMENTS)]) for i, case in enumerate(CASES)),
     *(("vpd", {}, moment) for moment in MOMENTS[1:]),
 ]
+
+
+def test_the_end_of_a_run_says_how_often_its_teacher_was_trained(undisturbed, capsys):
+    folder, recipe = undisturbed("vpd", LOOKED_AT)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    looked = [row["e_step/needless"] for row in rows if "e_step/needless" in row]
+    assert sum(looked) > 0, "the quickstart's teacher is left alone"
+    _report(recipe, folder, json.loads((folder / "summary.json").read_text()))
+    said = f"trained in {looked.count(0)} of 4 steps, in {looked.count(1)} it told right from wrong as it was"
+    assert said in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(("algorithm", "overrides", "moment"), STOPS, ids=str)

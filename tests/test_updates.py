@@ -174,10 +174,12 @@ def test_a_teacher_that_tells_right_from_wrong_is_left_alone(world):
     for limit, minibatch in ((surely, None), (0.5, None), (0.5, 1)):
         left, found = update(limit, minibatch)
         assert not left.gradients
-        assert (found.metrics["skipped"], found.metrics["auc"]) == (1, pytest.approx(surely))
+        assert (found.metrics["skipped"], found.metrics["needless"]) == (0, 1)
+        assert found.metrics["auc"] == pytest.approx(surely)
         assert "grad_norm" not in found.metrics
     trained, found = update(1.0)
-    assert (found.metrics["skipped"], found.metrics["loss"]) == (0, pytest.approx(want.metrics["loss"]))
+    assert (found.metrics["needless"], found.metrics["loss"]) == (0, pytest.approx(want.metrics["loss"]))
+    assert "needless" not in want.metrics
     assert_close(trained.gradients[0], plain.gradients[0])
 
 

@@ -16,7 +16,7 @@ from vpd_mlx.common.settings import parse_set
 from vpd_mlx.errors import ConfigError
 from vpd_mlx.feedback.prompts import Prompter, Templates
 from vpd_mlx.feedback.wordings import COMMON, STYLES
-from vpd_mlx.recipe import Recipe, builtin_recipes, dump, load_recipe
+from vpd_mlx.recipe import RECIPE_VERSION, Recipe, builtin_recipes, dump, load_recipe
 from vpd_mlx.types import Problem
 
 MINIMAL = "name: x\nmodel: ./m\ntask: {kind: addition}\n"
@@ -246,7 +246,7 @@ def test_a_run_folder_of_version_1_keeps_the_wording_of_then(tmp_path: Path):
     again = tmp_path / "again.yaml"
     again.write_text(dump(old))
     assert load_recipe(again) == old
-    assert old.version == 3
+    assert old.version == RECIPE_VERSION
 
 
 def test_the_page_lists_every_style():

@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # of a run, which is that of its folder, too
-RECIPE_VERSION = 3
+RECIPE_VERSION = 4
 """Goes up when a key that a run folder leaves `null`, or does not have, comes to mean something else (`EARLIER`)."""
 
 
@@ -139,9 +139,9 @@ class _Core(Section):
 
     paths: ClassVar[tuple[str, ...]] = ("adapter",)
 
-    version: Literal[3] = Field(
-        3,
-        description="Version of the recipe format. Versions 1 and 2, which older run folders hold, keep the defaults of then.",
+    version: Literal[4] = Field(
+        4,
+        description="Version of the recipe format. Versions 1 to 3, which older run folders hold, keep the defaults of then.",
     )
     name: str = Field(pattern=f"^{NAME}$", description="Name of the run folder.")
     description: str = Field("", description="One line for `vpd-mlx recipes`.")

@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("before-after.png"))
     given = parser.parse_args()
     tasks = sorted(p for p in (given.grid / "runs").iterdir() if p.is_dir())
-    methods = [m for m in ("vpd", "sdpo", "grpo") if any((task / m).is_dir() for task in tasks)]
+    methods = [m for m in ("vpd", "vpd-ema", "sdpo", "grpo") if any((task / m).is_dir() for task in tasks)]
     figure, axis = plt.subplots(figsize=(6.4, 3.2))
     width = 0.8 / (len(methods) + 1)
     print(
@@ -100,7 +100,7 @@ def main() -> None:
     figure.savefig(given.out, dpi=120)
     print(f"written: {given.out}")
     for task in tasks:
-        for other in ("sdpo", "grpo"):
+        for other in methods[1:]:
             apart = [a - b for a, b in zip(greedy[task.name, "vpd"], greedy[task.name, other], strict=True)]
             mean, half = mean_interval(apart)
             print(f"{task.name}: vpd less {other}, greedy, paired by seed: {mean:+.0f} ± {half:.0f}")

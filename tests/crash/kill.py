@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 SMALL = [
     *("steps=6", "rollout.prompts=4", "rollout.group_size=4", "evaluation.problems=8", "evaluation.samples=1"),
-    *("evaluation.every=2", "checkpoint.every=2", "lora.rank=4", "e_step.every=2"),
+    *("evaluation.every=2", "checkpoint.every=2", "lora.rank=4", "e_step.every=2", "e_step.until_auc=null"),
 ]
 CASES = {
     "vpd": [],

@@ -83,6 +83,7 @@ def compared(path: str, dtype: str) -> dict[str, tuple[int, int]]:
         "evaluation.samples": 1,
         "lora.rank": 8,
         "e_step.every": 1,
+        "e_step.until_auc": None,
     }
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))

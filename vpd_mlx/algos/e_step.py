@@ -188,7 +188,8 @@ def bco_update(
     metrics = {
         **counts,
         **({"n_hinted": len(pairs)} if cfg.hints else {}),
-        "skipped": int(not updates),
+        "skipped": 0,
+        **({} if cfg.until_auc is None else {"needless": int(bco.finished)}),
         "loss": bco.loss,
         "delta": bco.delta,
         **_reward_metrics(bco.first, labels, bco.delta, lengths, kinds),
@@ -204,7 +205,7 @@ def _updates(
 ) -> list[Metrics]:
     """Rewards and delta of the whole batch first, then backward passes weighted by the analytic gradient, exact in any split.
 
-    None where the teacher needs no training.
+    No updates where the teacher needs no training.
     """
     teacher_rows = [teacher_row(s) for s in samples]
     everyone = list(range(len(samples)))

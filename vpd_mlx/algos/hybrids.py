@@ -45,7 +45,7 @@ class Hybrid(ABC):
     def __init__(self, recipe: Recipe, policy: Policy) -> None:
         self.recipe = recipe
         self.hybrid = recipe.section(HybridSettings)
-        self.teacher = Teacher(recipe.section(TeacherSettings), policy)
+        self.teacher = Teacher(TeacherSettings.of(recipe), policy)
         self.learner = Learner(recipe.optimizer)
         self.parts: dict[str, Stateful] = {"pg": self.learner, "teacher": self.teacher}
 

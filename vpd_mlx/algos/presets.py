@@ -187,6 +187,7 @@ PRESETS: dict[str, Preset] = {
     "paper-math": _MATH,
 }
 
+_EVERY_FIFTH = {"e_step": {"every": 5, "until_auc": None}}
 _COUNTED = {"optimizer": {"warmup_by": "updates"}}
 
 EARLIER: Mapping[int, Preset] = {
@@ -199,9 +200,11 @@ EARLIER: Mapping[int, Preset] = {
             "on_no_gap": "warn",
             "evaluation": {"keep_best": False},
             **_COUNTED,
+            **_EVERY_FIFTH,
         },
         {"sdpo": _EMA, "opsd": _EMA},
     ),
-    2: Preset("what recipes of version 2 meant where they say nothing", _COUNTED),
+    2: Preset("what recipes of version 2 meant where they say nothing", {**_COUNTED, **_EVERY_FIFTH, **_EMA}),
+    3: Preset("what recipes of version 3 meant where they say nothing", {**_EVERY_FIFTH, **_EMA}),
 }
 """By version of the recipe format: so a run that began under other defaults is resumed as it began."""

@@ -31,7 +31,7 @@ class Sdpo:
 
     def __init__(self, recipe: Recipe, policy: Policy) -> None:
         self.m_step = recipe.section(MStepSettings)
-        self.teacher = Teacher(recipe.section(TeacherSettings), policy)
+        self.teacher = Teacher(TeacherSettings.of(recipe), policy)
         self.learner = Learner(recipe.optimizer)
         self.parts: dict[str, Stateful] = {"m": self.learner, "teacher": self.teacher}
 

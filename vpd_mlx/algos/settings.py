@@ -38,7 +38,9 @@ def minibatch_faults(section: str, size: int | None, recipe: Any) -> Iterator[Fa
 class EStepSettings(Section):
     """Binary Classifier Optimization of the teacher (arXiv 2605.15113, Eq. 7 to 9)."""
 
-    every: Positive = Field(5, description="F: an E-step before every F-th M-step, on the same rollouts.")
+    every: Positive = Field(
+        1, description="F: an E-step before every F-th M-step, on the same rollouts. 5 as published."
+    )
     beta: float = Field(0.1, gt=0, description="Scale of the implicit reward.")
     prior: Literal["dynamic", "fixed"] = Field(
         "dynamic", description="Anchor: the student at the start of this E-step, or the initial model."
@@ -79,7 +81,7 @@ class EStepSettings(Section):
         "success's own, on the tokens of that success. 0 as published.",
     )
     until_auc: float | None = Field(
-        None,
+        0.9,
         ge=0.5,
         le=1,
         description="Leave out an E-step whose teacher tells right from wrong completions this surely as it is: the probability "
@@ -138,16 +140,24 @@ class MStepSettings(Section):
 class TeacherSettings(Section):
     """Which weights stand behind the teacher's prompt in the M-step."""
 
-    weights: TeacherKind = Field(
-        "ema",
+    weights: TeacherKind | None = Field(
+        None,
         description="`live` weights; `frozen` for each batch; an `ema` of the student; `trust_region`: logits "
-        "between the initial model's and the student's; `adapter`: a second LoRA of its own; `gated`: a copy of the "
-        "student, renewed only when the reward rose and lengths are sane.",
+        "between the initial model's and the student's; `adapter`: a second LoRA of its own, which the E-step trains; `gated`: a "
+        "copy of the student, renewed only when the reward rose and lengths are sane. null: `adapter` under algorithms with an "
+        "E-step, else `ema`.",
     )
     ema_rate: float = Field(0.05, gt=0, le=1, description="Share of the student taken into the EMA after each batch.")
     trust_region: Unit = Field(
         0.5, description="Where the trust-region teacher's logits lie: 0 the initial model's, 1 the student's."
     )
+
+    @classmethod
+    def of(cls, recipe: Any) -> TeacherSettings:
+        """The recipe's section, with the kind of teacher that its algorithm has where the recipe names none."""
+        section: TeacherSettings = recipe.section(cls)
+        own: TeacherKind = "adapter" if "e_step" in recipe.entry.sections else "ema"
+        return section if section.weights is not None else section.model_copy(update={"weights": own})
 
     def faults(self, recipe: Any) -> Iterator[Fault]:
         """A teacher's own adapter needs an E-step that trains it, and what scores tokens alone needs a set of weights."""
@@ -155,7 +165,7 @@ class TeacherSettings(Section):
             yield Fault(
                 "teacher.weights", "`trust_region` mixes logits, and rlcsd reads scores", "use another kind of teacher"
             )
-        if self.weights == "adapter" and "e_step" not in recipe.entry.sections:
+        if self.weights == "adapter" and "teacher" in recipe.entry.sections and "e_step" not in recipe.entry.sections:
             yield Fault(
                 "teacher.weights",
                 f"`adapter` is trained by the E-step, which {recipe.algorithm} does not have",

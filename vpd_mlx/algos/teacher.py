@@ -69,6 +69,8 @@ class Teacher(Stateful):
     """Gives the teacher's hidden states, and its logits from them within a chunk of the head."""
 
     def __init__(self, cfg: TeacherSettings, policy: Policy) -> None:
+        if cfg.weights is None:
+            raise ValueError("no kind of teacher is named: take the recipe's section by `TeacherSettings.of`")
         self.kind: TeacherKind = cfg.weights
         self.cfg = cfg
         # These three start as the student's; a frozen teacher is there for one batch.

@@ -160,6 +160,10 @@ def _report(cfg: Recipe, folder: Path, summary: Summary) -> None:
     which = f"the adapter of step {best}{chosen}; " if chosen or best != steps else ""
     console.print(f"{which}{steps} steps, {duration(training)} training, {duration(summary['seconds']['wall'])} in all")
     found = load_run(folder)
+    if needless := found.series("e_step/needless")[1]:
+        trained = sum(not n for n in needless)
+        told = f"in {sum(needless):.0f} it told right from wrong as it was (e_step.until_auc)"
+        console.print(f"E-steps: the teacher was trained in {trained} of {steps} steps, {told}")
     print_answers(console, found.answers)
     print_retained(console, found.retained)
     console.print(f"adapters: {folder / 'adapters'}", soft_wrap=True)

@@ -74,8 +74,9 @@ _Learning = TypedDict(
         ],
         "e_step/n_right": Annotated[int, "completions", "Right completions with a context."],
         "e_step/n_wrong": Annotated[int, "completions", "Wrong completions with a context."],
-        "e_step/skipped": Annotated[
-            int, "0 or 1", "1 if the E-step was left out: all were right or all wrong, or `e_step.until_auc` was met."
+        "e_step/skipped": Annotated[int, "0 or 1", "1 if the E-step was left out: all were right, or all wrong."],
+        "e_step/needless": Annotated[
+            int, "0 or 1", "1 if the E-step was left out: `e_step.until_auc` was met. Not there without that key."
         ],
         "e_step/loss": Annotated[float, "nats", "The E-step's loss before its first update."],
         "e_step/delta": Annotated[float, "reward", "The reward shift between the classes."],
