@@ -250,12 +250,15 @@ def test_the_e_step_goes_on_from_its_own_forward_pass(world, monkeypatch):
     passes, whole = [], policy.hidden
     monkeypatch.setattr(policy, "hidden", lambda rows: passes.append(len(rows)) or whole(rows))
 
-    def e_step() -> int:
+    def e_step(until: float | None = None) -> int:
         passes.clear()
-        bco_update(policy, samples, learner, trainer.recipe.e_step, previous_delta=None, seed=0, teacher=teacher)
+        cfg = trainer.recipe.e_step.model_copy(update={"until_auc": until})
+        bco_update(policy, samples, learner, cfg, previous_delta=None, seed=0, teacher=teacher)
         return len(passes)
 
-    assert e_step() == 2  # the student's and the teacher's
+    assert e_step(0.5) == 2  # the student's and the teacher's
+    assert not learner.gradients, "the second says that the teacher needs no training"
+    assert e_step() == 2
     monkeypatch.setattr(type(policy), "has_dropout", True)  # whose rewards come from a pass of their own
     assert e_step() == 3
     one, two = learner.gradients

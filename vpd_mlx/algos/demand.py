@@ -64,12 +64,10 @@ def demand(recipe: Recipe, policy: Policy, groups: Sequence[Group], adapter: int
     loss, needs = _student_loss(recipe, algorithm)
     updates = [Update([samples[i].student for i in minibatches(samples, own)[0]], loss, needs)]
     if "e_step" in sections:
-        e_step = recipe.section(EStepSettings)
-        taught = crossed(samples) if e_step.contexts == "crossed" else samples
+        taught = crossed(samples) if recipe.section(EStepSettings).contexts == "crossed" else samples
         chosen = [taught[i] for i in minibatches(taught, sizes["e_step"])[0]]
         rows = [s.teacher for s in chosen if s.teacher is not None]
-        # Its loss needs the log-probabilities of the whole batch first, unless a pass of their own has looked at them.
-        updates.append(Update(rows, target_logps, read_midway=e_step.until_auc is None or e_step.epochs > 1))
+        updates.append(Update(rows, target_logps, read_midway=True))
     held = sum(int(a.nbytes) for part in algorithm.parts.values() for a in part.arrays().values())
     held += sum(2 * adapter for part in algorithm.parts.values() if isinstance(part, Learner))  # moments yet to be made
     states = 0

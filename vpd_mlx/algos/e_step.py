@@ -146,6 +146,10 @@ class _Bco:
         ]
 
 
+class _NeedlessError(Exception):
+    """The forward pass has shown that the teacher needs no training: there is no backward pass."""
+
+
 def largest(values: Floats, share: float) -> Floats:
     """1 at the largest `share` of the values, at least one, else 0: (T,) -> (T,); of equal ones the first come first."""
     keep = max(1, round(share * len(values)))
@@ -210,7 +214,7 @@ def _updates(
     teacher_rows = [teacher_row(s) for s in samples]
     everyone = list(range(len(samples)))
     batches = minibatches(samples, bco.cfg.minibatch_prompts)
-    if surveyed := len(batches) > 1 or bco.cfg.until_auc is not None:
+    if surveyed := len(batches) > 1:
         bco.survey(scored(policy, teacher_rows))
         if bco.finished:
             return []
@@ -222,6 +226,8 @@ def _updates(
         def weigh(teacher: list[Floats], indices: list[int] = indices, number: int = number) -> list[Floats]:
             if number == 0 and indices == everyone and not surveyed:
                 bco.survey(teacher)
+                if bco.finished:
+                    raise _NeedlessError
             return bco.weights(indices, bco.rewards(indices, teacher))
 
         if number == 0 and surveyed:
@@ -229,7 +235,10 @@ def _updates(
             weights = bco.weights(indices, bco.first[indices])
             done = accumulate(policy, rows, weights, None, target_logps, of_step)
         else:
-            done = accumulate_weighed(policy, rows, weigh, target_logps, of_step)
+            try:
+                done = accumulate_weighed(policy, rows, weigh, target_logps, of_step)
+            except _NeedlessError:
+                return []
         own = {samples[i].group for i in indices}
         done = hints_gradient(policy, [p for p in pairs if p.group in own], bco.cfg.hints, of_step, done)
         updates.append(learner.apply(policy, done.gradients))
