@@ -60,7 +60,8 @@ EXCEPTIONS = {
     "vpd-mlx lab recipes/lab/grids/teacher.yaml": "hours; tests/test_lab.py runs a small grid",
     "vpd-mlx lab recipes/lab/grids/teacher-spelling.yaml": "hours, as above",
     "vpd-mlx lab recipes/smollm2/grids/teacher.yaml": "hours on a real model",
-    "vpd-mlx lab recipes/smollm2/grids/teacher-dates.yaml --out benchmarks/smollm2/teacher": "hours on a real model",
+    "vpd-mlx lab recipes/smollm2/grids/teacher-dates.yaml": "hours on a real model",
+    "vpd-mlx lab recipes/smollm2/grids/teacher-both.yaml": "hours on a real model",
     "vpd-mlx lab recipes/lab/grids/screen.yaml": "half an hour, as above",
     "vpd-mlx lab recipes/lab/grids/screen-spelling.yaml": "half an hour, as above",
     **{

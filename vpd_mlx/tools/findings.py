@@ -154,7 +154,7 @@ def _spent(runs: Sequence[Result]) -> str:
 
 def curves(grid: Grid, found: Sequence[Result], path: Path) -> None:
     """Plot the student's accuracy over steps, mean and 95 % band over seeds, one panel per setting, as a PNG or SVG file."""
-    figure, axes = plt.subplots(1, len(grid.parts), figsize=(4.6 * len(grid.parts), 3.6), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(grid.parts), figsize=(5.8 * len(grid.parts), 3.6), sharey=True, squeeze=False)
     for axis, part in zip(axes[0], grid.parts, strict=True):
         for method in part.methods:
             index = list(grid.methods).index(method)  # a method's colour is the same in every panel
@@ -167,7 +167,7 @@ def curves(grid: Grid, found: Sequence[Result], path: Path) -> None:
             axis.fill_between(steps, 100 * (means - half), 100 * (means + half), color=color, alpha=0.13, lw=0)
         axis.set(title=part.setting, xlabel="step", ylim=(0, 100))
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.02), frameon=False)  # beside the curves, not over them
     axes[0][0].set_ylabel("student on held-out problems, %")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
