@@ -147,7 +147,7 @@ def test_a_run_without_answers_shows_none(own: Path):
 
 
 def test_train_ends_with_answers_unless_it_is_to_be_quiet(tmp_path: Path):
-    sets = [x for k, v in {**SMALL, "steps": 1}.items() for x in ("--set", f"{k}={v}")]
+    sets = [x for k, v in {**SMALL, "steps": 1}.items() for x in ("--set", f"{k}={json.dumps(v)}")]
     arguments = ["train", "quickstart", *sets, "--out"]
     loud = CliRunner().invoke(app, [*arguments, str(tmp_path / "loud")])
     assert "answers before and after" in loud.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -145,8 +146,8 @@ def test_a_config_that_transformers_refuses_is_named(tmp_path: Path):
 def test_ten_steps_resume_to_the_bit_and_what_is_exported_loads(tmp_path: Path, kind: str):
     wider = {"lfm2": {"block_dim": 64}, "granitemoehybrid": {"mamba_d_head": 32}}
     model = make(tmp_path / "model", kind, {**HYBRIDS[kind], **wider.get(kind, {})}, None)
-    own = {"model": model, "steps": 10, "checkpoint.every": 5, "optimizer.learning_rate": 1e-2}
-    changes = [word for key, value in {**SMALL, **own}.items() for word in ("--set", f"{key}={value}")]
+    own = {"model": str(model), "steps": 10, "checkpoint.every": 5, "optimizer.learning_rate": 1e-2}
+    changes = [word for key, value in {**SMALL, **own}.items() for word in ("--set", f"{key}={json.dumps(value)}")]
 
     def run(*words: str) -> None:
         done = within(*words, cwd=tmp_path)
