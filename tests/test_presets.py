@@ -180,6 +180,12 @@ def test_the_default_teacher_has_an_adapter_of_its_own_where_an_e_step_trains_it
     names = set(TEACHER) - {"opsd", "rlcsd"}  # which ask for sources of their own
     own = {name: TeacherSettings.of(recipe_of(tmp_path, "", f"algorithm={name}")).weights for name in names}
     assert own == {**dict.fromkeys(own, "ema"), "vpd": "adapter"}
+    # Named, it is refused where a teacher has no E-step, and means nothing where there is no teacher.
+    with pytest.raises(
+        ConfigError, match=r"teacher\.weights: `adapter` is trained by the E-step, which sdpo does not have"
+    ):
+        recipe_of(tmp_path, "teacher: {weights: adapter}\n", "algorithm=sdpo")
+    assert recipe_of(tmp_path, "teacher: {weights: adapter}\n", "algorithm=grpo").algorithm == "grpo"
     # A run's folder holds what it did, and another algorithm may go on from it.
     (tmp_path / "config.yaml").write_text(dump(recipe_of(tmp_path)))
     assert TeacherSettings.of(load_recipe(tmp_path / "config.yaml", [("algorithm", "sdpo")])).weights == "ema"

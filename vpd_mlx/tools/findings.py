@@ -167,9 +167,8 @@ def curves(grid: Grid, found: Sequence[Result], path: Path) -> None:
             axis.fill_between(steps, 100 * (means - half), 100 * (means + half), color=color, alpha=0.13, lw=0)
         axis.set(title=part.setting, xlabel="step", ylim=(0, 100))
         axis.grid(alpha=0.3)
-        axis.legend(
-            fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.02), frameon=False
-        )  # beside the curves, not over them
+        # Beside the curves, not over them.
+        axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.02), frameon=False)
     axes[0][0].set_ylabel("student on held-out problems, %")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
